@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+CORPUS := data/stdlib
+export PYTHONSAFEPATH := 1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-fast check docs clean
+
+# The environment: made anew when its description changes.
+$(BIN)/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(CORPUS).json: | $(BIN)/.installed
+	$(BIN)/lsys data prepare stdlib --out $(CORPUS)
+
+# Two ranks learn the source of Python's standard library.
+train: $(BIN)/.installed $(CORPUS).json
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m lsys train configs/quickstart.yaml
+
+# Everything; test-fast leaves out what takes many ranks or long.
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+test-fast: $(BIN)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+# Style, types, and that imports go down only.
+check: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(BIN)/.installed
+	$(BIN)/python -m lsys.config.reference docs/configuration.md
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

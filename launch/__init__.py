@@ -1,0 +1,1 @@
+"""Starting runs on one node and on many."""

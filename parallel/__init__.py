@@ -1,0 +1,1 @@
+"""The sequence axis: how documents lie over ranks, and how token mixers communicate across them."""

@@ -1,0 +1,46 @@
+"""Packaging. Four trees of this folder make one package: lsys, and kernels, parallel and launch as lsys.kernels, lsys.parallel, lsys.launch."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TREES = {"lsys.kernels": "kernels", "lsys.parallel": "parallel", "lsys.launch": "launch"}
+
+
+def packages() -> list[str]:
+    found = ["lsys", *(f"lsys.{name}" for name in find_packages("lsys"))]
+    for package, folder in TREES.items():
+        found += [package, *(f"{package}.{name}" for name in find_packages(folder))]
+    return found
+
+
+setup(
+    name="lsys",
+    version=re.search(r'__version__ = "(.+)"', Path("lsys/__init__.py").read_text())[1],
+    description="Pretraining of language models on very long, very uneven sequences, over Megatron-core",
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=packages(),
+    package_dir=TREES,
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.10",
+        "megatron-core==0.16.1",
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "scipy",
+        "tensorboard",
+        "tokenizers",
+        "tyro",
+    ],
+    extras_require={
+        "data": ["pyarrow"],
+        "dev": ["hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["lsys = lsys.__main__:main"]},
+)
