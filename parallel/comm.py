@@ -1,0 +1,152 @@
+"""The collectives of one axis, on tensors whose first sizes differ from rank to rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Pending:
+    """A tensor under way: `wait()` gives it, once it is safe to use on the current stream."""
+
+    def __init__(self, finish: Callable[[], Tensor], work: dist.Work | None = None) -> None:
+        self._finish: Callable[[], Tensor] | None = finish
+        self._work = work
+        self._value: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The result; blocks (CPU) or makes the current stream wait (CUDA) the first time."""
+        if self._finish is not None:
+            if self._work is not None:
+                self._work.wait()
+            self._value, self._finish, self._work = self._finish(), None, None  # frees the buffers of the transfer
+        assert self._value is not None
+        return self._value
+
+
+class SequenceComm:
+    """One rank's view of the ranks that share a sequence.
+
+    Every collective concatenates along dim 0, whose size may differ from rank to rank and be zero, must be issued by
+    all ranks in the same order, and is invisible to autograd: the methods of attention and linear attention write
+    their adjoints out. A group of one rank communicates nothing and gives the input back.
+
+    Args:
+        group: the process group; None is the default group.
+        node_of_rank: node of each rank of the group, in group order; None says that all share one.
+        axis: the mesh axis that the traffic is accounted to.
+
+    Raises:
+        ValueError: no process group exists, this process is not in it, or `node_of_rank` has another size.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, *, node_of_rank: Sequence[int] | None = None, axis: str = "context"
+    ) -> None:
+        if not dist.is_initialized():
+            raise ValueError("no process group exists; call torch.distributed.init_process_group first")
+        self.group = dist.group.WORLD if group is None else group
+        self.axis = axis
+        self.rank = dist.get_rank(self.group)
+        if self.rank < 0:
+            raise ValueError(f"global rank {dist.get_rank()} is not in the {axis} group; only members build its comm")
+        self.size = dist.get_world_size(self.group)
+        self.ranks = tuple(dist.get_process_group_ranks(self.group))
+        self.node_of_rank = (0,) * self.size if node_of_rank is None else tuple(node_of_rank)
+        if len(self.node_of_rank) != self.size:
+            raise ValueError(f"node_of_rank names {len(self.node_of_rank)} ranks; the {axis} group has {self.size}")
+
+    def __repr__(self) -> str:
+        return f"SequenceComm(rank={self.rank}, size={self.size}, axis={self.axis!r})"
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """All ranks' tensors in rank order: [sizes[rank], ...] -> [sum(sizes), ...]; sizes None says all are equal."""
+        return self.all_gather_async(x, sizes).wait()
+
+    def all_gather_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending:
+        """As `all_gather`, under way on return; leave `x` unchanged until `wait()`."""
+        sizes = self._sizes(sizes, x.shape[0])
+        if x.shape[0] != sizes[self.rank]:
+            raise ValueError(f"rank {self.rank} gathers {x.shape[0]} rows; sizes says {sizes[self.rank]}")
+        if self.size == 1:
+            return Pending(lambda: x)
+        slot = max(sizes)
+        padded = _padded(x.detach(), slot)  # [slot, ...]: the backends gather equal sizes only
+        out = padded.new_empty(self.size * slot, *x.shape[1:])
+        if out.numel() == 0:  # the same on all ranks
+            return Pending(lambda: out)
+        work = dist.all_gather_into_tensor(out, padded, group=self.group, async_op=True)
+        return Pending(lambda: _without_padding(out, sizes, slot), work)
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """This rank's rows of the sum over ranks: [sum(sizes), ...] -> [sizes[rank], ...]; None says equal parts."""
+        return self.reduce_scatter_async(x, sizes).wait()
+
+    def reduce_scatter_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending:
+        """As `reduce_scatter`, under way on return; leave `x` unchanged until `wait()`."""
+        if sizes is None and x.shape[0] % self.size:
+            raise ValueError(f"{x.shape[0]} rows do not part equally over {self.size} ranks; give sizes")
+        sizes = self._sizes(sizes, x.shape[0] // self.size)
+        if x.shape[0] != sum(sizes):
+            raise ValueError(f"reduce_scatter takes {sum(sizes)} rows, the sum of sizes; got {x.shape[0]}")
+        if self.size == 1:
+            return Pending(lambda: x)
+        slot, own = max(sizes), sizes[self.rank]
+        padded = x.detach().contiguous()
+        if min(sizes) < slot:
+            padded = torch.cat([_padded(part, slot) for part in padded.split(list(sizes))])  # [ranks * slot, ...]
+        out = padded.new_empty(slot, *x.shape[1:])
+        if out.numel() == 0:
+            return Pending(lambda: out)
+        work = dist.reduce_scatter_tensor(out, padded, group=self.group, async_op=True)
+        return Pending(lambda: out[:own], work)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None) -> Tensor:
+        """Rows for each rank, in rank order -> rows from each rank: [sum(send), ...] -> [sum(receive), ...].
+
+        None says equal parts. `receive[s]` must be what rank s sends here.
+        """
+        return self.all_to_all_async(x, send, receive).wait()
+
+    def all_to_all_async(
+        self, x: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    ) -> Pending:
+        """As `all_to_all`, under way on return; leave `x` unchanged until `wait()`."""
+        if (send is None or receive is None) and x.shape[0] % self.size:
+            raise ValueError(f"{x.shape[0]} rows do not part equally over {self.size} ranks; give send and receive")
+        send = self._sizes(send, x.shape[0] // self.size)
+        receive = self._sizes(receive, x.shape[0] // self.size)
+        if x.shape[0] != sum(send):
+            raise ValueError(f"all_to_all takes {sum(send)} rows, the sum of send; got {x.shape[0]}")
+        if send[self.rank] != receive[self.rank]:
+            raise ValueError(f"rank {self.rank} sends itself {send[self.rank]} rows but expects {receive[self.rank]}")
+        if self.size == 1:
+            return Pending(lambda: x)
+        source = x.detach().contiguous()
+        out = source.new_empty(sum(receive), *x.shape[1:])
+        work = dist.all_to_all_single(out, source, list(receive), list(send), group=self.group, async_op=True)
+        return Pending(lambda: out, work)
+
+    def _sizes(self, sizes: Sequence[int] | None, each: int) -> tuple[int, ...]:
+        if sizes is None:
+            return (each,) * self.size
+        if len(sizes) != self.size:
+            raise ValueError(f"sizes names {len(sizes)} ranks; the {self.axis} group has {self.size}")
+        return tuple(sizes)
+
+
+def _padded(x: Tensor, slot: int) -> Tensor:
+    """[n, ...] -> [slot, ...], contiguous; the rows added are zero, so that no stray NaN enters a sum."""
+    if x.shape[0] == slot:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros(slot - x.shape[0], *x.shape[1:])])
+
+
+def _without_padding(x: Tensor, sizes: Sequence[int], slot: int) -> Tensor:
+    """[ranks * slot, ...] -> [sum(sizes), ...]."""
+    if min(sizes) == slot:
+        return x
+    return torch.cat([part[:size] for part, size in zip(x.split(slot), sizes, strict=True)])

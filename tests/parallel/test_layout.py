@@ -1,0 +1,159 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsys.parallel.layout import Segment, SequenceLayout
+
+LENGTHS = st.lists(st.sampled_from([0, 0, 1, 2, 7, 13, 31]) | st.integers(0, 40), max_size=8)
+RANKS = st.integers(1, 9)
+UNHURRIED = settings(deadline=None, max_examples=60)  # the machine may be busy: time is no part of the test
+MAKERS = [SequenceLayout.contiguous, SequenceLayout.zigzag]
+
+
+@st.composite
+def random_layouts(draw: st.DrawFn) -> SequenceLayout:
+    """Documents cut anywhere, pieces on any rank, in any order."""
+    lengths, ranks = draw(LENGTHS), draw(RANKS)
+    placed = [[] for _ in range(ranks)]
+    for document, length in enumerate(lengths):
+        cuts = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=5))})
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            rank = placed[draw(st.integers(0, ranks - 1))]
+            rank.insert(draw(st.integers(0, len(rank))), (document, start, stop - start))
+    return SequenceLayout(tuple(lengths), tuple(map(tuple, placed)))
+
+
+ANY_LAYOUT = random_layouts() | st.builds(lambda make, n, p: make(n, p), st.sampled_from(MAKERS), LENGTHS, RANKS)
+
+
+@UNHURRIED
+@given(ANY_LAYOUT)
+def test_every_token_is_held_once_and_known_by_place(layout):
+    expected_places = [(d, p) for d, n in enumerate(layout.lengths) for p in range(n)]
+    seen = []
+    for rank in range(layout.ranks):
+        places = [(d, p) for d, start, n in layout.segments[rank] for p in range(start, start + n)]
+        assert [*zip(layout.documents(rank).tolist(), layout.positions(rank).tolist(), strict=True)] == places
+        assert [expected_places[i] for i in layout.index(rank).tolist()] == places
+        assert layout.tokens(rank) == len(places)
+        lengths = [segment.length for segment in layout.segments[rank]]
+        assert layout.cu_seqlens(rank).tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        assert all(n > 0 for n in lengths)
+        seen += places
+    assert sorted(seen) == expected_places
+    assert layout.document_offsets.tolist() == [sum(layout.lengths[:i]) for i in range(len(layout.lengths) + 1)]
+    for tensor in (layout.index(0), layout.positions(0), layout.documents(0), layout.cu_seqlens(0), layout.order()):
+        assert tensor.dtype == torch.int64
+
+
+@UNHURRIED
+@given(ANY_LAYOUT)
+def test_unshard_inverts_shard_and_gradients_flow(layout):
+    x = torch.randn(layout.total, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    parts = [layout.shard(x, rank) for rank in range(layout.ranks)]
+    assert [len(part) for part in parts] == list(layout.sizes)
+    back = layout.unshard(parts)
+    assert torch.equal(back, x)
+    (back * weight).sum().backward()
+    assert torch.equal(x.grad, weight)
+
+
+@UNHURRIED
+@given(ANY_LAYOUT)
+def test_equal_placements_are_equal_however_they_are_cut(layout):
+    tokens = tuple(
+        tuple(Segment(d, p, 1) for d, start, n in rank for p in range(start, start + n)) for rank in layout.segments
+    )
+    again = SequenceLayout(list(layout.lengths), tokens)
+    assert again == layout and hash(again) == hash(layout) and len({again, layout}) == 1
+    layout.index(0)
+    assert pickle.loads(pickle.dumps(layout)) == layout == copy.deepcopy(layout)
+
+
+@UNHURRIED
+@given(LENGTHS, RANKS, st.sampled_from(MAKERS))
+def test_static_layouts_balance_tokens_to_one(lengths, ranks, make):
+    sizes = make(lengths, ranks).sizes
+    assert len(sizes) == ranks and sum(sizes) == sum(lengths) and max(sizes) - min(sizes) <= 1
+
+
+@UNHURRIED
+@given(LENGTHS, RANKS)
+def test_contiguous_is_the_stream_in_rank_order_longer_runs_first(lengths, ranks):
+    layout = SequenceLayout.contiguous(lengths, ranks)
+    assert layout.order().tolist() == list(range(layout.total))
+    assert list(layout.sizes) == sorted(layout.sizes, reverse=True)
+
+
+@UNHURRIED
+@given(LENGTHS, RANKS)
+def test_zigzag_gives_each_rank_two_mirrored_chunks(lengths, ranks):
+    layout = SequenceLayout.zigzag(lengths, ranks)
+    for document, length in enumerate(lengths):
+        # Owner of each position, runs collapsed: up the ranks, then down.
+        owner = [-1] * length
+        for rank in range(ranks):
+            for d, start, n in layout.segments[rank]:
+                if d == document:
+                    owner[start : start + n] = [rank] * n
+        counts = [owner.count(rank) for rank in range(ranks)]
+        assert max(counts) - min(counts) <= 1
+        first = [rank for rank in range(ranks) for _ in range((counts[rank] + 1) // 2)]
+        second = [rank for rank in reversed(range(ranks)) for _ in range(counts[rank] // 2)]
+        assert owner == first + second
+
+
+def test_zigzag_matches_the_usual_chunks_where_they_divide():
+    layout = SequenceLayout.zigzag([8, 16], 2)
+    assert layout.segments[0] == (Segment(0, 0, 2), Segment(0, 6, 2), Segment(1, 0, 4), Segment(1, 12, 4))
+    assert layout.segments[1] == (Segment(0, 2, 4), Segment(1, 4, 8))
+
+
+def test_index_tensors_are_built_once():
+    layout = SequenceLayout.zigzag([5, 9], 2)
+    assert layout.index(1) is layout.index(1) and layout.order() is layout.order()
+    assert layout.index(1, "meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "segments", "message"),
+    [
+        ((5,), [[(0, 0, 3)]], "token 3 of document 0 is held by no rank"),
+        ((2, 0, 5), [[(0, 0, 2)], [(2, 1, 4)]], "token 0 of document 2 is held by no rank"),
+        ((5,), [[(0, 0, 3)], [(0, 2, 3)]], "token 2 of document 0 is held twice"),
+        ((5,), [[(0, 0, 5), (0, 0, 5)]], "token 0 of document 0 is held twice"),
+        ((5,), [[(0, 0, 2), (0, 3, 2)]], "token 2 of document 0 is held by no rank"),
+        ((5,), [[(0, 0, 6)]], "outside its document"),
+        ((5,), [[(1, 0, 5)]], "outside its document"),
+        ((5,), [[(0, -1, 6)]], "outside its document"),
+        ((5, 3), [[(0, 0, 8)]], "outside its document"),
+        ((), [[(0, 0, 1)]], "outside its document"),
+        ((-1,), [[]], "document 0 has length -1"),
+        ((), [], "at least one rank"),
+    ],
+)
+def test_wrong_partitions_are_refused(lengths, segments, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceLayout(lengths, segments)
+
+
+def test_wrong_uses_are_refused():
+    layout = SequenceLayout.contiguous([5, 4], 2)
+    with pytest.raises(ValueError, match="rank 2 is not in this layout; its ranks are 0 to 1"):
+        layout.tokens(2)
+    with pytest.raises(ValueError, match="T = 9"):
+        layout.shard(torch.zeros(8), 0)
+    with pytest.raises(ValueError, match="one part for each of 2 ranks; got 1"):
+        layout.unshard([torch.zeros(5)])
+    with pytest.raises(ValueError, match=r"part 1 has shape \[5\]; the layout and part 0 make it \[4\]"):
+        layout.unshard([torch.zeros(5), torch.zeros(5)])
+    for make in MAKERS:
+        with pytest.raises(ValueError, match="at least one rank; got 0"):
+            make([3], 0)
+        with pytest.raises(ValueError, match="document 1 has length -3"):
+            make([3, -3], 2)
