@@ -1,0 +1,92 @@
+"""Process groups: torch.distributed and Megatron's grid of tensor, context, data and pipeline ranks."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lsys.config.schema import Parallel
+from lsys.runtime.environment import Launch
+from lsys.runtime.megatron import install_megatron
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process among the others.
+
+    Attributes:
+        launch: rank, world size and node, as torchrun says.
+        device: where this rank computes.
+        collection: Megatron's ProcessGroupCollection (tp, cp, dp, pp, dp_cp, embd, ...).
+    """
+
+    launch: Launch
+    device: torch.device
+    collection: Any
+
+    @property
+    def data_rank(self) -> int:
+        return self.collection.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.collection.dp.size()
+
+    @property
+    def context_rank(self) -> int:
+        return self.collection.cp.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.collection.pp.rank() == self.collection.pp.size() - 1
+
+
+def device_of(launch: Launch) -> torch.device:
+    return torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_groups(parallel: Parallel, launch: Launch, *, timeout_minutes: float = 10.0) -> Iterator[Groups]:
+    """Start the process groups of a run (NCCL on GPUs, gloo on CPUs), and end those that it started.
+
+    A default process group that exists already is used and left in place. Rank order is Megatron's: tensor fastest, then context, data,
+    pipeline.
+    """
+    install_megatron()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    device = device_of(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    started = not dist.is_initialized()
+    if started:
+        _start(launch, device, timedelta(minutes=timeout_minutes))
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
+        model_parallel_cuda_manual_seed(0)  # Megatron's trackers want a seed; nothing here draws from them (no dropout)
+        yield Groups(launch, device, ProcessGroupCollection.use_mpu_process_groups())
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started:
+            dist.destroy_process_group()
+
+
+def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
+    if launch.is_torchrun:
+        kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **kwargs)
+        return
+    store = dist.HashStore()  # one process, no network
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
