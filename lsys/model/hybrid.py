@@ -1,0 +1,93 @@
+"""The hybrid decoder: embedding, Megatron's transformer block over per-layer specs, output layer, loss per token."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lsys.config import Config
+from lsys.model.layers import block_spec
+from lsys.model.loss import token_losses
+from lsys.model.packed import PackedMicroBatch
+
+
+class HybridModel(LanguageModule):
+    """One pipeline chunk of the decoder.
+
+    Args:
+        settings: the run's configuration.
+        config: its translation for Megatron (`lsys.model.megatron_config`).
+        pg_collection: Megatron's process groups.
+        pre_process, post_process: whether this chunk holds the embedding, the output layer.
+        vp_stage: index of the chunk on this pipeline stage; None without virtual stages.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = settings.model.tied
+        self.z_loss = settings.train.z_loss
+        vocab = settings.model.padded_vocab
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, vocab, max_sequence_length=0, position_embedding_type="none", tp_group=pg_collection.tp
+            )
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(settings, config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank()),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                vocab,
+                config=config,
+                init_method=config.embedding_init_method,
+                bias=False,
+                skip_weight_param_allocation=pre_process and settings.model.tied,
+                tp_group=pg_collection.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Megatron's schedules hand over what the stage before sent: a list of one."""
+        self.decoder.set_input_tensor(input_tensor[0])
+
+    def forward(self, tokens: Tensor, targets: Tensor, packed: PackedMicroBatch) -> Tensor:
+        """tokens, targets int64 [slots] -> losses fp32 [2, slots] (cross-entropy, z-loss) on the last stage, else [slots / tensor, 1, hidden]."""
+        hidden = self.embedding(tokens[None], None) if self.pre_process else None  # [1, slots] -> [slots / tensor, 1, hidden]
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)  # gathers the slots -> [slots, 1, vocab / tensor]
+        return token_losses(logits, targets[:, None], self.z_loss, self.pg_collection.tp)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)  # Transformer Engine's; empty here, absent on other stages
+        return state

@@ -1,0 +1,64 @@
+"""Parameters by their global names: where each rank's piece lies in the whole, and initial values that no degree of parallelism changes.
+
+Megatron's sharded state dict knows, for each local tensor, the key of the whole tensor, its shape and this piece's offset; it is the one
+source of that knowledge here.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from lsys.config.schema import Model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a whole parameter: `data` is a view of the local parameter (or of a tensor of its shape)."""
+
+    key: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: Tensor
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape, strict=True))
+
+
+def pieces(chunk: MegatronModule, *, gradients: bool = False) -> Iterator[Piece]:
+    """All local parameters of a model chunk, or the gradients that Megatron's DDP accumulated for them (`main_grad`)."""
+    parameters = dict(chunk.named_parameters())
+    by_pointer = {parameter.data_ptr(): parameter for parameter in parameters.values()}
+    for entry in chunk.sharded_state_dict().values():
+        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)) or entry.data.data_ptr() not in by_pointer:
+            continue
+        parameter = by_pointer[entry.data.data_ptr()]
+        data = parameter.main_grad.view(parameter.shape) if gradients else parameter.data  # type: ignore[attr-defined]
+        whole = isinstance(entry, ShardedTensor)
+        parts = [entry] if whole else entry.build_fn(entry.key, data, entry.replica_id, entry.flattened_range)
+        for part in parts:
+            yield Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), data if whole else part.data)
+
+
+def initialise(chunk: MegatronModule, model: Model, seed: int) -> None:
+    """Fill a chunk's parameters with values that depend on (seed, global name) alone, so every degree of parallelism starts alike.
+
+    Norm weights are 1; matrices N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 layers)) (GPT-2).
+    """
+    scaled = model.init_std / math.sqrt(2 * model.layers)
+    with torch.no_grad():
+        for piece in pieces(chunk):
+            if len(piece.shape) == 1:
+                piece.data.fill_(1.0)
+                continue
+            std = scaled if piece.key.endswith(("out_proj.weight", "linear_fc2.weight")) else model.init_std
+            generator = torch.Generator(device=piece.data.device)
+            generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{piece.key}".encode()).digest()[:8], "little") >> 1)
+            whole = torch.empty(piece.shape, dtype=torch.float32, device=piece.data.device)
+            piece.data.copy_(whole.normal_(0.0, std, generator=generator)[piece.slices])

@@ -1,0 +1,45 @@
+"""`S`: softmax attention with grouped keys, QK-norm and rotary positions."""
+
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lsys.model.mixer import Mixer, MixerOptions
+from lsys.model.norm import RMSNorm
+from lsys.model.packed import PackedMicroBatch, apply_rotary
+from lsys.parallel.attention import softmax_attention
+
+
+class SoftmaxMixer(Mixer):
+    """Causal softmax attention inside each document (GQA: Ainslie et al., 2023; QK-norm: Dehghani et al., 2023).
+
+    `in_proj` is laid out as Megatron's fused QKV, group by group [queries of the group, key, value], so a slice of its rows is
+    whatever a tensor rank owns: whole groups.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection, options: MixerOptions, **unused: Any
+    ) -> None:
+        model = options.model
+        self.head_dim, self.queries_per_group = model.head_width, model.heads // model.kv_heads
+        in_width = (model.heads + 2 * model.kv_heads) * self.head_dim
+        super().__init__(
+            config, layer_number, pg_collection, options, in_width=in_width, out_width=model.heads * self.head_dim
+        )
+        if model.qk_norm:
+            self.q_layernorm = RMSNorm(config, self.head_dim, model.norm_eps)
+            self.k_layernorm = RMSNorm(config, self.head_dim, model.norm_eps)
+
+    def mix(self, projected: Tensor, packed: PackedMicroBatch) -> Tensor:
+        tokens, n = len(projected), self.queries_per_group
+        grouped = projected.view(tokens, -1, n + 2, self.head_dim)  # [T_r, groups, queries + 2, D]
+        q = grouped[:, :, :n].reshape(tokens, -1, self.head_dim)  # [T_r, heads, D]
+        k, v = grouped[:, :, n], grouped[:, :, n + 1]  # [T_r, groups, D]
+        if self.options.model.qk_norm:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        rotary = packed.rotary(self.options.model.rope_base, self.head_dim)
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        o = softmax_attention(q, k, v, packed.layout, self.comm, method=self.options.parallel.attention)
+        return o.reshape(tokens, -1)
