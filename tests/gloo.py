@@ -59,7 +59,17 @@ class Pool:
         workers = self.workers[:world_size]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for rank, worker in enumerate(workers):
-                worker.pipe.send((sys.modules[fn.__module__].__file__, fn.__qualname__, rank, world_size, f"{folder}/store", args, timeout))
+                worker.pipe.send(
+                    (
+                        sys.modules[fn.__module__].__file__,
+                        fn.__qualname__,
+                        rank,
+                        world_size,
+                        f"{folder}/store",
+                        args,
+                        timeout,
+                    )
+                )
             results, failures = self._collect(workers, timeout)
         if failures:
             for worker in workers:
@@ -74,7 +84,9 @@ class Pool:
         failures: list[str] = []
         deadline = time.monotonic() + timeout
         while waiting and not failures:
-            ready = multiprocessing.connection.wait([w.pipe for w in waiting.values()], max(0, deadline - time.monotonic()))
+            ready = multiprocessing.connection.wait(
+                [w.pipe for w in waiting.values()], max(0, deadline - time.monotonic())
+            )
             if not ready:
                 failures.append(f"ranks {sorted(waiting)} of {len(workers)} gave nothing in {timeout} s")
             for rank, worker in list(waiting.items()):

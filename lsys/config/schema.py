@@ -17,27 +17,42 @@ class LinearMixer(Section):
     """Settings of linear attention layers (`L`)."""
 
     heads: PositiveInt | None = Field(None, description="Heads of linear layers; `model.heads` if empty.")
-    head_dim: PositiveInt | None = Field(None, description="Width of one head of linear layers; `model.head_dim` if empty.")
+    head_dim: PositiveInt | None = Field(
+        None, description="Width of one head of linear layers; `model.head_dim` if empty."
+    )
     decay: bool = Field(True, description="Fixed per-head decay (Lightning attention); false: plain linear attention.")
 
 
 class Model(Section):
     """The hybrid decoder: `pattern` repeated over `layers`."""
 
-    pattern: str = Field("LLLS", description="One letter a layer, repeated: `S` softmax attention, `L` Lightning linear attention.")
+    pattern: str = Field(
+        "LLLS", description="One letter a layer, repeated: `S` softmax attention, `L` Lightning linear attention."
+    )
     layers: PositiveInt = Field(description="Number of layers.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
     heads: PositiveInt = Field(description="Query heads of softmax layers.")
-    groups: PositiveInt | None = Field(None, description="Key-value heads of softmax layers (GQA); `heads` if empty (MHA).")
+    groups: PositiveInt | None = Field(
+        None, description="Key-value heads of softmax layers (GQA); `heads` if empty (MHA)."
+    )
     head_dim: PositiveInt | None = Field(None, description="Width of one head; `hidden / heads` if empty.")
-    ffn: PositiveInt | None = Field(None, description="Inner width of SwiGLU; 8/3 of `hidden` rounded up to a multiple of 64 if empty.")
-    vocab: PositiveInt = Field(description="Size of the vocabulary: every token id is below it. Bytes with end-of-document: 257.")
-    vocab_multiple: PositiveInt = Field(64, description="The embedding is padded to a multiple of this, whatever the tensor degree, so checkpoints reshard.")
+    ffn: PositiveInt | None = Field(
+        None, description="Inner width of SwiGLU; 8/3 of `hidden` rounded up to a multiple of 64 if empty."
+    )
+    vocab: PositiveInt = Field(
+        description="Size of the vocabulary: every token id is below it. Bytes with end-of-document: 257."
+    )
+    vocab_multiple: PositiveInt = Field(
+        64,
+        description="The embedding is padded to a multiple of this, whatever the tensor degree, so checkpoints reshard.",
+    )
     tied: bool = Field(True, description="Share the embedding with the output layer.")
     qk_norm: bool = Field(True, description="RMSNorm of queries and keys per head (softmax layers).")
     rope_base: PositiveFloat = Field(10_000.0, description="Base of rotary position embedding (softmax layers).")
     norm_eps: PositiveFloat = Field(1e-6, description="Epsilon of RMSNorm.")
-    init_std: PositiveFloat = Field(0.02, description="Standard deviation of initial weights; output projections divide it by sqrt(2 layers).")
+    init_std: PositiveFloat = Field(
+        0.02, description="Standard deviation of initial weights; output projections divide it by sqrt(2 layers)."
+    )
     linear: LinearMixer = Field(LinearMixer(), description="Settings of linear attention layers.")
 
     @property
@@ -73,14 +88,27 @@ class Model(Section):
 class Parallel(Section):
     """Degrees of parallelism. Data parallelism is what is left: world size / (tensor x pipeline x context)."""
 
-    tensor: PositiveInt = Field(1, description="Tensor parallel degree; above 1 the residual stream is sharded over it too (sequence parallelism).")
+    tensor: PositiveInt = Field(
+        1,
+        description="Tensor parallel degree; above 1 the residual stream is sharded over it too (sequence parallelism).",
+    )
     pipeline: PositiveInt = Field(1, description="Pipeline stages.")
-    virtual_pipeline: PositiveInt = Field(1, description="Chunks of layers per pipeline stage; above 1 the interleaved schedule runs.")
-    context: PositiveInt = Field(1, description="Context parallel degree: ranks that share the tokens of a micro-batch.")
+    virtual_pipeline: PositiveInt = Field(
+        1, description="Chunks of layers per pipeline stage; above 1 the interleaved schedule runs."
+    )
+    context: PositiveInt = Field(
+        1, description="Context parallel degree: ranks that share the tokens of a micro-batch."
+    )
     expert: PositiveInt = Field(1, description="Expert parallel degree; 1 for models without experts.")
-    layout: Literal["contiguous", "zigzag"] = Field("zigzag", description="How the documents of a micro-batch are laid over the context ranks.")
-    attention: Literal["gather"] = Field("gather", description="How softmax attention crosses context ranks: `gather` gathers keys and values.")
-    linear: Literal["lasp2"] = Field("lasp2", description="How linear attention crosses context ranks: `lasp2` gathers states once.")
+    layout: Literal["contiguous", "zigzag"] = Field(
+        "zigzag", description="How the documents of a micro-batch are laid over the context ranks."
+    )
+    attention: Literal["gather"] = Field(
+        "gather", description="How softmax attention crosses context ranks: `gather` gathers keys and values."
+    )
+    linear: Literal["lasp2"] = Field(
+        "lasp2", description="How linear attention crosses context ranks: `lasp2` gathers states once."
+    )
 
 
 class Corpus(Section):
@@ -95,8 +123,12 @@ class Data(Section):
 
     corpora: list[Corpus] = Field(min_length=1, description="Corpora, blended by weight.")
     seed: NonNegativeInt = Field(0, description="Seed of the document order.")
-    validation_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="Share of the documents of each corpus that is held out for validation.")
-    verify: bool = Field(True, description="Scan every token id against `model.vocab` before training (once per run, on the first rank).")
+    validation_fraction: float = Field(
+        0.01, ge=0.0, lt=1.0, description="Share of the documents of each corpus that is held out for validation."
+    )
+    verify: bool = Field(
+        True, description="Scan every token id against `model.vocab` before training (once per run, on the first rank)."
+    )
 
 
 class Optimizer(Section):
@@ -104,15 +136,21 @@ class Optimizer(Section):
 
     lr: PositiveFloat = Field(3e-4, description="Peak learning rate.")
     min_lr: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the decay.")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="After warm-up: cosine decay; warm-up-stable-decay; or constant.")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="After warm-up: cosine decay; warm-up-stable-decay; or constant."
+    )
     warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warm-up.")
-    decay_steps: PositiveInt | None = Field(None, description="Steps of the final decay of `wsd` (1/5 of `train.steps` if empty).")
+    decay_steps: PositiveInt | None = Field(
+        None, description="Steps of the final decay of `wsd` (1/5 of `train.steps` if empty)."
+    )
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Adam's first-moment decay.")
     beta2: float = Field(0.95, ge=0.0, lt=1.0, description="Adam's second-moment decay.")
     eps: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
     weight_decay: NonNegativeFloat = Field(0.1, description="Decoupled weight decay (matrices only).")
     clip: NonNegativeFloat = Field(1.0, description="Gradient norm to clip at; 0: no clipping.")
-    distributed: bool = Field(True, description="Shard optimizer states over the data and context ranks (Megatron's distributed optimizer).")
+    distributed: bool = Field(
+        True, description="Shard optimizer states over the data and context ranks (Megatron's distributed optimizer)."
+    )
 
 
 class Train(Section):
@@ -121,15 +159,27 @@ class Train(Section):
     folder: Path = Field(description="Everything that the run writes goes here.")
     steps: PositiveInt = Field(description="Optimizer steps.")
     batch_tokens: PositiveInt = Field(description="Tokens of one step over all ranks.")
-    micro_batch_tokens: PositiveInt = Field(description="Tokens of one micro-batch, shared by the context ranks of one data replica.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the model; optimizer states and gradient sums are fp32.")
+    micro_batch_tokens: PositiveInt = Field(
+        description="Tokens of one micro-batch, shared by the context ranks of one data replica."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Arithmetic of the model; optimizer states and gradient sums are fp32."
+    )
     seed: NonNegativeInt = Field(0, description="Seed of the initial weights (equal for all degrees of parallelism).")
     z_loss: NonNegativeFloat = Field(0.0, description="Weight of log(Z)^2 in the loss (PaLM uses 1e-4).")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="Recompute in backward: nothing, the token mixers, or whole layers.")
-    overlap: bool | None = Field(None, description="Overlap gradient reduction and parameter gathering with compute; on GPUs only if empty.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Recompute in backward: nothing, the token mixers, or whole layers."
+    )
+    overlap: bool | None = Field(
+        None, description="Overlap gradient reduction and parameter gathering with compute; on GPUs only if empty."
+    )
     validate_every: NonNegativeInt = Field(0, description="Steps between validations; 0: only at the end.")
-    validate_tokens: NonNegativeInt = Field(0, description="Tokens of one validation, rounded up to whole batches; 0: no validation.")
-    timeout_minutes: PositiveFloat = Field(10.0, description="How long a collective may wait before the run is declared dead.")
+    validate_tokens: NonNegativeInt = Field(
+        0, description="Tokens of one validation, rounded up to whole batches; 0: no validation."
+    )
+    timeout_minutes: PositiveFloat = Field(
+        10.0, description="How long a collective may wait before the run is declared dead."
+    )
 
 
 class Checkpoint(Section):
@@ -137,7 +187,10 @@ class Checkpoint(Section):
 
     every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end and on SIGTERM.")
     keep: PositiveInt = Field(2, description="How many checkpoints are kept.")
-    resume: Literal["auto", "never"] | Path = Field("auto", description="`auto`: go on from the newest checkpoint of `train.folder`; `never`: refuse to overwrite one; or a checkpoint's path.")
+    resume: Literal["auto", "never"] | Path = Field(
+        "auto",
+        description="`auto`: go on from the newest checkpoint of `train.folder`; `never`: refuse to overwrite one; or a checkpoint's path.",
+    )
     save: bool = Field(True, description="Write checkpoints.")
 
 

@@ -1,8 +1,5 @@
 """The hybrid decoder: embedding, Megatron's transformer block over per-layer specs, output layer, loss per token."""
 
-import torch
-import torch.nn.functional as F
-from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -77,7 +74,9 @@ class HybridModel(LanguageModule):
 
     def forward(self, tokens: Tensor, targets: Tensor, packed: PackedMicroBatch) -> Tensor:
         """tokens, targets int64 [slots] -> losses fp32 [2, slots] (cross-entropy, z-loss) on the last stage, else [slots / tensor, 1, hidden]."""
-        hidden = self.embedding(tokens[None], None) if self.pre_process else None  # [1, slots] -> [slots / tensor, 1, hidden]
+        hidden = (
+            self.embedding(tokens[None], None) if self.pre_process else None
+        )  # [1, slots] -> [slots / tensor, 1, hidden]
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:
             return hidden
@@ -89,5 +88,7 @@ class HybridModel(LanguageModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.pop(f"{prefix}output_layer._extra_state", None)  # Transformer Engine's; empty here, absent on other stages
+        state.pop(
+            f"{prefix}output_layer._extra_state", None
+        )  # Transformer Engine's; empty here, absent on other stages
         return state

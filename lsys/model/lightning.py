@@ -47,7 +47,11 @@ class HeadNorm(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight}, prefix, {"weight": 0}, sharded_offsets, tp_group=self.tp_group,
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
 
@@ -61,7 +65,12 @@ class LightningMixer(Mixer):
     log_decay: Tensor
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection, options: MixerOptions, **unused: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        options: MixerOptions,
+        **unused: Any,
     ) -> None:
         model = options.model
         heads, self.head_dim = model.linear_heads, model.linear_head_width

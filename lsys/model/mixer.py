@@ -61,9 +61,13 @@ class Mixer(MegatronModule):
     def mix(self, projected: Tensor, packed: PackedMicroBatch) -> Tensor:
         """projected [T_r, in_width / tensor] -> [T_r, out_width / tensor]."""
 
-    def forward(self, hidden_states: Tensor, *unused: Any, packed_seq_params: PackedMicroBatch, **also_unused: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *unused: Any, packed_seq_params: PackedMicroBatch, **also_unused: Any
+    ) -> Any:
         """hidden_states [slots / tensor, 1, hidden] -> ([slots / tensor, 1, hidden], no bias)."""
-        projected, _ = self.in_proj(hidden_states)  # gathers the slots over the tensor ranks -> [slots, 1, in_width / tensor]
+        projected, _ = self.in_proj(
+            hidden_states
+        )  # gathers the slots over the tensor ranks -> [slots, 1, in_width / tensor]
         mix = partial(self._mix_documents, packed=packed_seq_params)
         if self.options.recompute and self.training:
             mixed = tensor_parallel.checkpoint(mix, False, projected)

@@ -59,6 +59,8 @@ def initialise(chunk: MegatronModule, model: Model, seed: int) -> None:
                 continue
             std = scaled if piece.key.endswith(("out_proj.weight", "linear_fc2.weight")) else model.init_std
             generator = torch.Generator(device=piece.data.device)
-            generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{piece.key}".encode()).digest()[:8], "little") >> 1)
+            generator.manual_seed(
+                int.from_bytes(hashlib.sha256(f"{seed}/{piece.key}".encode()).digest()[:8], "little") >> 1
+            )
             whole = torch.empty(piece.shape, dtype=torch.float32, device=piece.data.device)
             piece.data.copy_(whole.normal_(0.0, std, generator=generator)[piece.slices])

@@ -20,7 +20,12 @@ class SoftmaxMixer(Mixer):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection, options: MixerOptions, **unused: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        options: MixerOptions,
+        **unused: Any,
     ) -> None:
         model = options.model
         self.head_dim, self.queries_per_group = model.head_width, model.heads // model.kv_heads

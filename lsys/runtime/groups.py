@@ -89,4 +89,6 @@ def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **kwargs)
         return
     store = dist.HashStore()  # one process, no network
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout
+    )

@@ -1,0 +1,147 @@
+"""From a YAML file and command-line overrides to a `Config`, with every mistake reported at once; and back to text."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lsys.config.messages import ConfigError, Mistake, from_validation
+from lsys.config.schema import Config
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 3e-4 as the number it is in YAML 1.2 (a string in 1.1)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: the YAML file.
+        overrides: words of a command line: `--section.key value` or `--section.key=value`, lists by index (`--data.corpora.0.path x`);
+            a value is YAML, and `-` in a key may stand for `_`.
+
+    Raises:
+        ConfigError: the file cannot be read, or its keys and values are refused; it names all of them.
+    """
+    tree = _read(Path(path))
+    mistakes = override(tree, overrides)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(mistakes + from_validation(error, Config)) from None
+    if mistakes:
+        raise ConfigError(mistakes)
+    return config
+
+
+def _read(path: Path) -> dict:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            [Mistake("", f"{path} cannot be read: {reason}", "name a YAML file, such as configs/quickstart.yaml")]
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([Mistake("", _yaml_problem(str(path), error))]) from None
+    if not isinstance(tree, dict):
+        raise ConfigError([Mistake("", f"{path} is not a mapping of sections", "begin with model:, data: and train:")])
+    return tree
+
+
+def _yaml_problem(where: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{where}{place} is not YAML: {getattr(error, 'problem', None) or error}"
+
+
+def override(tree: dict, words: list[str] | tuple[str, ...]) -> list[Mistake]:
+    """Put the values of `--section.key value` into the tree; what cannot be put there is returned."""
+    mistakes, queue = [], list(words)
+    while queue:
+        option, equals, text = queue.pop(0).partition("=")
+        names = option[2:].replace("-", "_").split(".")
+        if not option.startswith("--") or len(names) < 2 or not all(names):
+            mistakes.append(
+                Mistake("", f"{option!r} is no override", "write --section.key value, such as --parallel.tensor 2")
+            )
+            continue
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                mistakes.append(Mistake(".".join(names), "no value was given", f"write {option} VALUE"))
+                continue
+            text = queue.pop(0)
+        try:
+            _put(tree, names, yaml.load(text, _Loader))  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError as error:
+            mistakes.append(Mistake(".".join(names), _yaml_problem(repr(text), error)))
+        except LookupError as error:
+            mistakes.append(Mistake(".".join(names), str(error.args[0])))
+    return mistakes
+
+
+def _put(tree: dict, names: list[str], value: Any) -> None:
+    node: Any = tree
+    for depth, name in enumerate(names):
+        last = depth == len(names) - 1
+        here = ".".join(names[:depth])
+        if isinstance(node, list):
+            if not name.isdigit() or int(name) > len(node):
+                raise LookupError(
+                    f"{here} is a list of {len(node)}, which has no {name!r}; take an index from 0 to {len(node)}"
+                )
+            index: Any = int(name)
+            if index == len(node):
+                node.append({})
+        elif isinstance(node, dict):
+            index = name
+        else:
+            raise LookupError(f"{here} is {node!r}, which has no keys; override {here} itself")
+        if last:
+            node[index] = value
+        elif isinstance(node, dict) and node.get(index) is None:
+            node[index] = [] if names[depth + 1].isdigit() else {}
+        if not last:
+            node = node[index]
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """All keys with plain values; those that follow from others are filled in."""
+    tree = config.model_dump(mode="json")
+    model = config.model
+    tree["model"] |= dict(groups=model.kv_heads, head_dim=model.head_width, ffn=model.ffn_width)
+    tree["model"]["linear"] |= dict(heads=model.linear_heads, head_dim=model.linear_head_width)
+    if config.optimizer.schedule == "wsd":
+        tree["optimizer"]["decay_steps"] = config.optimizer.decay_steps or max(1, config.train.steps // 5)
+    return tree
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `load` reads; keys in the schema's order, values that follow from others filled in."""
+    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of `dump`, 64 hex digits: the same for two files that mean the same run."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()

@@ -1,0 +1,133 @@
+"""A step is planned: which tokens make its micro-batches, and where each of them goes.
+
+A plan is a pure function of (seed, step, document lengths). Every rank, pipeline stage and virtual chunk builds its own copy without
+communication, and no number of ranks changes which tokens a step holds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsys.data.stream import TokenStream
+from lsys.model.packed import PackedMicroBatch
+from lsys.parallel.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One micro-batch on one context rank.
+
+    Attributes:
+        tokens, targets: int64 [slots]; the slots after the rank's T_r tokens are slack and hold zeros.
+        loss_mask: fp32 [T_r], 1 where the target counts.
+        packed: layout and positions of the T_r tokens.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    packed: PackedMicroBatch
+
+    @property
+    def slots(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of one data replica, before its tokens are spread over the context ranks.
+
+    Attributes:
+        layout: which tokens each context rank holds.
+        tokens, targets: int64 [T], documents concatenated. Targets were looked up before anything was cut: the token that follows in the
+            document, wherever it is.
+        loss_mask: fp32 [T].
+        slots: token slots of every rank, constant over the run: what the residual stream holds.
+    """
+
+    layout: SequenceLayout
+    tokens: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    slots: int
+
+    def slack(self, rank: int) -> int:
+        """Slots of this rank that no document fills."""
+        return self.slots - self.layout.tokens(rank)
+
+    def on_rank(self, rank: int, device: torch.device) -> RankBatch:
+        def fill(x: Tensor) -> Tensor:  # [T] -> [slots]
+            return torch.nn.functional.pad(self.layout.shard(x, rank), (0, self.slack(rank))).to(
+                device, non_blocking=True
+            )
+
+        packed = PackedMicroBatch(
+            layout=self.layout, positions=self.layout.positions(rank).to(device, non_blocking=True)
+        )
+        mask = self.layout.shard(self.loss_mask, rank).to(device, non_blocking=True)
+        return RankBatch(fill(self.tokens), fill(self.targets), mask, packed)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The micro-batches of one step that one data replica works on, in order."""
+
+    step: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    def on_rank(self, rank: int, device: torch.device) -> list[RankBatch]:
+        return [micro_batch.on_rank(rank, device) for micro_batch in self.micro_batches]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans of all steps over one stream of tokens.
+
+    Attributes:
+        stream: the endless stream of documents.
+        batch_tokens, micro_batch_tokens: tokens of a step over all replicas, of one micro-batch.
+        context: context ranks of a replica; tensor: tensor degree, which slots are a multiple of; kind: the layout.
+        limit: tokens from this offset of the stream on are masked from the loss (None: none). Validation reads each document once.
+    """
+
+    stream: TokenStream
+    batch_tokens: int
+    micro_batch_tokens: int
+    context: int = 1
+    tensor: int = 1
+    kind: str = "zigzag"
+    limit: int | None = None
+
+    @cached_property
+    def slots(self) -> int:
+        """Token slots of a rank: its share of a micro-batch, rounded up to a multiple of the tensor degree."""
+        share = -(-self.micro_batch_tokens // self.context)
+        return -(-share // self.tensor) * self.tensor
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all replicas."""
+        return self.batch_tokens // self.micro_batch_tokens
+
+    def step(self, step: int, replica: int = 0, replicas: int = 1) -> StepPlan:
+        """The plan of one step for one of the data replicas: consecutive micro-batches of the step's tokens."""
+        each = self.micro_batches // replicas
+        mine = range(replica * each, (replica + 1) * each)
+        return StepPlan(step, tuple(self._micro_batch(step * self.micro_batches + index) for index in mine))
+
+    def steps(self, start: int, stop: int, replica: int = 0, replicas: int = 1) -> Iterator[StepPlan]:
+        return (self.step(step, replica, replicas) for step in range(start, stop))
+
+    def _micro_batch(self, index: int) -> MicroBatch:
+        start = index * self.micro_batch_tokens
+        pack = self.stream.batch(start, self.micro_batch_tokens)
+        mask = torch.from_numpy(np.asarray(pack.loss_mask, dtype=np.float32))
+        if self.limit is not None:
+            mask = mask.clone()
+            mask[max(0, self.limit - start) :] = 0
+        layout = getattr(SequenceLayout, self.kind)(tuple(pack.lengths.tolist()), self.context)
+        return MicroBatch(layout, torch.from_numpy(pack.tokens), torch.from_numpy(pack.targets), mask, self.slots)

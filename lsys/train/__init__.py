@@ -1,0 +1,1 @@
+"""The loop, the engine (Megatron's DDP, optimizer, schedules), the loss."""

@@ -1,0 +1,96 @@
+"""The data of a run: corpora opened and checked, training and validation plans, one step at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lsys.config import Config
+from lsys.data.corpus import Corpus
+from lsys.data.plan import Planner, RankBatch
+from lsys.data.stream import TokenStream
+from lsys.observe.flops import training_flops
+from lsys.runtime.groups import Groups
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Batches of this rank.
+
+    Attributes:
+        train: plans of training steps. held_out: plans of validation steps, or None.
+        validation_steps: how many steps one validation has; 0: none.
+        bigram_entropy: conditional entropy of the corpora's byte bigrams, nats per token, or None where it was not counted.
+    """
+
+    settings: Config
+    groups: Groups
+    train: Planner
+    held_out: Planner | None
+    validation_steps: int
+    bigram_entropy: float | None
+
+    def training(self, step: int) -> tuple[list[RankBatch], float]:
+        """The rank's micro-batches of a step, and the FLOPs of the step on this data replica."""
+        plan = self.train.step(step, self.groups.data_rank, self.groups.data_size)
+        flops = sum(training_flops(self.settings.model, m.layout.lengths) for m in plan.micro_batches)
+        return plan.on_rank(self.groups.context_rank, self.groups.device), flops
+
+    def validation(self) -> Iterator[list[RankBatch]]:
+        if self.held_out is not None:
+            for plan in self.held_out.steps(0, self.validation_steps, self.groups.data_rank, self.groups.data_size):
+                yield plan.on_rank(self.groups.context_rank, self.groups.device)
+
+
+def open_data(settings: Config, groups: Groups) -> RunData:
+    """Open the corpora; refuse token ids outside the vocabulary (rank 0 looks, all ranks hear)."""
+    corpora = [Corpus.open(str(corpus.path)) for corpus in settings.data.corpora]
+    if settings.data.verify:
+        _verify(corpora, settings, groups)
+    weights = [corpus.weight for corpus in settings.data.corpora]
+    fraction = settings.data.validation_fraction
+
+    def planner(split: str, limit: int | None = None) -> Planner:
+        stream = TokenStream(corpora, weights, seed=settings.data.seed, split=split, validation_fraction=fraction)
+        train, parallel = settings.train, settings.parallel
+        return Planner(
+            stream,
+            train.batch_tokens,
+            train.micro_batch_tokens,
+            parallel.context,
+            parallel.tensor,
+            parallel.layout,
+            limit,
+        )
+
+    held_out, steps = None, 0
+    if settings.train.validate_tokens and fraction > 0:
+        whole = planner("validation").stream.epoch_tokens
+        wanted = min(settings.train.validate_tokens, whole)
+        steps = -(-wanted // settings.train.batch_tokens)
+        held_out = planner("validation", limit=whole)  # the last batch may go beyond: each document counts once
+    return RunData(settings, groups, planner("train"), held_out, steps, _bigram_entropy(corpora, weights))
+
+
+def _verify(corpora: list[Corpus], settings: Config, groups: Groups) -> None:
+    message: list[str | None] = [None]
+    if groups.launch.rank == 0:
+        try:
+            for corpus in corpora:
+                corpus.verify_tokens(settings.model.vocab)
+        except ValueError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(
+        message, src=0, device=torch.device("cpu") if groups.device.type == "cpu" else groups.device
+    )
+    if message[0] is not None:
+        raise ValueError(message[0])
+
+
+def _bigram_entropy(corpora: list[Corpus], weights: list[float]) -> float | None:
+    """Mean over the corpora by weight, where every one was counted when it was prepared."""
+    counted = [corpus.bigram_entropy for corpus in corpora]
+    if any(entropy is None for entropy in counted):
+        return None
+    return sum(e * w for e, w in zip(counted, weights, strict=True) if e is not None) / sum(weights)

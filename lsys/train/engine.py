@@ -1,0 +1,229 @@
+"""Model chunks, gradients and optimizer of one rank: Megatron's DDP, distributed optimizer and pipeline schedules behind four verbs."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from lsys.config import Config
+from lsys.data.plan import RankBatch
+from lsys.model.hybrid import HybridModel
+from lsys.model.megatron_config import transformer_config
+from lsys.model.parameters import initialise
+from lsys.runtime.groups import Groups
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over the tokens of a step that count, over all ranks."""
+
+    entropy: float
+    z_loss: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Cross-entropy per token, nats."""
+        return self.entropy / max(self.tokens, 1)
+
+
+class Engine:
+    """One rank's share of the model and its optimizer.
+
+    Attributes:
+        config: Megatron's configuration.
+        chunks: DDP-wrapped pipeline chunks (one without virtual stages).
+        optimizer, scheduler: Megatron's.
+    """
+
+    def __init__(self, settings: Config, groups: Groups) -> None:
+        self.settings, self.groups = settings, groups
+        self.config = transformer_config(settings)
+        self.overlap = settings.train.overlap if settings.train.overlap is not None else groups.device.type == "cuda"
+        self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self._build_chunks())]
+        self._check_layers()
+        self.optimizer = get_megatron_optimizer(_optimizer_config(settings, self._gathers_late), self.chunks)
+        self.scheduler = _scheduler(settings, self.optimizer)
+        self._install_hooks()
+
+    @property
+    def _gathers_late(self) -> bool:
+        """Whether parameters are gathered during the next forward pass, and so are stale after an optimizer step."""
+        return self.overlap and self.settings.optimizer.distributed
+
+    def _build_chunks(self) -> list[HybridModel]:
+        groups, virtual = self.groups.collection, self.settings.parallel.virtual_pipeline
+        first, last = groups.pp.rank() == 0, self.groups.is_last_stage
+        chunks = []
+        for stage in range(virtual):
+            chunk = HybridModel(
+                self.settings,
+                self.config,
+                groups,
+                pre_process=first and stage == 0,
+                post_process=last and stage == virtual - 1,
+                vp_stage=stage if virtual > 1 else None,
+            )
+            initialise(chunk, self.settings.model, self.settings.train.seed)
+            chunks.append(chunk)
+        return chunks
+
+    def _wrap(self, chunk: HybridModel, index: int) -> DistributedDataParallel:
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.overlap,
+            overlap_param_gather=self._gathers_late,
+            use_distributed_optimizer=self.settings.optimizer.distributed,
+        )
+        return DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
+
+    def _check_layers(self) -> None:
+        """Megatron drops layers silently where degrees do not divide them; the built ones are counted instead of trusted."""
+        groups = self.groups.collection
+        built = torch.tensor(sum(len(chunk.module.decoder.layers) for chunk in self.chunks), device=self.groups.device)
+        dist.all_reduce(built, group=groups.pp)
+        if built.item() != self.settings.model.layers:
+            raise RuntimeError(
+                f"{built.item()} layers were built for model.layers {self.settings.model.layers}: pipeline "
+                f"{self.settings.parallel.pipeline} x virtual_pipeline {self.settings.parallel.virtual_pipeline} must divide it"
+            )
+
+    def _install_hooks(self) -> None:
+        """The callbacks by which Megatron's schedules drive gradient synchronisation."""
+        config = self.config
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        if self.overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def forward_backward(
+        self, batches: Sequence[RankBatch], *, forward_only: bool = False, force_all_reduce: bool = False
+    ) -> Losses:
+        """Run the micro-batches of a step through Megatron's schedule; gradients are summed, reduced and divided by the global token count.
+
+        Args:
+            batches: this data replica's micro-batches as this context rank sees them; alike on all pipeline and tensor ranks.
+            forward_only: no gradients.
+            force_all_reduce: leave whole gradients on every data rank (instead of shards), for inspection.
+
+        Returns:
+            Losses over all ranks, equal on all of them.
+        """
+        for chunk in self.chunks:
+            chunk.train(not forward_only)
+            if not forward_only:
+                chunk.zero_grad_buffer()
+        if not forward_only:
+            self.optimizer.zero_grad()
+        iterators = [iter(batches) for _ in self.chunks]
+        sums = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].slots * self.settings.parallel.context,  # Megatron divides by the context degree
+            micro_batch_size=1,
+            forward_only=forward_only,
+            force_all_reduce=force_all_reduce,
+        )
+        return self._reduce(sums)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule. Returns the gradient norm before clipping."""
+        succeeded, norm, _ = self.optimizer.step()
+        if not succeeded:
+            raise FloatingPointError("the optimizer found inf or nan in the gradients")
+        self.scheduler.step(increment=1)
+        return float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @contextlib.contextmanager
+    def settled_parameters(self) -> Iterator[None]:
+        """Inside, parameters are whole and current: for validation and checkpoints.
+
+        With overlapped gathering Megatron fetches a parameter when the next training forward pass first needs it; until then it is stale.
+        """
+        if self._gathers_late:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            if self._gathers_late:
+                for chunk in self.chunks:
+                    chunk.enable_forward_pre_hook()
+
+    def _reduce(self, sums: list[Tensor]) -> Losses:
+        """Add the sums of micro-batches (known on the last stage) over data and context ranks, and tell every stage."""
+        groups = self.groups.collection
+        total = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        dist.all_reduce(total, group=groups.dp_cp)
+        dist.broadcast(total, dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
+        entropy, z_loss, tokens = total.tolist()
+        return Losses(entropy, z_loss, round(tokens))
+
+
+def _forward_step(batches: Iterator[RankBatch], chunk: DistributedDataParallel) -> tuple[Tensor, object]:
+    batch = next(batches)
+
+    def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[2, slots] -> (sum to differentiate, its tokens, what is reported). Megatron divides by the tokens of all ranks."""
+        # Slack is cut off, not multiplied by zero: whatever its slots hold cannot reach the loss.
+        held = losses[:, : len(batch.loss_mask)]
+        entropy, z_loss = (held * batch.loss_mask).sum(1)
+        tokens = batch.loss_mask.sum()
+        report = torch.stack((entropy.detach(), z_loss.detach(), tokens)).double()
+        return entropy + z_loss, tokens.int(), report
+
+    return chunk(batch.tokens, batch.targets, batch.packed), loss
+
+
+def _optimizer_config(settings: Config, gathers_late: bool) -> OptimizerConfig:
+    options = settings.optimizer
+    half = settings.train.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        clip_grad=options.clip,
+        bf16=half,
+        params_dtype=torch.bfloat16 if half else torch.float32,
+        use_distributed_optimizer=options.distributed,
+        overlap_param_gather=gathers_late,
+    )
+
+
+def _scheduler(settings: Config, optimizer: object) -> OptimizerParamScheduler:
+    options, steps = settings.optimizer, settings.train.steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style={"wsd": "WSD"}.get(options.schedule, options.schedule),
+        wsd_decay_steps=options.decay_steps or max(1, steps // 5),
+        lr_wsd_decay_style="linear",
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # on resume the YAML's learning rate counts, not the checkpoint's
+    )

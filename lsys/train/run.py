@@ -1,0 +1,151 @@
+"""One run, from a configuration to its last checkpoint."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lsys.config import Config
+from lsys.config.load import dump
+from lsys.config.rules import check_files, require
+from lsys.runtime.environment import launch_from_environment
+from lsys.runtime.groups import Groups, process_groups
+
+
+class RunError(ValueError):
+    """The run cannot start, or cannot go on."""
+
+
+def main(settings: Config) -> int:
+    """Train as configured; the exit code. Everything that can be refused is refused before a process group starts."""
+    launch = launch_from_environment()
+    require(settings, launch.world_size)
+    check_files(settings)
+    with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
+        Run(settings, groups).train()
+    return 0
+
+
+class Run:
+    """The loop and what it needs: data, engine, checkpoints, reports."""
+
+    def __init__(self, settings: Config, groups: Groups) -> None:
+        from lsys.checkpoint import Checkpoints
+        from lsys.observe.hardware import peak_of_ranks
+        from lsys.observe.meter import Meter
+        from lsys.observe.reporter import Reporter
+        from lsys.train.data import open_data
+        from lsys.train.engine import Engine
+
+        self.settings, self.groups = settings, groups
+        self.data = open_data(settings, groups)
+        self.engine = Engine(settings, groups)
+        self.checkpoints = Checkpoints(settings.train.folder / "checkpoints", settings.checkpoint.keep)
+        self.step = self._resume()
+        self.saved_step = self.step
+        self.meter = Meter()
+        active = groups.launch.rank == 0
+        self.reporter = Reporter(
+            settings,
+            active=active,
+            ranks=groups.launch.world_size,
+            device=groups.device,
+            peak=peak_of_ranks(groups.device, settings.train.precision),
+            first_step=self.step + 1,
+            text=dump(settings),
+        )
+
+    def _resume(self) -> int:
+        """Load the checkpoint that the configuration asks for; the number of steps done."""
+        choice = self.settings.checkpoint.resume
+        latest = self.checkpoints.latest()
+        if choice == "never":
+            if latest is not None:
+                raise RunError(
+                    f"{latest} exists and checkpoint.resume is never: take another train.folder, or resume: auto to go on from it"
+                )
+            return 0
+        path = latest if choice == "auto" else Path(choice)
+        if path is None:
+            return 0
+        cursor = self.checkpoints.load(self.engine, path)
+        return cursor.step
+
+    def train(self) -> None:
+        """Steps until `train.steps` or SIGTERM; validation and checkpoints at their intervals and at the end."""
+        from lsys.train.signals import StopRequest
+
+        settings, steps = self.settings, self.settings.train.steps
+        if self.step:
+            self.reporter.say(f"resumed after step {self.step} of {steps}")
+        if self.step >= steps:
+            self.reporter.say(
+                f"nothing to do: train.steps is {steps} and the checkpoint has done {self.step}; raise train.steps to go on"
+            )
+        with StopRequest(self.groups.device) as stop, ThreadPoolExecutor(1) as ahead:
+            plan = ahead.submit(self.data.training, self.step)
+            while self.step < steps:
+                with self.meter.waiting_for_data():
+                    batches, flops = plan.result()
+                if self.step + 1 < steps:
+                    plan = ahead.submit(self.data.training, self.step + 1)
+                self._train_step(batches, flops)
+                if _due(self.step, settings.train.validate_every) and self.step < steps:
+                    self._validate()
+                if _due(self.step, settings.checkpoint.every):
+                    self._save()
+                if stop.agreed():
+                    self.reporter.say(f"SIGTERM: saving after step {self.step} and stopping")
+                    break
+        if self.step >= steps:
+            self._validate()
+        self._save()
+        self.reporter.close()
+
+    def _train_step(self, batches: list, flops: float) -> None:
+        import math
+
+        losses = self.engine.forward_backward(batches)
+        if not math.isfinite(losses.entropy):
+            raise RunError(
+                f"the loss of step {self.step + 1} is {losses.mean}: no update was made; the newest checkpoint is "
+                f"{self.checkpoints.latest()}. A lower optimizer.lr, a longer warmup_steps or optimizer.clip may help"
+            )
+        lr = self.engine.learning_rate
+        norm = self.engine.step()
+        self.step += 1
+        self.meter.add(self.settings.train.batch_tokens, flops * self.groups.data_size)
+        if _due(self.step, self.settings.metrics.every) or self.step == self.settings.train.steps:
+            self.reporter.training(
+                self.step,
+                self.meter.take(),
+                loss=losses.mean,
+                z_loss=losses.z_loss / max(losses.tokens, 1),
+                grad_norm=norm,
+                lr=lr,
+                seen=self.step * self.settings.train.batch_tokens,
+            )
+
+    def _validate(self) -> None:
+        """Loss over the held-out documents."""
+        if not self.data.validation_steps:
+            return
+        entropy, tokens = 0.0, 0
+        with self.meter.paused(), self.engine.settled_parameters():
+            for batches in self.data.validation():
+                losses = self.engine.forward_backward(batches, forward_only=True)
+                entropy, tokens = entropy + losses.entropy, tokens + losses.tokens
+        self.reporter.validation(self.step, entropy / max(tokens, 1), self.data.bigram_entropy)
+
+    def _save(self) -> None:
+        from lsys.checkpoint import Cursor
+
+        if not self.settings.checkpoint.save or self.step == self.saved_step:
+            return
+        with self.meter.paused(), self.engine.settled_parameters():
+            cursor = Cursor(self.step, self.step * self.settings.train.batch_tokens, dump(self.settings))
+            path = self.checkpoints.save(self.engine, cursor)
+        self.saved_step = self.step
+        self.reporter.say(f"saved {path}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

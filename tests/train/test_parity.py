@@ -1,0 +1,89 @@
+"""Every combination of degrees equals one process: gradients, norms and losses. And the comparison notices planted faults."""
+
+from typing import Any
+
+import pytest
+from support import faults, parity
+
+TOLERANCE = 1e-5  # fp32, relative
+
+
+def outcome(rank: int, world_size: int, changes: dict[str, Any], fault: str | None = None) -> Any:
+    result = parity.train(rank, world_size, changes, fault)
+    return result.__dict__
+
+
+def differences(gloo: Any, ranks: int, changes: dict[str, Any], fault: str | None = None) -> dict[str, float]:
+    shared = {key: value for key, value in changes.items() if not key.startswith("parallel__")}
+    one = _reference(gloo, tuple(sorted(shared.items())))
+    many = [parity.Outcome(**each) for each in gloo(ranks, outcome, changes, fault)]
+    return parity.difference(one, many)
+
+
+_references: dict[Any, Any] = {}
+
+
+def _reference(gloo: Any, shared: tuple) -> Any:
+    if shared not in _references:
+        _references[shared] = [parity.Outcome(**each) for each in gloo(1, outcome, dict(shared))]
+    return _references[shared]
+
+
+def degrees(tensor: int = 1, pipeline: int = 1, virtual: int = 1, context: int = 1, **more: Any) -> dict[str, Any]:
+    return {
+        "parallel__tensor": tensor,
+        "parallel__pipeline": pipeline,
+        "parallel__virtual_pipeline": virtual,
+        "parallel__context": context,
+        **more,
+    }
+
+
+FAST = {
+    "TP2": (2, degrees(tensor=2)),
+    "PP2": (2, degrees(pipeline=2)),
+    "PP2xVPP2": (2, degrees(pipeline=2, virtual=2)),
+    "CP2 zigzag": (2, degrees(context=2)),
+    "CP2 contiguous": (2, degrees(context=2, parallel__layout="contiguous")),
+    "DP2": (2, {}),
+    "TP2xCP2": (4, degrees(tensor=2, context=2)),
+}
+SLOW = {
+    "TP2xPP2": (4, degrees(tensor=2, pipeline=2)),
+    "PP2xCP2xDP2": (8, degrees(pipeline=2, context=2)),
+    "TP2xPP2xCP2": (8, degrees(tensor=2, pipeline=2, context=2)),
+    "CP3": (3, degrees(context=3)),
+    "CP4 contiguous": (4, degrees(context=4, parallel__layout="contiguous")),
+    "PP4": (4, degrees(pipeline=4)),
+    "DP4": (4, {}),
+    "DP2 plain optimizer": (2, {"optimizer__distributed": False}),
+    "PP2 untied": (2, degrees(pipeline=2, model__tied=False)),
+    "TP2 overlap": (4, degrees(tensor=2, train__overlap=True)),
+    "DP2 overlap": (2, {"train__overlap": True}),
+    "TP2xCP2 selective recompute": (4, degrees(tensor=2, context=2, train__recompute="selective")),
+    "PP2xCP2 full recompute": (4, degrees(pipeline=2, context=2, train__recompute="full")),
+    "CP2 only softmax": (2, degrees(context=2, model__pattern="S")),
+    "CP2 no decay": (2, degrees(context=2, model__pattern="L", model__linear={"decay": False})),
+}
+
+
+def check(measured: dict[str, float]) -> None:
+    assert max(measured.values()) <= TOLERANCE, measured
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_equals_one_process(gloo: Any, case: str) -> None:
+    check(differences(gloo, *FAST[case]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_equals_one_process_more(gloo: Any, case: str) -> None:
+    check(differences(gloo, *SLOW[case]))
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_planted_fault_is_noticed(gloo: Any, fault: str) -> None:
+    ranks, changes = faults.FAULTS[fault].ranks, faults.FAULTS[fault].changes
+    measured = differences(gloo, ranks, changes, fault)
+    assert max(measured.values()) > 100 * TOLERANCE, measured
