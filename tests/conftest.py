@@ -1,21 +1,23 @@
 """Fixtures of all tests."""
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from gloo import Pool
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; two cores are shared by all ranks
-sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; all ranks share the machine's cores
 
 
 @pytest.fixture(scope="session")
-def gloo() -> Iterator:
+def gloo() -> Iterator[Pool]:
     """`gloo(world_size, fn, *args)`: run fn(rank, world_size, *args) on every rank; see tests/gloo.py."""
-    from gloo import Pool
-
     pool = Pool()
     yield pool
     pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gloo" in getattr(item, "fixturenames", ()):
+            item.add_marker("world")

@@ -1,22 +1,20 @@
 """A pool of persistent worker processes that run functions as the ranks of a gloo group.
 
-Importing torch and megatron takes seconds; the workers do it once (they are forked from a server that has) and then run many cases.
+Importing torch and megatron takes seconds. A server process does it once; the workers are forked from it and run many cases each.
+What the workers do is in gloo_worker.py.
 """
 
 import contextlib
-import importlib.util
 import multiprocessing
-import multiprocessing.connection
+import os
 import pickle
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from multiprocessing import connection, forkserver
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 TESTS = Path(__file__).parent
@@ -30,128 +28,112 @@ class Worker:
     """One process and the pipe to it."""
 
     def __init__(self) -> None:
+        import gloo_worker
+
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([])
+        _start_server(context)
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,))  # not daemonic: checkpoint writers have children
+        self.process = context.Process(target=gloo_worker.serve, args=(theirs,))  # a daemon could have no children
         self.process.start()
         theirs.close()
 
+    def where(self, file: Path) -> str:
+        """What the process is doing: its Python stack, which it writes into `file` when signalled."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid or 0, signal.SIGUSR1)
+        for _ in range(20):
+            if file.exists() and file.stat().st_size:
+                break
+            time.sleep(0.05)
+        return file.read_text() if file.exists() else ""
+
+    def last_words(self) -> str:
+        """How the process ended."""
+        self.process.join(5)
+        code = self.process.exitcode
+        return f"died of {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
+
     def end(self) -> None:
+        """Kill the process and those that it started."""
         self.pipe.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.kill()
         self.process.join()
 
 
 class Pool:
-    """`pool(world_size, fn, *args)` calls fn(rank, world_size, *args) on every rank of a fresh gloo group and gives the results by rank.
+    """`pool(world_size, fn, *args)` calls fn(rank, world_size, *args) on every rank of a fresh gloo group; gives the results by rank.
 
-    `fn` is a function at the top level of a test module. A rank that raises, dies or is silent for `timeout` seconds makes the call raise
-    RankError; the workers that took part are then replaced, since others may wait for it in a collective.
+    `fn` is a function at the top level of a module; arguments and results are pickled. A rank that raises, dies or is
+    silent for `timeout` seconds makes the call raise RankError; the workers that took part are then replaced, since
+    they may wait for that rank in a collective.
     """
 
     def __init__(self) -> None:
         self.workers: list[Worker] = []
 
-    def __call__(self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
-        while len(self.workers) < world_size:
-            self.workers.append(Worker())
-        workers = self.workers[:world_size]
+    def __call__(self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        source = sys.modules[fn.__module__].__file__
+        call = (source, fn.__module__, fn.__qualname__, pickle.dumps(args), timeout)
+        workers = self._take(world_size)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for rank, worker in enumerate(workers):
-                worker.pipe.send(
-                    (
-                        sys.modules[fn.__module__].__file__,
-                        fn.__qualname__,
-                        rank,
-                        world_size,
-                        f"{folder}/store",
-                        args,
-                        timeout,
-                    )
-                )
-            results, failures = self._collect(workers, timeout)
+                with contextlib.suppress(BrokenPipeError):  # it died just now: reading from it says so
+                    worker.pipe.send((*call, rank, world_size, folder))
+            results, failures = _collect(workers, timeout, Path(folder))
         if failures:
-            for worker in workers:
-                worker.end()
-            del self.workers[:world_size]
+            self._drop(workers)
             raise RankError("\n".join(failures))
         return [pickle.loads(results[rank]) for rank in range(world_size)]
 
-    def _collect(self, workers: list[Worker], timeout: float) -> tuple[dict[int, bytes], list[str]]:
-        waiting = dict(enumerate(workers))
-        results: dict[int, bytes] = {}
-        failures: list[str] = []
-        deadline = time.monotonic() + timeout
-        while waiting and not failures:
-            ready = multiprocessing.connection.wait(
-                [w.pipe for w in waiting.values()], max(0, deadline - time.monotonic())
-            )
-            if not ready:
-                failures.append(f"ranks {sorted(waiting)} of {len(workers)} gave nothing in {timeout} s")
-            for rank, worker in list(waiting.items()):
-                if worker.pipe in ready:
-                    del waiting[rank]
-                    try:
-                        ok, payload = worker.pipe.recv()
-                    except (EOFError, ConnectionResetError):
-                        ok, payload = False, _last_words(worker)
-                    if ok:
-                        results[rank] = payload
-                    else:
-                        failures.append(f"rank {rank} of {len(workers)}: {payload}")
-        return results, failures
+    def _take(self, count: int) -> list[Worker]:
+        self._drop([worker for worker in self.workers if not worker.process.is_alive()])
+        while len(self.workers) < count:
+            self.workers.append(Worker())
+        return self.workers[:count]
+
+    def _drop(self, workers: list[Worker]) -> None:
+        for worker in workers:
+            self.workers.remove(worker)
+            worker.end()
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.end()
-        self.workers.clear()
+        self._drop(list(self.workers))
 
 
-def _last_words(worker: Worker) -> str:
-    worker.process.join(5)
-    code = worker.process.exitcode
-    return f"died of {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
-
-
-def _serve(pipe: Any) -> None:
-    """A worker's life: calls, one after the other, until the pipe closes."""
-    import torch
-
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(TESTS))
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            path, name, rank, world_size, store, args, timeout = pipe.recv()
-            try:
-                result = _run(_function(path, name), rank, world_size, store, args, timeout)
-                pipe.send((True, pickle.dumps(result)))
-            except BaseException:
-                pipe.send((False, traceback.format_exc()))
-
-
-def _run(fn: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple, timeout: float) -> Any:
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
-    )
+def _start_server(context: Any) -> None:
+    """Start the server that workers are forked from, unless it runs; it imports gloo_worker, which imports the slow packages."""
+    context.set_forkserver_preload(["gloo_worker"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before]))  # all that the server can see of us
     try:
-        return fn(rank, world_size, *args)
+        forkserver.ensure_running()
     finally:
-        dist.destroy_process_group()
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
-_modules: dict[str, ModuleType] = {}
-
-
-def _function(path: str, name: str) -> Callable[..., Any]:
-    if path not in _modules:
-        module_name = f"worker_{Path(path).stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
-        _modules[path] = module
-    return getattr(_modules[path], name)
+def _collect(workers: list[Worker], timeout: float, folder: Path) -> tuple[dict[int, bytes], list[str]]:
+    """Results by rank until all are in or one fails; then that failure, the first to be reported."""
+    waiting = dict(enumerate(workers))
+    results: dict[int, bytes] = {}
+    failures: list[str] = []
+    deadline = time.monotonic() + timeout
+    while waiting and not failures:
+        ready = connection.wait([worker.pipe for worker in waiting.values()], max(0, deadline - time.monotonic()))
+        if not ready:
+            failures.append(f"ranks {sorted(waiting)} of {len(workers)} gave nothing in {timeout} s")
+            failures += [f"rank {r} is at:\n{w.where(folder / f'stack{r}')}" for r, w in waiting.items()]
+        for rank in [rank for rank, worker in waiting.items() if worker.pipe in ready]:
+            worker = waiting.pop(rank)
+            try:
+                failed, payload = worker.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                failed, payload = True, worker.last_words()
+            if failed:
+                failures.append(f"rank {rank} of {len(workers)}: {payload}")
+            else:
+                results[rank] = payload
+    return results, failures

@@ -1,0 +1,119 @@
+"""Loading: what is read, what is refused, and that every mistake is told at once."""
+
+from pathlib import Path
+
+import pytest
+
+from lsys.config.load import config_hash, dump, load
+from lsys.config.messages import ConfigError
+
+GOOD = """
+model: {layers: 4, hidden: 64, heads: 4, vocab: 257}
+data: {corpora: [{path: a}, {path: b, weight: 2}]}
+optimizer: {lr: 3e-4, eps: 1E-8, clip: 1.e0}
+train: {folder: out, steps: 1e3, batch_tokens: 4_096, micro_batch_tokens: 2048}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(text: str) -> Path:
+        (tmp_path / "run.yaml").write_text(text)
+        return tmp_path / "run.yaml"
+
+    return write
+
+
+def mistakes(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    assert str(caught.value).splitlines() == [str(m) for m in caught.value.mistakes]
+    return [str(m) for m in caught.value.mistakes]
+
+
+def test_numbers_with_exponents_are_numbers(file) -> None:
+    config = load(file(GOOD))
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.clip) == (3e-4, 1e-8, 1.0)
+    assert (config.train.steps, config.train.batch_tokens) == (1000, 4096)
+
+
+def test_overrides(file) -> None:
+    words = "--parallel.tensor 2 --model.qk-norm=false --data.corpora.1.path c --train.z_loss 1e-4 --model.linear.decay false"
+    config = load(file(GOOD), words.split())
+    assert (config.parallel.tensor, config.model.qk_norm, config.train.z_loss, config.model.linear.decay) == (2, False, 1e-4, False)
+    assert [str(corpus.path) for corpus in config.data.corpora] == ["a", "c"]
+    assert load(file(GOOD), ["--data.corpora", "[{path: z}]"]).data.corpora[0].path == Path("z")
+    assert len(load(file(GOOD), ["--data.corpora.2.path", "z"]).data.corpora) == 3
+    assert load(file(GOOD), ["--model.groups", "2", "--model.groups", "null"]).model.groups is None
+
+
+def test_an_override_repairs_a_wrong_file(file) -> None:
+    path = file(GOOD.replace("layers: 4", "layers: none"))
+    assert mistakes(path)[0].startswith("model.layers: 'none'")
+    assert load(path, ["--model.layers", "4"]).model.layers == 4
+
+
+def test_every_mistake_at_once(file) -> None:
+    path = file(
+        """
+model: {layers: 0, hidden: 64, heads: 4, vocab: 257, tensor: 2}
+parallel: {tensr: 2, context: x}
+data: {corpora: [{pth: a}]}
+optimizer: {lr: .inf, schedule: cos}
+train: {folder: out, steps: 3, batch_tokens: 4096}
+checkpoint: {resume: 5}
+modle: 3
+"""
+    )
+    found = {line.split(": ")[0]: line for line in mistakes(path, "--train.warmup", "3", "--data.corpora.4.path", "x", "--train.seed")}
+    assert found.keys() == {
+        "model.layers", "model.tensor", "parallel.tensr", "parallel.context", "data.corpora.0.path", "data.corpora.0.pth",
+        "data.corpora.4.path", "optimizer.lr", "optimizer.schedule", "train.micro_batch_tokens", "train.warmup", "train.seed",
+        "checkpoint.resume", "modle",
+    }  # fmt: skip
+    assert found["parallel.tensr"] == "parallel.tensr: unknown key; did you mean tensor?"
+    assert found["model.tensor"] == "model.tensor: unknown key; did you mean parallel.tensor?"
+    assert found["modle"] == "modle: unknown key; did you mean model?"
+    assert found["model.layers"] == "model.layers: 0 does not do: it should be greater than 0 (Number of layers)"
+    assert "take an index from 0 to 1" in found["data.corpora.4.path"]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model: {layers: 1, layers: 2}", "line 1, column 20 is not YAML: the key 'layers' is given twice"),
+        ("train: {}\nmodel: {}\ntrain: {}", "line 3, column 1 is not YAML: the key 'train' is given twice"),
+        ("model: [", "is not YAML"),
+        ("model: !!python/object/apply:os.system [ls]", "is not YAML"),
+        ("", "is not a mapping of sections"),
+        ("- model", "is not a mapping of sections"),
+    ],
+)
+def test_files_that_are_no_configuration(file, text: str, part: str) -> None:
+    (line,) = mistakes(file(text))
+    assert part in line
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path / "no.yaml")
+    assert "no.yaml cannot be read: No such file" in line
+
+
+@pytest.mark.parametrize("words", [["parallel.tensor", "2"], ["--tensor", "2"], ["--parallel..tensor", "2"]])
+def test_words_that_are_no_override(file, words: list[str]) -> None:
+    assert "is no override" in mistakes(file(GOOD), *words)[0]
+
+
+def test_override_below_a_value(file) -> None:
+    assert mistakes(file(GOOD), "--model.layers.x", "1") == ["model.layers: model.layers is 4, which has no keys; override model.layers itself"]
+
+
+def test_dump_is_stable_and_says_the_same_run(file, tmp_path: Path) -> None:
+    config = load(file(GOOD))
+    text = dump(config)
+    again = load(file(text))
+    assert dump(again) == text and config_hash(again) == config_hash(config)
+    assert (again.model.groups, again.model.head_dim, again.model.ffn, again.model.linear.heads) == (4, 16, 192, 4)
+    assert config_hash(load(file(text), ["--train.seed", "1"])) != config_hash(config)
+    wsd = load(file(text), ["--optimizer.schedule", "wsd"])
+    assert load(file(dump(wsd))).optimizer.decay_steps == 200

@@ -1,0 +1,173 @@
+"""Each rule refuses what cannot run, and what it proposes instead passes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsys.config.messages import ConfigError
+from lsys.config.notices import notices
+from lsys.config.rules import check, check_files, require
+from lsys.config.schema import Config
+
+STEP = 1 << 20
+
+
+def make(**changes: Any) -> Config:
+    """A configuration that runs on one rank, with `section__key` (or `section__inner__key`) changed."""
+    tree: dict[str, Any] = {
+        "model": dict(layers=16, hidden=96, heads=12, head_dim=8, ffn=96, vocab=96, vocab_multiple=96),
+        "parallel": {},
+        "data": {"corpora": [{"path": "a"}]},
+        "optimizer": {},
+        "train": dict(folder="out", steps=10, batch_tokens=STEP, micro_batch_tokens=1024),
+        "checkpoint": {},
+    }
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return Config.model_validate(tree)
+
+
+CASES: list[tuple[dict[str, Any], int, str]] = [
+    (dict(model__pattern="LLQ"), 1, "model.pattern: 'Q' in 'LLQ' is no token mixer; there are S (softmax attention), L (Lightning linear attention)"),
+    (dict(model__pattern=""), 1, "model.pattern: it is empty"),
+    (dict(model__groups=5), 1, "model.groups: 5 groups do not divide 12 heads; 4 or 6 does"),
+    (dict(model__hidden=100, model__head_dim=None), 1, "model.heads: 12 heads do not divide hidden 100 and head_dim is empty; 10 or 20 does"),
+    (dict(model__head_dim=7), 1, "model.head_dim: 7 is odd, and rotary positions turn pairs of channels; 6 or 8 does"),
+    (dict(parallel__tensor=4, parallel__context=4), 24, "parallel: tensor 4 x context 4 = 16 does not divide 24 ranks; context 3 or 6 does"),
+    (dict(parallel__tensor=4), 6, "parallel: tensor 4 does not divide 6 ranks; tensor 3 or 6 does"),
+    (dict(parallel__context=2, parallel__tensor=4), 3, "the number of ranks must be a multiple of 8"),
+    (dict(parallel__tensor=8), 8, "parallel.tensor: tensor 8 does not divide 12 heads, 12 key-value groups, 12 linear heads; 6 or 12 does"),
+    (dict(model__groups=2, parallel__tensor=4), 4, "parallel.tensor: tensor 4 does not divide 2 key-value groups; 2 does, or change model.groups"),
+    (dict(model__ffn=90, parallel__tensor=4), 4, "4 does not divide 90 channels of the MLP; 3 or 6 does, or change model.ffn"),
+    (dict(model__vocab_multiple=1, model__vocab=95, parallel__tensor=2), 2, "2 does not divide 95 entries of the padded vocabulary; 1 does"),
+    (dict(model__linear__heads=3, parallel__tensor=2), 2, "tensor 2 does not divide 3 linear heads; 1 or 3 does"),
+    (dict(parallel__pipeline=3), 3, "parallel.pipeline: pipeline 3 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 15 or 18"),
+    (
+        dict(parallel__pipeline=3, parallel__virtual_pipeline=2), 3,
+        "pipeline 3 x virtual_pipeline 2 = 6 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 12 or 18",
+    ),
+    (dict(parallel__virtual_pipeline=2), 1, "parallel.virtual_pipeline: 2 chunks per stage need more than 1 pipeline stage; 1 does"),
+    (dict(parallel__expert=2), 2, "parallel.expert: expert 2 for a model without experts; 1 does"),
+    (dict(train__batch_tokens=3000), 1, "train.batch_tokens: 3000 tokens are not whole micro-batches of 1024; 2048 or 3072 does"),
+    (dict(train__batch_tokens=500), 1, "500 tokens are not whole micro-batches of 1024; 1024 does"),
+    (
+        dict(train__batch_tokens=5 * 1024), 2,
+        "train.batch_tokens: 5 micro-batches (5120 / 1024 tokens) cannot be shared by 2 data replicas; 4096 or 6144 does",
+    ),
+    (
+        dict(train__batch_tokens=6 * 1024, parallel__pipeline=4, parallel__virtual_pipeline=2), 4,
+        "6 micro-batches per replica are no multiple of pipeline 4, which the interleaved schedule needs; 4096 or 8192 does",
+    ),
+    (dict(train__micro_batch_tokens=2, parallel__context=4), 4, "train.micro_batch_tokens: 2 tokens leave some of 4 context ranks without any; 4"),
+    (dict(optimizer__warmup_steps=10), 1, "optimizer.warmup_steps: 10 is not below train.steps 10; 9 or fewer"),
+    (dict(optimizer__schedule="wsd", optimizer__decay_steps=11), 1, "optimizer.decay_steps: 11 is above train.steps 10; 10 or fewer"),
+    (
+        dict(optimizer__schedule="wsd", optimizer__decay_steps=8, optimizer__warmup_steps=4), 1,
+        "optimizer.decay_steps: 8 after 4 steps of warm-up is above train.steps 10; 6 or fewer",
+    ),
+    (dict(optimizer__min_lr=1.0), 1, "optimizer.min_lr: 1.0 is above optimizer.lr 0.0003; 0.0003 or less"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "world_size", "message"), CASES)
+def test_each_rule(changes: dict[str, Any], world_size: int, message: str) -> None:
+    found = [str(mistake) for mistake in check(make(**changes), world_size)]
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_a_good_configuration_passes() -> None:
+    assert check(make(), 1) == []
+    assert check(make(parallel__tensor=3, parallel__context=5, parallel__pipeline=4, parallel__virtual_pipeline=2), 240) == []
+    assert check(make(parallel__pipeline=4, train__batch_tokens=6 * 1024), 4) == []  # 6 micro-batches: fine without interleaving
+
+
+def test_all_mistakes_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        require(make(model__groups=5, parallel__pipeline=3, parallel__expert=2, optimizer__min_lr=1.0, train__batch_tokens=1000), 7)
+    assert [m.key for m in caught.value.mistakes] == [
+        "model.groups", "parallel", "parallel.pipeline", "parallel.expert", "train.batch_tokens", "optimizer.min_lr"
+    ]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(tensor=st.integers(1, 12), context=st.integers(1, 9), pipeline=st.integers(1, 8), world=st.integers(1, 200))
+def test_a_proposed_degree_divides_the_ranks(tensor: int, context: int, pipeline: int, world: int) -> None:
+    config = make(parallel__tensor=tensor, parallel__context=context, parallel__pipeline=pipeline)
+    found = [mistake for mistake in check(config, world) if mistake.key == "parallel"]
+    assert bool(found) == (world % (tensor * context * pipeline) != 0)
+    for mistake in found:
+        words = mistake.fix.split()
+        if words[0] in ("tensor", "context", "pipeline"):
+            for number in (int(word) for word in words if word.isdigit()):
+                degrees = dict(tensor=tensor, context=context, pipeline=pipeline) | {words[0]: number}
+                fixed = make(**{f"parallel__{axis}": degree for axis, degree in degrees.items()})
+                assert "parallel" not in [m.key for m in check(fixed, world)]
+
+
+def test_interleaving_rule_is_megatrons() -> None:
+    """Megatron's own condition, group size = pipeline degree: groups <= M, and a last group of 0 or at least `pipeline` micro-batches."""
+    for pipeline in (2, 4):
+        for count in range(1, 13):
+            config = make(parallel__pipeline=pipeline, parallel__virtual_pipeline=2, train__batch_tokens=1024 * count)
+            allowed = pipeline <= count and not 0 < count % pipeline < pipeline
+            assert (check(config, pipeline) == []) == allowed, (pipeline, count)
+
+
+def test_files(tmp_path: Path) -> None:
+    prefix = tmp_path / "corpus"
+    config = make(data__corpora=[{"path": str(prefix)}], checkpoint__resume=str(tmp_path / "step-3"))
+
+    def found() -> list[str]:
+        try:
+            check_files(config)
+        except ConfigError as error:
+            return [str(m) for m in error.mistakes]
+        return []
+
+    assert len(found()) == 2
+    assert f"{prefix}.bin and {prefix}.idx not found; lsys data prepare ... --out {prefix} makes them" in found()[0]
+    assert "step-3 does not exist" in found()[1]
+    for name in ("corpus.bin", "corpus.idx"):
+        (tmp_path / name).touch()
+    (tmp_path / "step-3").mkdir()
+    assert found() == []
+    (tmp_path / "corpus.json").write_text(json.dumps({"vocab": 97}))
+    assert found() == [f"model.vocab: 96 is below the 97 tokens of corpus {prefix}; 97 or more"]
+    (tmp_path / "corpus.json").write_text("{")
+    assert "is not what lsys data prepare writes" in found()[0]
+    config = make(data__corpora=[{"path": f"{prefix}.bin"}])
+    assert "leave out .bin: the path is a prefix" in found()[0]
+
+
+NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
+    (dict(parallel__layout="contiguous"), None, "parallel.layout contiguous has no effect"),
+    (dict(optimizer__decay_steps=3), None, "optimizer.decay_steps has no effect"),
+    (dict(optimizer__schedule="constant", optimizer__min_lr=1e-5), None, "optimizer.min_lr has no effect"),
+    (dict(model__pattern="S", model__linear__decay=False), None, "model.linear.decay has no effect"),
+    (dict(model__pattern="L", model__groups=2), None, "model.groups has no effect"),
+    (dict(model__layers=3), None, "S in model.pattern 'LLLS' has no effect: there are only 3 layers"),
+    (dict(train__validate_every=3), None, "train.validate_every has no effect"),
+    (dict(train__validate_tokens=3, data__validation_fraction=0.0), None, "train.validate_tokens has no effect"),
+    (dict(checkpoint__every=3, checkpoint__save=False), None, "checkpoint.every has no effect"),
+    (dict(data__corpora=[{"path": "a", "weight": 2}]), None, "data.corpora.0.weight has no effect"),
+    (dict(parallel__pipeline=4, train__batch_tokens=2048), 8, "1 micro-batches per replica leave some of the 4 pipeline stages idle"),
+    (dict(), 1, "optimizer.distributed has no effect"),
+]
+
+
+@pytest.mark.parametrize(("changes", "world_size", "message"), NOTICES)
+def test_settings_without_effect_are_told(changes: dict[str, Any], world_size: int | None, message: str) -> None:
+    found = notices(make(**changes), world_size)
+    assert any(line.startswith(message) for line in found), found
+
+
+def test_no_notice_without_cause() -> None:
+    assert notices(make(), 2) == []

@@ -1,0 +1,66 @@
+"""The worker side of tests/gloo.py."""
+
+import contextlib
+import faulthandler
+import importlib.util
+import operator
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+with contextlib.suppress(Exception):  # what does not import fails, with its traceback, in the tests that need it
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    import megatron.core.distributed
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel
+    import megatron.core.transformer  # noqa: F401
+
+
+def serve(pipe: Any) -> None:
+    """A worker's life: calls, one after the other, until the pipe closes."""
+    os.setpgrp()  # the worker and its children can be ended together
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        while True:
+            source, module, name, args, timeout, rank, world_size, folder = pipe.recv()
+            with open(f"{folder}/stack{rank}", "w") as stack:
+                faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
+                try:
+                    # Longer than the caller waits, so that the caller names the ranks that hang.
+                    limit = timedelta(seconds=timeout + 60)
+                    store = dist.FileStore(f"{folder}/store", world_size)
+                    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+                    result = load(source, module, name)(rank, world_size, *pickle.loads(args))
+                    pipe.send((False, pickle.dumps(result)))
+                except BaseException:
+                    # Sent before the group ends: that makes the other ranks fail too, and the cause should come first.
+                    pipe.send((True, traceback.format_exc()))
+                finally:
+                    if dist.is_initialized():
+                        dist.destroy_process_group()
+                    faulthandler.unregister(signal.SIGUSR1)
+
+
+def load(source: str, module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the file `source`. The module gets the name it has at the caller, so that its classes unpickle."""
+    if getattr(sys.modules.get(module), "__file__", None) != source:
+        spec = importlib.util.spec_from_file_location(module, source)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"cannot import {source}")
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[module])
+        except BaseException:
+            del sys.modules[module]
+            raise
+    return operator.attrgetter(name)(sys.modules[module])
