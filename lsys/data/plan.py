@@ -7,14 +7,17 @@ communication, and no number of ranks changes which tokens a step holds.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lsys.data.stream import TokenStream
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.layout import SequenceLayout
+
+if TYPE_CHECKING:
+    from lsys.data.stream import TokenStream
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Planner:
         limit: tokens from this offset of the stream on are masked from the loss (None: none). Validation reads each document once.
     """
 
-    stream: TokenStream
+    stream: "TokenStream"
     batch_tokens: int
     micro_batch_tokens: int
     context: int = 1

@@ -40,7 +40,12 @@ def test_numbers_with_exponents_are_numbers(file) -> None:
 def test_overrides(file) -> None:
     words = "--parallel.tensor 2 --model.qk-norm=false --data.corpora.1.path c --train.z_loss 1e-4 --model.linear.decay false"
     config = load(file(GOOD), words.split())
-    assert (config.parallel.tensor, config.model.qk_norm, config.train.z_loss, config.model.linear.decay) == (2, False, 1e-4, False)
+    assert (config.parallel.tensor, config.model.qk_norm, config.train.z_loss, config.model.linear.decay) == (
+        2,
+        False,
+        1e-4,
+        False,
+    )
     assert [str(corpus.path) for corpus in config.data.corpora] == ["a", "c"]
     assert load(file(GOOD), ["--data.corpora", "[{path: z}]"]).data.corpora[0].path == Path("z")
     assert len(load(file(GOOD), ["--data.corpora.2.path", "z"]).data.corpora) == 3
@@ -65,7 +70,10 @@ checkpoint: {resume: 5}
 modle: 3
 """
     )
-    found = {line.split(": ")[0]: line for line in mistakes(path, "--train.warmup", "3", "--data.corpora.4.path", "x", "--train.seed")}
+    found = {
+        line.split(": ")[0]: line
+        for line in mistakes(path, "--train.warmup", "3", "--data.corpora.4.path", "x", "--train.seed")
+    }
     assert found.keys() == {
         "model.layers", "model.tensor", "parallel.tensr", "parallel.context", "data.corpora.0.path", "data.corpora.0.pth",
         "data.corpora.4.path", "optimizer.lr", "optimizer.schedule", "train.micro_batch_tokens", "train.warmup", "train.seed",
@@ -105,7 +113,9 @@ def test_words_that_are_no_override(file, words: list[str]) -> None:
 
 
 def test_override_below_a_value(file) -> None:
-    assert mistakes(file(GOOD), "--model.layers.x", "1") == ["model.layers: model.layers is 4, which has no keys; override model.layers itself"]
+    assert mistakes(file(GOOD), "--model.layers.x", "1") == [
+        "model.layers.x: model.layers is 4, which has no keys; override model.layers itself"
+    ]
 
 
 def test_dump_is_stable_and_says_the_same_run(file, tmp_path: Path) -> None:

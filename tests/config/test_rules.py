@@ -51,7 +51,7 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
     (dict(model__linear__heads=3, parallel__tensor=2), 2, "tensor 2 does not divide 3 linear heads; 1 or 3 does"),
     (dict(parallel__pipeline=3), 3, "parallel.pipeline: pipeline 3 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 15 or 18"),
     (
-        dict(parallel__pipeline=3, parallel__virtual_pipeline=2), 3,
+        dict(parallel__pipeline=3, parallel__virtual_pipeline=2, train__batch_tokens=3072), 3,
         "pipeline 3 x virtual_pipeline 2 = 6 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 12 or 18",
     ),
     (dict(parallel__virtual_pipeline=2), 1, "parallel.virtual_pipeline: 2 chunks per stage need more than 1 pipeline stage; 1 does"),
@@ -85,13 +85,27 @@ def test_each_rule(changes: dict[str, Any], world_size: int, message: str) -> No
 
 def test_a_good_configuration_passes() -> None:
     assert check(make(), 1) == []
-    assert check(make(parallel__tensor=3, parallel__context=5, parallel__pipeline=4, parallel__virtual_pipeline=2), 240) == []
-    assert check(make(parallel__pipeline=4, train__batch_tokens=6 * 1024), 4) == []  # 6 micro-batches: fine without interleaving
+    assert (
+        check(make(parallel__tensor=3, parallel__context=5, parallel__pipeline=4, parallel__virtual_pipeline=2), 240)
+        == []
+    )
+    assert (
+        check(make(parallel__pipeline=4, train__batch_tokens=6 * 1024), 4) == []
+    )  # 6 micro-batches: fine without interleaving
 
 
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        require(make(model__groups=5, parallel__pipeline=3, parallel__expert=2, optimizer__min_lr=1.0, train__batch_tokens=1000), 7)
+        require(
+            make(
+                model__groups=5,
+                parallel__pipeline=3,
+                parallel__expert=2,
+                optimizer__min_lr=1.0,
+                train__batch_tokens=1000,
+            ),
+            7,
+        )
     assert [m.key for m in caught.value.mistakes] == [
         "model.groups", "parallel", "parallel.pipeline", "parallel.expert", "train.batch_tokens", "optimizer.min_lr"
     ]  # fmt: skip
@@ -158,7 +172,11 @@ NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (dict(train__validate_tokens=3, data__validation_fraction=0.0), None, "train.validate_tokens has no effect"),
     (dict(checkpoint__every=3, checkpoint__save=False), None, "checkpoint.every has no effect"),
     (dict(data__corpora=[{"path": "a", "weight": 2}]), None, "data.corpora.0.weight has no effect"),
-    (dict(parallel__pipeline=4, train__batch_tokens=2048), 8, "1 micro-batches per replica leave some of the 4 pipeline stages idle"),
+    (
+        dict(parallel__pipeline=4, train__batch_tokens=2048),
+        8,
+        "1 micro-batches per replica leave some of the 4 pipeline stages idle",
+    ),
     (dict(), 1, "optimizer.distributed has no effect"),
 ]
 
