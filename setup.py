@@ -1,4 +1,4 @@
-"""Packaging. Four trees of this folder make one package: lsys, and kernels, parallel and launch as lsys.kernels, lsys.parallel, lsys.launch."""
+"""Packaging. Four trees make one package: lsys, with kernels as lsys.kernels, parallel as lsys.parallel, and so on."""
 
 import re
 from pathlib import Path

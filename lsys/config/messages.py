@@ -68,7 +68,7 @@ def _mistake(found: Any, names: list[str | int], section: type[BaseModel] | None
     if found["type"] == "missing":
         return Mistake(key, "missing", f"give it a value ({meaning})" if meaning else "give it a value")
     rule = found["msg"].replace("Input should", "it should")
-    return Mistake(key, f"{_short(found['input'])} does not do: {rule}", meaning)
+    return Mistake(key, f"{_short(found['input'])} does not do: {rule}" + (f" ({meaning})" if meaning else ""))
 
 
 def _place(schema: type[BaseModel], loc: Iterable[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:

@@ -20,13 +20,14 @@ def differences(gloo: Any, ranks: int, changes: dict[str, Any], fault: str | Non
     return parity.difference(one, many)
 
 
-_references: dict[Any, Any] = {}
+_references: dict[str, Any] = {}
 
 
 def _reference(gloo: Any, shared: tuple) -> Any:
-    if shared not in _references:
-        _references[shared] = [parity.Outcome(**each) for each in gloo(1, outcome, dict(shared))]
-    return _references[shared]
+    key = repr(shared)
+    if key not in _references:
+        _references[key] = [parity.Outcome(**each) for each in gloo(1, outcome, dict(shared))]
+    return _references[key]
 
 
 def degrees(tensor: int = 1, pipeline: int = 1, virtual: int = 1, context: int = 1, **more: Any) -> dict[str, Any]:

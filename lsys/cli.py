@@ -1,0 +1,155 @@
+"""The commands. torch and Megatron are imported by those that need them only, so `--help` and `check` answer at once."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+HELP = ("-h", "--help", "help")
+
+USAGE = """usage: lsys COMMAND ...
+
+  train CONFIG                        train, under torchrun or alone
+  check CONFIG --world-size N         every mistake of a configuration, or what it resolves to: ranks, parameters, FLOPs
+  topology CONFIG --world-size N      who is whose peer on which axis
+  data prepare INPUT ... --out PATH   make a corpus from text
+  data inspect PATH                   look into a corpus
+
+`lsys COMMAND --help` lists a command's options. Every key of the YAML is an option too: --parallel.tensor 2 (docs/configuration.md).
+`--debug` shows the traceback of a refusal.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code: 0, or 2 for a mistake of the user, which is printed without traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in HELP or (words[0] == "data" and (len(words) == 1 or words[1] in HELP)):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        from lsys import __version__
+
+        print(f"lsys {__version__}")
+        return 0
+    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    if name not in COMMANDS:
+        print(f"lsys: {name!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](words[len(name.split()) :])
+    except ValueError as error:
+        if debug or not type(error).__module__.startswith("lsys"):
+            raise
+        _refuse(error)
+        return 2
+
+
+def _refuse(error: ValueError) -> None:
+    """Print an error: once where every rank has the same one (`everywhere`), else with the name of the rank."""
+    from lsys.runtime.environment import LaunchError, launch_from_environment
+
+    try:
+        launch = launch_from_environment()
+    except LaunchError as unreadable:
+        print(f"lsys: {unreadable}", file=sys.stderr)
+        return
+    everywhere = getattr(error, "everywhere", False)
+    if launch.rank and everywhere:
+        return
+    who = f"lsys, rank {launch.rank}" if launch.world_size > 1 and not everywhere else "lsys"
+    lines = str(error).splitlines() or [type(error).__name__]
+    text = f"{who}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{who}: {len(lines)} mistakes", *lines])
+    print(text, file=sys.stderr, flush=True)
+
+
+def _options(kind: type[T], command: str, words: list[str]) -> T:
+    import tyro
+
+    return tyro.cli(kind, args=words, prog=f"lsys {command}", description=kind.__doc__)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """(options of the command, overrides of the configuration): the latter have a dot in the name."""
+    options, overrides, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or "." not in word.partition("=")[0]:
+            options.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and queue and not queue[0].startswith("--"):
+            overrides.append(queue.pop(0))
+    return options, overrides
+
+
+def _train(words: list[str]) -> int:
+    from lsys.config.load import load
+    from lsys.options import TrainOptions
+
+    words, overrides = _split(words)
+    config = load(_options(TrainOptions, "train", words).config, overrides)
+    from lsys.train.run import main as train
+
+    return train(config)
+
+
+def _check(words: list[str]) -> int:
+    from lsys.config.load import load
+    from lsys.config.messages import ConfigError
+    from lsys.config.rules import check, check_files
+    from lsys.inspection import print_check
+    from lsys.options import CheckOptions
+
+    words, overrides = _split(words)
+    options = _options(CheckOptions, "check", words)
+    config = load(options.config, overrides)
+    mistakes = check(config, options.world_size)
+    if options.files:
+        try:
+            check_files(config)
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(mistakes)
+    print_check(config, options.world_size)
+    return 0
+
+
+def _topology(words: list[str]) -> int:
+    from lsys.config.load import load
+    from lsys.config.rules import require
+    from lsys.inspection import print_topology
+    from lsys.options import TopologyOptions
+
+    words, overrides = _split(words)
+    options = _options(TopologyOptions, "topology", words)
+    config = load(options.config, overrides)
+    require(config, options.world_size)
+    print_topology(config, options.world_size, options.ranks_per_node)
+    return 0
+
+
+def _prepare(words: list[str]) -> int:
+    from lsys.data.prepare import PrepareArgs, prepare
+
+    prepare(_options(PrepareArgs, "data prepare", words))
+    return 0
+
+
+def _inspect(words: list[str]) -> int:
+    from lsys.data.inspect import InspectArgs, inspect
+
+    inspect(_options(InspectArgs, "data inspect", words))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "check": _check,
+    "topology": _topology,
+    "data prepare": _prepare,
+    "data inspect": _inspect,
+}

@@ -1,0 +1,66 @@
+"""What a configuration says without effect, or at a price."""
+
+from lsys.config.schema import Config, Section
+
+
+def notices(config: Config, world_size: int | None = None) -> list[str]:
+    """Sentences about settings that change nothing, and, where the number of ranks is known, about idle pipeline stages."""
+    return [*_parallel(config, world_size), *_model(config), *_run(config)]
+
+
+def _changed(section: Section, key: str) -> bool:
+    """Whether a key differs from its default."""
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
+def _parallel(config: Config, world_size: int | None) -> list[str]:
+    parallel, found = config.parallel, []
+    if parallel.context == 1 and _changed(parallel, "layout"):
+        found.append(
+            f"parallel.layout {parallel.layout} has no effect: context is 1, one rank holds all tokens of a micro-batch"
+        )
+    product = parallel.tensor * parallel.context * parallel.pipeline
+    if world_size and world_size % product == 0:
+        each = config.micro_batches // (world_size // product)
+        if each < parallel.pipeline:
+            found.append(
+                f"{each} micro-batches per replica leave some of the {parallel.pipeline} pipeline stages idle at any time"
+            )
+        if config.optimizer.distributed and world_size // parallel.tensor // parallel.pipeline == 1:
+            found.append(
+                "optimizer.distributed has no effect: there is one data x context rank to hold the optimizer states"
+            )
+    return found
+
+
+def _model(config: Config) -> list[str]:
+    model, found = config.model, []
+    if "L" not in model.kinds:
+        changed = [key for key in type(model.linear).model_fields if _changed(model.linear, key)]
+        found += [f"model.linear.{key} has no effect: no layer of pattern {model.pattern!r} is L" for key in changed]
+    if "S" not in model.kinds:
+        changed = [key for key in ("groups", "qk_norm", "rope_base") if _changed(model, key)]
+        found += [f"model.{key} has no effect: no layer of pattern {model.pattern!r} is S" for key in changed]
+    unused = [letter for letter in dict.fromkeys(model.pattern) if letter not in model.kinds]
+    found += [
+        f"{letter} in model.pattern {model.pattern!r} has no effect: there are only {model.layers} layers"
+        for letter in unused
+    ]
+    return found
+
+
+def _run(config: Config) -> list[str]:
+    train, optimizer, checkpoint, found = config.train, config.optimizer, config.checkpoint, []
+    if optimizer.decay_steps is not None and optimizer.schedule != "wsd":
+        found.append(f"optimizer.decay_steps has no effect: schedule is {optimizer.schedule}, not wsd")
+    if optimizer.min_lr and optimizer.schedule == "constant":
+        found.append("optimizer.min_lr has no effect: schedule is constant")
+    if train.validate_every and not train.validate_tokens:
+        found.append("train.validate_every has no effect: validate_tokens is 0")
+    if train.validate_tokens and not config.data.validation_fraction:
+        found.append("train.validate_tokens has no effect: data.validation_fraction is 0, nothing is held out")
+    if checkpoint.every and not checkpoint.save:
+        found.append("checkpoint.every has no effect: save is false")
+    if len(config.data.corpora) == 1 and _changed(config.data.corpora[0], "weight"):
+        found.append("data.corpora.0.weight has no effect: there is one corpus")
+    return found

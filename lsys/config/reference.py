@@ -1,0 +1,87 @@
+"""The reference of all keys, generated from the schema: `python -m lsys.config.reference docs/configuration.md`."""
+
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lsys.config.schema import Config
+
+HEAD = """# Configuration
+
+Generated from `lsys/config/schema.py` by `python -m lsys.config.reference docs/configuration.md`; do not edit.
+
+A run is one YAML file. Unknown keys, keys given twice and values out of range are refused, all at once. Every key is also an option of
+`lsys train`, `lsys check` and `lsys topology`: `--parallel.tensor 2`, `--data.corpora.0.path data/mine`; the value is YAML. Sizes are in
+tokens unless said otherwise. "Empty" is YAML's `null`, or the key left out. Rules that tie keys to each other and to the number of ranks
+are checked by `lsys check CONFIG --world-size N`.
+"""
+
+
+def reference() -> str:
+    """The whole reference as Markdown."""
+    return HEAD + "".join(_section(name, Config.model_fields[name].annotation) for name in Config.model_fields)
+
+
+def _section(name: str, section: Any) -> str:
+    schema = section.model_json_schema()
+    inner: list[str] = []
+    lines = [f"\n## `{name}`\n", f"{_first_line(section)}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in section.model_fields.items():
+        held = next((t for t in (field.annotation, *typing.get_args(field.annotation)) if _is_section(t)), None)
+        if held is not None:
+            is_list = held is not field.annotation
+            inner.append(_section(f"{name}.{key}" + (".N" if is_list else ""), held))
+            kind, default = (
+                "list of sections" if is_list else "section",
+                "required" if field.is_required() else "see below",
+            )
+        else:
+            kind = _kind(schema["properties"][key], schema)
+            default = "required" if field.is_required() else _value(field.default)
+        lines.append(f"| `{key}` | {kind} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n" + "".join(inner)
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
+
+
+def _first_line(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").strip().split("\n")[0]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "empty"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _kind(field: dict, schema: dict) -> str:
+    """A JSON schema's type in words."""
+    if "anyOf" in field:
+        return " or ".join(_kind(each, schema) for each in field["anyOf"])
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if field.get("format") == "path":
+        return "path"
+    kind = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text", "null": "empty"}[
+        field["type"]
+    ]
+    bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {field[bound]:g}" for bound, sign in bounds.items() if bound in field]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def main(arguments: list[str]) -> None:
+    text = reference()
+    if arguments:
+        Path(arguments[0]).write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

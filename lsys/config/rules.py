@@ -1,0 +1,215 @@
+"""Rules that tie several keys to each other, to the number of ranks and to files. All are checked before a process group exists."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
+from lsys.config.schema import Config
+
+MIXERS = {"S": "softmax attention", "L": "Lightning linear attention"}
+
+
+def check(config: Config, world_size: int) -> list[Mistake]:
+    """Everything about the configuration that cannot run on `world_size` ranks: value, rule, nearest valid fix."""
+    return [mistake for rule in RULES for mistake in rule(config, world_size)]
+
+
+def require(config: Config, world_size: int) -> None:
+    """Raise ConfigError with all mistakes of `check`, if there are any."""
+    if mistakes := check(config, world_size):
+        raise ConfigError(mistakes)
+
+
+def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
+    pattern = config.model.pattern
+    known = ", ".join(f"{letter} ({name})" for letter, name in MIXERS.items())
+    if not pattern:
+        yield Mistake("model.pattern", "it is empty", f"name at least one layer: {known}")
+    for letter in dict.fromkeys(pattern):
+        if letter not in MIXERS:
+            yield Mistake("model.pattern", f"{letter!r} in {pattern!r} is no token mixer", f"there are {known}")
+
+
+def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
+    model = config.model
+    if model.heads % model.kv_heads:
+        fits = nearest(model.kv_heads, divisors(model.heads))
+        yield Mistake("model.groups", f"{model.kv_heads} groups do not divide {model.heads} heads", choice("", fits))
+    if model.head_dim is None and model.hidden % model.heads:
+        problem = f"{model.heads} heads do not divide hidden {model.hidden} and head_dim is empty"
+        yield Mistake(
+            "model.heads", problem, choice("", nearest(model.heads, divisors(model.hidden))) + ", or set model.head_dim"
+        )
+    elif "S" in model.pattern and model.head_width % 2:
+        fix = f"{model.head_width - 1 or 2} or {model.head_width + 1} does"
+        yield Mistake("model.head_dim", f"{model.head_width} is odd, and rotary positions turn pairs of channels", fix)
+
+
+def _world(config: Config, world_size: int) -> Iterator[Mistake]:
+    parallel = config.parallel
+    degrees = dict(tensor=parallel.tensor, context=parallel.context, pipeline=parallel.pipeline)
+    product = math.prod(degrees.values())
+    if world_size % product == 0:
+        return
+    named = {axis: degree for axis, degree in degrees.items() if degree > 1}
+    text = " x ".join(f"{axis} {degree}" for axis, degree in named.items())
+    problem = (
+        f"{text} = {product} does not divide {world_size} ranks"
+        if len(named) > 1
+        else f"{text} does not divide {world_size} ranks"
+    )
+    fix = f"the number of ranks must be a multiple of {product}"
+    for axis in sorted(named, key=["context", "pipeline", "tensor"].index):
+        rest = product // degrees[axis]
+        if world_size % rest == 0:
+            fix = choice(axis, nearest(degrees[axis], _degrees(config, axis, world_size // rest))) or fix
+            break
+    yield Mistake("parallel", problem, fix)
+
+
+def _degrees(config: Config, axis: str, ranks: int) -> list[int]:
+    """Degrees of an axis that divide `ranks` and fit the model."""
+    if axis == "tensor":
+        return [d for d in divisors(ranks) if all(count % d == 0 for _, _, count in _sliced(config))]
+    if axis == "pipeline":
+        return [d for d in divisors(ranks) if config.model.layers % (d * config.parallel.virtual_pipeline) == 0]
+    return divisors(ranks)
+
+
+def _sliced(config: Config) -> list[tuple[str, str, int]]:
+    """(key, what it counts, how many) of everything that tensor ranks share out in equal parts."""
+    model = config.model
+    counts = [
+        ("model.heads", "heads", model.heads),
+        ("model.groups", "key-value groups", model.kv_heads),
+        ("model.ffn", "channels of the MLP", model.ffn_width),
+        ("model.vocab_multiple", "entries of the padded vocabulary", model.padded_vocab),
+    ]
+    return counts + ([("model.linear.heads", "linear heads", model.linear_heads)] if "L" in model.pattern else [])
+
+
+def _tensor(config: Config, world_size: int) -> Iterator[Mistake]:
+    tensor, counts = config.parallel.tensor, _sliced(config)
+    wrong = [(key, f"{count} {what}") for key, what, count in counts if count % tensor]
+    if wrong:
+        problem = f"tensor {tensor} does not divide {', '.join(text for _, text in wrong)}"
+        fix = choice("", nearest(tensor, divisors(math.gcd(*(count for _, _, count in counts)))))
+        yield Mistake("parallel.tensor", problem, f"{fix}, or change {', '.join(key for key, _ in wrong)}")
+
+
+def _pipeline(config: Config, world_size: int) -> Iterator[Mistake]:
+    layers, stages, virtual = config.model.layers, config.parallel.pipeline, config.parallel.virtual_pipeline
+    if virtual > 1 and stages == 1:
+        yield Mistake(
+            "parallel.virtual_pipeline",
+            f"{virtual} chunks per stage need more than 1 pipeline stage",
+            "1 does, or raise parallel.pipeline",
+        )
+    elif layers % (stages * virtual):
+        chunks = stages * virtual
+        text = f"pipeline {stages} x virtual_pipeline {virtual} = {chunks}" if virtual > 1 else f"pipeline {stages}"
+        fits = [d for d in divisors(layers) if d % virtual == 0]
+        fix = choice("pipeline", [d // virtual for d in nearest(chunks, fits)])
+        multiple = " or ".join(str(n) for n in (layers // chunks * chunks, -(-layers // chunks) * chunks) if n)
+        yield Mistake(
+            "parallel.pipeline",
+            f"{text} does not divide {layers} layers",
+            f"{fix or 'no pipeline degree does'}, or model.layers {multiple}",
+        )
+
+
+def _experts(config: Config, world_size: int) -> Iterator[Mistake]:
+    if config.parallel.expert > 1:
+        yield Mistake("parallel.expert", f"expert {config.parallel.expert} for a model without experts", "1 does")
+
+
+def _batch(config: Config, world_size: int) -> Iterator[Mistake]:
+    train, parallel = config.train, config.parallel
+    micro, batch = train.micro_batch_tokens, train.batch_tokens
+    if micro < parallel.context:
+        problem = f"{micro} tokens leave some of {parallel.context} context ranks without any"
+        yield Mistake("train.micro_batch_tokens", problem, f"{parallel.context} or more")
+    product = parallel.tensor * parallel.context * parallel.pipeline
+    data = world_size // product if world_size % product == 0 else 1
+    group = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    unit = micro * data * group
+    fits = f"{_around(batch, unit)} does"
+    if batch % micro:
+        yield Mistake("train.batch_tokens", f"{batch} tokens are not whole micro-batches of {micro}", fits)
+    elif batch // micro % data:
+        problem = f"{batch // micro} micro-batches ({batch} / {micro} tokens) cannot be shared by {data} data replicas"
+        yield Mistake("train.batch_tokens", problem, f"{fits}, or another micro_batch_tokens")
+    elif batch // micro // data % group:
+        # Megatron runs them in groups of `pipeline`; it refuses a smaller last group, and fewer than one group
+        problem = f"{batch // micro // data} micro-batches per replica are no multiple of pipeline {group}, which the interleaved schedule needs"
+        yield Mistake("train.batch_tokens", problem, f"{fits}, or virtual_pipeline 1")
+
+
+def _around(value: int, unit: int) -> str:
+    """The multiples of `unit` beside a value."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def _schedule(config: Config, world_size: int) -> Iterator[Mistake]:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps >= steps:
+        yield Mistake(
+            "optimizer.warmup_steps",
+            f"{optimizer.warmup_steps} is not below train.steps {steps}",
+            f"{steps - 1} or fewer",
+        )
+    decay = optimizer.decay_steps if optimizer.schedule == "wsd" else None
+    if decay and decay > steps:
+        yield Mistake("optimizer.decay_steps", f"{decay} is above train.steps {steps}", f"{steps} or fewer")
+    elif decay and optimizer.warmup_steps < steps < decay + optimizer.warmup_steps:
+        problem = f"{decay} after {optimizer.warmup_steps} steps of warm-up is above train.steps {steps}"
+        yield Mistake("optimizer.decay_steps", problem, f"{steps - optimizer.warmup_steps} or fewer")
+    if optimizer.min_lr > optimizer.lr:
+        yield Mistake(
+            "optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr {optimizer.lr}", f"{optimizer.lr} or less"
+        )
+
+
+RULES: tuple[Callable[[Config, int], Iterable[Mistake]], ...] = (
+    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule
+)  # fmt: skip
+
+
+def check_files(config: Config) -> None:
+    """Raise FilesError if a corpus or the checkpoint to resume from is missing, or a corpus has more tokens than the model."""
+    mistakes = [
+        m
+        for i, corpus in enumerate(config.data.corpora)
+        for m in _corpus(f"data.corpora.{i}.path", corpus.path, config.model.vocab)
+    ]
+    resume = config.checkpoint.resume
+    if isinstance(resume, Path) and not resume.exists():
+        mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", "name a checkpoint's folder, or auto"))
+    if mistakes:
+        raise FilesError(mistakes)
+
+
+def _corpus(key: str, prefix: Path, vocab: int) -> Iterator[Mistake]:
+    missing = [f"{prefix}{ending}" for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
+    if missing:
+        ended = prefix.suffix in (".bin", ".idx") and f"leave out {prefix.suffix}: the path is a prefix"
+        yield Mistake(
+            key, f"{' and '.join(missing)} not found", ended or f"lsys data prepare ... --out {prefix} makes them"
+        )
+        return
+    sidecar = Path(f"{prefix}.json")
+    if sidecar.is_file():  # files that other tools made have none
+        try:
+            needed = json.loads(sidecar.read_text())["vocab"]
+        except (ValueError, KeyError, TypeError, OSError):
+            yield Mistake(
+                key, f"{sidecar} is not what lsys data prepare writes", "prepare the corpus again, or remove that file"
+            )
+            return
+        if needed > vocab:
+            yield Mistake(
+                "model.vocab", f"{vocab} is below the {needed} tokens of corpus {prefix}", f"{needed} or more"
+            )

@@ -1,0 +1,122 @@
+"""What `lsys check` and `lsys topology` print."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from lsys.config.load import config_hash, dump
+from lsys.config.notices import notices
+from lsys.config.schema import Config
+from lsys.observe.flops import flops_per_token, parameters, recompute_flops_per_token
+from lsys.parallel.mesh import AXES, Mesh
+
+
+def mesh_of(config: Config, world_size: int) -> Mesh:
+    parallel = config.parallel
+    return Mesh(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
+
+
+def print_check(config: Config, world_size: int) -> None:
+    """The resolved configuration and what follows from it. The configuration passes `lsys.config.rules.check`."""
+    console = _console()
+    mesh = mesh_of(config, world_size)
+    print(dump(config))
+    print(f"# sha256 {config_hash(config)}\n")
+    for notice in notices(config, world_size):
+        console.print(f"notice: {notice}")
+    console.print(_grid(mesh), _parameters(config), _flops(config), _batches(config, mesh), sep="\n")
+
+
+def print_topology(config: Config, world_size: int, ranks_per_node: int) -> None:
+    """One line per rank: node, coordinates, and the ranks it shares each axis with."""
+    mesh = mesh_of(config, world_size)
+    nodes = mesh.nodes(ranks_per_node)
+    axes = [axis for axis in AXES if mesh.degree(axis) > 1]
+    table = Table("rank", "node", *axes, *(f"{axis} peers" for axis in axes))
+    for rank in range(world_size):
+        place = mesh.coordinates(rank)
+        peers = [_ranks(mesh.peers(rank, axis)) for axis in axes]
+        table.add_row(str(rank), str(nodes[rank]), *(str(place[axis]) for axis in axes), *peers)
+    console = _console()
+    console.print(table)
+    for axis in axes:
+        spanned = max(len({nodes[peer] for peer in mesh.peers(rank, axis)}) for rank in range(world_size))
+        where = "inside a node" if spanned == 1 else f"over {spanned} nodes"
+        console.print(f"{axis} {mesh.degree(axis)}: {where}")
+
+
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=160)
+
+
+def _ranks(ranks: Sequence[int], limit: int = 8) -> str:
+    shown = list(map(str, ranks))
+    return " ".join(shown if len(shown) <= limit else [*shown[:3], "...", shown[-1]])
+
+
+def _grid(mesh: Mesh) -> Table:
+    table = Table(
+        "axis",
+        "degree",
+        "stride",
+        "peers of rank 0",
+        title=f"{mesh.world_size} ranks, tensor fastest",
+        title_justify="left",
+    )
+    for axis in AXES:
+        table.add_row(axis, str(mesh.degree(axis)), str(mesh.stride(axis)), _ranks(mesh.peers(0, axis)))
+    return table
+
+
+def _parameters(config: Config) -> Table:
+    parts = parameters(config.model)
+    table = Table("part", "parameters", "share", title="parameters", title_justify="left")
+    total = sum(parts.values())
+    for part, count in parts.items():
+        table.add_row(part, f"{count:,}", f"{100 * count / total:.1f}%")
+    table.add_row("total", f"{total:,}", "", style="bold")
+    return table
+
+
+def _flops(config: Config) -> Table:
+    """Forward FLOPs per token, for a document as long as a micro-batch (the most) and for short documents."""
+    lengths = sorted({min(4096, config.train.micro_batch_tokens), config.train.micro_batch_tokens})
+    kinds = [flops_per_token(config.model, length) for length in lengths]
+    headings = [f"documents of {length:,}" for length in lengths]
+    table = Table("part", *headings, title="forward MFLOPs per token, all layers of a kind", title_justify="left")
+
+    def row(name: str, values: Sequence[float], style: str = "") -> None:
+        table.add_row(name, *(f"{value / 1e6:,.3f}" for value in values), style=style)
+
+    for part in kinds[0]:
+        row(part, [kind[part] for kind in kinds])
+    totals = [sum(kind.values()) for kind in kinds]
+    row("forward", totals, "bold")
+    row("training (3 x forward)", [3 * total for total in totals], "bold")
+    recompute = config.train.recompute
+    if recompute != "none":
+        row(
+            f"recompute ({recompute})",
+            [recompute_flops_per_token(config.model, length, recompute) for length in lengths],
+        )
+    return table
+
+
+def _batches(config: Config, mesh: Mesh) -> Table:
+    train = config.train
+    share = -(-train.micro_batch_tokens // mesh.context)
+    slots = -(-share // mesh.tensor) * mesh.tensor
+    table = Table("quantity", "value", title="batches", title_justify="left")
+    for name, value in {
+        "tokens per step": train.batch_tokens,
+        "tokens per micro-batch": train.micro_batch_tokens,
+        "token slots per rank and micro-batch": slots,
+        "micro-batches per step": config.micro_batches,
+        "micro-batches per replica (accumulation)": config.micro_batches // mesh.data,
+        "steps": train.steps,
+        "tokens of the run": train.steps * train.batch_tokens,
+    }.items():
+        table.add_row(name, f"{value:,}")
+    return table

@@ -1,0 +1,88 @@
+"""Parameters and floating-point operations of a model, counted from its configuration. Needs nothing but the schema.
+
+A product of [m, k] and [k, n] is 2 m n k FLOPs. Norms, activations, rotary positions and softmax's exponentials are left out, as is usual.
+"""
+
+from collections.abc import Sequence
+
+from lsys.config.schema import Model
+
+CHUNK = 64  # tokens of one chunk of linear attention
+
+
+def parameters(model: Model) -> dict[str, int]:
+    """Exact number of parameters of each part, over all layers: weights of norms and the padding of the vocabulary too.
+
+    A tied output layer is the embedding, so it counts 0 under `output`.
+    """
+    softmax, linear = model.kinds.count("S"), model.kinds.count("L")
+    head_norms = softmax * (2 * model.head_width if model.qk_norm else 0)
+    head_norms += linear * model.linear_heads * model.linear_head_width
+    embedding = model.padded_vocab * model.hidden
+    return {
+        "embedding": embedding,
+        "softmax mixer": softmax * _projections(model, "S"),
+        "linear mixer": linear * _projections(model, "L"),
+        "mlp": model.layers * 3 * model.ffn_width * model.hidden,
+        "norms": (2 * model.layers + 1) * model.hidden + head_norms,
+        "output": 0 if model.tied else embedding,
+    }
+
+
+def _projections(model: Model, kind: str) -> int:
+    """Weights of a mixer's two projections: softmax has queries, keys, values and output; linear has a gate besides."""
+    if kind == "S":
+        return 2 * (model.heads + model.kv_heads) * model.head_width * model.hidden
+    return 5 * model.linear_heads * model.linear_head_width * model.hidden
+
+
+def flops_per_token(model: Model, lengths: int | Sequence[int]) -> dict[str, float]:
+    """Forward FLOPs per token of each kind of layer, over all layers of that kind.
+
+    Softmax attention of a token sees the s tokens up to itself in its document: 2 H D s for the scores and as many for the values. Over a
+    document of n tokens the mean of s is (n + 1) / 2. Linear attention in chunks of C tokens does, per head of width d, 4 d^2 with the
+    state (read and update) and 4 C d inside the chunk (two full C x C products): it does not depend on lengths.
+
+    Args:
+        lengths: tokens of each document of a pack, or of one document; 0 is allowed.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    lengths = [lengths] if isinstance(lengths, int) else lengths
+    tokens = sum(lengths)
+    if tokens < 1:
+        raise ValueError(f"document lengths {list(lengths)[:8]} hold no token; FLOPs per token need at least one")
+    context = sum(n * (n + 1) for n in lengths) / 2 / tokens  # mean number of tokens that a token sees
+    softmax, linear = model.kinds.count("S"), model.kinds.count("L")
+    d = model.linear_head_width
+    return {
+        "softmax projections": 2.0 * softmax * _projections(model, "S"),
+        "softmax attention": 4.0 * softmax * model.heads * model.head_width * context,
+        "linear projections": 2.0 * linear * _projections(model, "L"),
+        "linear attention": float(linear * model.linear_heads * (4 * d * d + 4 * CHUNK * d)),
+        "mlp": 2.0 * model.layers * 3 * model.ffn_width * model.hidden,
+        "output": 2.0 * model.padded_vocab * model.hidden,
+    }
+
+
+def training_flops(model: Model, lengths: int | Sequence[int]) -> float:
+    """Model FLOPs of one forward and backward pass over these documents: three times the forward pass. MFU is made of these."""
+    tokens = lengths if isinstance(lengths, int) else sum(lengths)
+    return 3.0 * tokens * sum(flops_per_token(model, lengths).values()) if tokens else 0.0
+
+
+def recompute_flops_per_token(model: Model, lengths: int | Sequence[int], recompute: str) -> float:
+    """What `train.recompute` adds in backward, per token: hardware FLOPs are model FLOPs plus these.
+
+    `selective` repeats what lies between the mixers' projections, `full` all layers but not the output layer.
+    """
+    forward = flops_per_token(model, lengths)
+    repeated = {
+        "none": (),
+        "selective": ("softmax attention", "linear attention"),
+        "full": tuple(part for part in forward if part != "output"),
+    }
+    if recompute not in repeated:
+        raise ValueError(f"recompute {recompute!r} is unknown; there are {', '.join(repeated)}")
+    return sum(forward[part] for part in repeated[recompute])
