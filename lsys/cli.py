@@ -1,4 +1,4 @@
-"""The commands. torch and Megatron are imported by those that need them only, so `--help` and `check` answer at once."""
+"""The commands. Only those that need torch and Megatron import them, so `--help` and `check` answer at once."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ USAGE = """usage: lsys COMMAND ...
   data prepare INPUT ... --out PATH   make a corpus from text
   data inspect PATH                   look into a corpus
 
-`lsys COMMAND --help` lists a command's options. Every key of the YAML is an option too: --parallel.tensor 2 (docs/configuration.md).
+`lsys COMMAND --help` lists a command's options. Every key of the YAML is one too: --parallel.tensor 2.
 `--debug` shows the traceback of a refusal.
 """
 

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train as the configuration says. Every key of the YAML is an option too, such as --parallel.tensor 2 (docs/configuration.md)."""
+    """Train as the configuration says. Every key of the YAML is an option too, such as --parallel.tensor 2."""
 
     config: Positional[Path]
     """YAML file of the run."""
@@ -16,7 +16,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """Say every mistake of a configuration, or what it resolves to. Every key of the YAML is an option too, such as --parallel.tensor 2."""
+    """Say every mistake of a configuration, or what it resolves to. Every key of the YAML is an option too."""
 
     config: Positional[Path]
     """YAML file of the run."""
@@ -28,7 +28,7 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class TopologyOptions:
-    """Say where each rank is and who its peers are. Every key of the YAML is an option too, such as --parallel.tensor 2."""
+    """Say where each rank is and who its peers are. Every key of the YAML is an option too."""
 
     config: Positional[Path]
     """YAML file of the run."""

@@ -1,7 +1,7 @@
 """A pool of persistent worker processes that run functions as the ranks of a gloo group.
 
-Importing torch and megatron takes seconds. A server process does it once; the workers are forked from it and run many cases each.
-What the workers do is in gloo_worker.py.
+Importing torch and megatron takes seconds. A server process does it once; the workers are forked from it and run many
+cases each. What the workers do is in gloo_worker.py.
 """
 
 import contextlib
@@ -63,11 +63,11 @@ class Worker:
 
 
 class Pool:
-    """`pool(world_size, fn, *args)` calls fn(rank, world_size, *args) on every rank of a fresh gloo group; gives the results by rank.
+    """`pool(world_size, fn, *args)` calls fn(rank, world_size, *args) on every rank of a fresh gloo group.
 
-    `fn` is a function at the top level of a module; arguments and results are pickled. A rank that raises, dies or is
-    silent for `timeout` seconds makes the call raise RankError; the workers that took part are then replaced, since
-    they may wait for that rank in a collective.
+    It gives the results by rank. `fn` is a function at the top level of a module; arguments and results are pickled. A
+    rank that raises, dies or is silent for `timeout` seconds makes the call raise RankError; the workers that took part
+    are then replaced, since they may wait for that rank in a collective.
     """
 
     def __init__(self) -> None:
@@ -80,8 +80,10 @@ class Pool:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for rank, worker in enumerate(workers):
                 with contextlib.suppress(BrokenPipeError):  # it died just now: reading from it says so
-                    worker.pipe.send((*call, rank, world_size, folder))
+                    worker.pipe.send((call, rank, world_size, folder))
             results, failures = _collect(workers, timeout, Path(folder))
+            if not failures:
+                failures = _end_groups(workers, timeout)
         if failures:
             self._drop(workers)
             raise RankError("\n".join(failures))
@@ -102,8 +104,24 @@ class Pool:
         self._drop(list(self.workers))
 
 
+def _end_groups(workers: list[Worker], timeout: float) -> list[str]:
+    """Let every rank destroy its group, now that none needs another any more."""
+    failures = []
+    try:
+        for rank, worker in enumerate(workers):  # noqa: B007
+            worker.pipe.send("end")
+        for rank, worker in enumerate(workers):
+            if not worker.pipe.poll(timeout):
+                failures.append(f"rank {rank} of {len(workers)} did not end its group in {timeout} s")
+            elif worker.pipe.recv() != "ended":
+                failures.append(f"rank {rank} of {len(workers)} is out of step")
+    except (EOFError, OSError):
+        failures.append(f"rank {rank} of {len(workers)} {worker.last_words()} when its group ended")
+    return failures
+
+
 def _start_server(context: Any) -> None:
-    """Start the server that workers are forked from, unless it runs; it imports gloo_worker, which imports the slow packages."""
+    """Start the server that workers are forked from, unless it runs. It imports gloo_worker, and so the slow packages."""
     context.set_forkserver_preload(["gloo_worker"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before]))  # all that the server can see of us

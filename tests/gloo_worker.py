@@ -32,27 +32,41 @@ def serve(pipe: Any) -> None:
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
-            source, module, name, args, timeout, rank, world_size, folder = pipe.recv()
+            call, rank, world_size, folder = pipe.recv()
             with open(f"{folder}/stack{rank}", "w") as stack:
                 faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
-                try:
-                    # Longer than the caller waits, so that the caller names the ranks that hang.
-                    limit = timedelta(seconds=timeout + 60)
-                    store = dist.FileStore(f"{folder}/store", world_size)
-                    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-                    result = load(source, module, name)(rank, world_size, *pickle.loads(args))
-                    pipe.send((False, pickle.dumps(result)))
-                except BaseException:
-                    # Sent before the group ends: that makes the other ranks fail too, and the cause should come first.
-                    pipe.send((True, traceback.format_exc()))
-                finally:
-                    if dist.is_initialized():
-                        dist.destroy_process_group()
-                    faulthandler.unregister(signal.SIGUSR1)
+                _call(pipe, *call, rank, world_size, folder)
+                faulthandler.unregister(signal.SIGUSR1)
+            pipe.send("ended")
+
+
+def _call(
+    pipe: Any, source: str, module: str, name: str, args: bytes, timeout: float, rank: int, world_size: int, folder: str
+) -> None:
+    """Run one call and send what came of it. The group ends when the caller says that all ranks have done so.
+
+    A rank that closed its connections earlier could break another that is still connecting, or waits for the rank that
+    failed and would then report that instead of the cause.
+    """
+    try:
+        # Longer than the caller waits, so that the caller names the ranks that hang.
+        limit = timedelta(seconds=timeout + 60)
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        result = load(source, module, name)(rank, world_size, *pickle.loads(args))
+        outcome = (False, pickle.dumps(result))
+    except BaseException:
+        outcome = (True, traceback.format_exc())
+    try:
+        pipe.send(outcome)
+        pipe.recv()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def load(source: str, module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of the file `source`. The module gets the name it has at the caller, so that its classes unpickle."""
+    """The function `name` of the file `source`, whose module gets its name at the caller, so that its classes unpickle."""
     if getattr(sys.modules.get(module), "__file__", None) != source:
         spec = importlib.util.spec_from_file_location(module, source)
         if spec is None or spec.loader is None:

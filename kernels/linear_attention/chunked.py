@@ -1,117 +1,142 @@
-"""Linear attention by chunks, in two phases around the exchange of states. Differentiable PyTorch; the mathematics is in README.md."""
+"""Linear attention chunk by chunk, in PyTorch operations: matrix products inside chunks, a recurrence between them.
 
-from dataclasses import dataclass
+Inside a chunk, b_i is the sum of its log-decays up to token i and G that of all. Only differences that are never
+positive are exponentiated. The README has the mathematics.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from lsys.kernels.linear_attention.grid import ChunkGrid
-from lsys.kernels.linear_attention.scan import scan
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Chunks:
-    """Inputs by chunk: n chunks of C tokens, H heads.
-
-    Attributes:
-        q, k: [n, H, C, K], v: [n, H, C, V]; q is scaled.
-        log_gate: sum of the log-decays from the chunk's start up to and with each token, [n, H, C]; None without decay.
-        mask: decay from column token to row token, 0 above the diagonal, [n or 1, H or 1, C, C].
-    """
-
-    grid: ChunkGrid
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_gate: Tensor | None
-    mask: Tensor
+from lsys.kernels.linear_attention.grid import ChunkGrid, chunk_grid, chunk_size
+from lsys.kernels.linear_attention.scan import scan
 
 
-@dataclass(frozen=True)
-class SegmentMap:
-    """What each segment does to a state, S -> exp(log_decay) S + state, with what `apply` needs again.
+class SegmentMap(NamedTuple):
+    """What each of the L linked segments does to a state, S -> e^log_decay S + state, and what `apply` reuses of it.
 
     Attributes:
-        log_decay: [N, H], state: [N, H, K, V], of the segments.
-        before: state before each chunk if its segment began with zero, [n, H, K, V].
-        log_decay_before: log-decay from its segment's start to each chunk, [n, H].
+        log_decay: [L, H]; None is 0.
+        state: [L, H, K, V], the state after the segment when zero before it.
+        before: [m, H, K, V], the states before the scanned chunks, zero before their segment.
+        reach: [m, H], log-decay from the start of the segment to the chunk; None is 0.
     """
 
-    log_decay: Tensor
+    log_decay: Tensor | None
     state: Tensor
-    before: Tensor
-    log_decay_before: Tensor
+    before: Tensor | None = None
+    reach: Tensor | None = None
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, grid: ChunkGrid, scale: float) -> Chunks:
-    """q, k [T, H_k, K], v [T, H, V], log_decay None | [H] | [T, H] -> inputs by chunk."""
-    repeat = v.shape[1] // k.shape[1]
-    q, k, v = (_by_head(grid, x, n) for x, n in ((q * scale, repeat), (k, repeat), (v, 1)))
-    work = torch.promote_types(v.dtype, torch.float32)
-    lower = torch.ones(grid.size, grid.size, dtype=torch.bool, device=v.device).tril()
-    if log_decay is None:
-        return Chunks(grid, q, k, v, None, lower.to(v.dtype)[None, None])
-    log_decay = log_decay.to(work)
+class ChunkDecay(NamedTuple):
+    """Decay between places of a chunk; the first dimension is 1 where all chunks are alike."""
+
+    inside: Tensor  # [1 | n, H, C, C]: e^(b_i - b_j) for i >= j, else 0
+    entry: Tensor  # [1 | n, H, C, 1]: e^b_i, from before the chunk to token i
+    exit: Tensor  # [1 | n, H, C, 1]: e^(G - b_j), from token j to after the chunk
+    total: Tensor  # [n, H]: G
+
+
+class ChunkedSegments:
+    """Packed segments, cut in chunks once, for the two phases. See `lsys.kernels.linear_attention.Segments`."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        lengths: Sequence[int],
+        linked: Sequence[int],
+        scale: float,
+    ) -> None:
+        self.dtype, self.out_dtype, self.scale = torch.promote_types(v.dtype, torch.float32), v.dtype, scale
+        self.group = v.shape[1] // k.shape[1]
+        size = chunk_size(lengths, k.shape[-1], v.shape[-1])
+        self.grid = chunk_grid(lengths, linked, size, v.device)
+        self.q, self.k, self.v = (self.grid.cut(x, self.dtype) for x in (q, k, v))  # [n, H_k | H, C, K | V]
+        self.decay = None if log_decay is None else _chunk_decay(log_decay.to(self.dtype), self.grid)
+
+    def segment_map(self) -> SegmentMap:
+        """The maps of the linked segments; also scans the chunks' states, from zero before each segment."""
+        grid, decay = self.grid, self.decay
+        k, v = self._heads(grid.scan_rows(self.k)), grid.scan_rows(self.v)
+        if decay is not None:
+            v = v * grid.scan_rows(decay.exit)
+        update = _matmul(k.transpose(2, 3), v)  # [m, H, K, C] [m, H, C, V] -> [m, H, K, V]
+        log_decay = None if decay is None else grid.scan_rows(decay.total)
+        before, reach, state, total = scan(update, log_decay, grid.plan)
+        if grid.linked is not None:
+            state = state.index_select(0, grid.linked)
+            total = None if total is None else total.index_select(0, grid.linked)
+        return SegmentMap(total, state, before, reach)
+
+    def intra(self) -> Tensor:
+        """What tokens get from their own chunk: [n, H, C, V]. Needs no state."""
+        scores = _matmul(self.q, self.k.transpose(2, 3), self.scale)  # [n, H_k, C, C]
+        if self.decay is None:
+            return _matmul(self._heads(scores.tril()), self.v)
+        return _matmul(self._heads(scores) * self.decay.inside, self.v)
+
+    def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
+        """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
+        grid, before = self.grid, segment_map.before
+        assert before is not None
+        if state is not None:
+            before = self._enter(before, segment_map.reach, state.to(self.dtype))
+        q = self._heads(grid.scan_rows(self.q))
+        if self.decay is not None:
+            q = q * grid.scan_rows(self.decay.entry)
+        if grid.scanned is None:
+            o = _matmul(q, before, self.scale, add=intra)
+        else:
+            o = intra.index_add(0, grid.scanned, _matmul(q, before, self.scale))
+        return grid.join(o).to(self.out_dtype)  # [n, H, C, V] -> [T, H, V]
+
+    def _enter(self, before: Tensor, reach: Tensor | None, state: Tensor) -> Tensor:
+        """Add what is left of the states before linked segments to those before their chunks: [m, H, K, V]."""
+        grid = self.grid
+        # One segment's state is broadcast; those of several are copied to their chunks.
+        carried = state if len(state) == 1 else state.index_select(0, grid.entry)
+        if reach is not None:
+            reach = reach if grid.entered is None else reach.index_select(0, grid.entered)
+            carried = carried * reach.exp()[..., None, None]
+        if grid.entered is None:
+            return before + carried
+        return before.index_add(0, grid.entered, carried.expand(len(grid.entered), *carried.shape[1:]))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[n, H_k, ...] -> [n, H, ...]."""
+        return x if self.group == 1 else x.repeat_interleave(self.group, dim=1)
+
+
+def _chunk_decay(log_decay: Tensor, grid: ChunkGrid) -> ChunkDecay:
+    """Of a decay per head [H] or per token and head [T, H]."""
+    place = torch.arange(grid.size, device=log_decay.device)
     if log_decay.dim() == 1:
-        place = torch.arange(1, grid.size + 1, device=v.device)
-        counted = torch.minimum(place, grid.filled.to(v.device)[:, None]).to(work)  # padding decays nothing
-        log_gate = counted[:, None] * log_decay[:, None]  # [n, 1, C] * [H, 1] -> [n, H, C]
-        distance = (place[:, None] - place).clamp(min=0).to(work)
-        exponent = (distance * log_decay[:, None, None])[None]  # [1, H, C, C]
+        tokens = (place + 1).expand(1, -1) if grid.filled is None else (place + 1).minimum(grid.filled[:, None])
+        b = log_decay[:, None] * tokens[:, None]  # [1 | n, H, C]
+        difference = log_decay[:, None, None] * (place[:, None] - place)[None, None]  # [1, H, C, C]
     else:
-        log_gate = grid.spread(log_decay).transpose(1, 2).cumsum(-1)  # [T, H] -> [n, H, C]
-        exponent = (log_gate[..., :, None] - log_gate[..., None, :]).masked_fill(
-            ~lower, 0.0
-        )  # never of a positive number
-    return Chunks(grid, q, k, v, log_gate, (exponent.exp() * lower).to(v.dtype))
+        b = grid.cut(log_decay.unsqueeze(-1), log_decay.dtype).squeeze(-1).cumsum(-1)  # [n, H, C]
+        difference = b[..., :, None] - b[..., None, :]  # [n, H, C, C]
+    later = place > place[:, None]
+    inside = difference.masked_fill(later, -torch.inf).exp()
+    total = b[..., -1]
+    exit = (total[..., None] - b).exp()
+    return ChunkDecay(inside, b.exp()[..., None], exit[..., None], total.expand(grid.chunks, -1))
 
 
-def segment_map(chunks: Chunks) -> SegmentMap:
-    """Phase 1: the map of every segment. Needs no other rank."""
-    work = torch.promote_types(chunks.v.dtype, torch.float32)
-    k = chunks.k
-    if chunks.log_gate is not None:
-        total = chunks.log_gate[..., -1]  # [n, H]
-        k = k * (total[..., None] - chunks.log_gate).exp().to(k.dtype)[..., None]
+def _matmul(x: Tensor, y: Tensor, scale: float = 1.0, add: Tensor | None = None) -> Tensor:
+    """scale x y (+ add), batched over the first two dimensions without copies: [n, H, A, B] [n, H, B, C] -> [n, H, A, C]."""
+    batch = x.shape[:2]
+    x, y = x.flatten(0, 1), y.flatten(0, 1)
+    if add is not None:
+        product = torch.baddbmm(add.flatten(0, 1), x, y, alpha=scale)
+    elif scale == 1.0:
+        product = torch.bmm(x, y)
     else:
-        total = chunks.k.new_zeros(chunks.v.shape[:2], dtype=work)
-    updates = (k.transpose(-1, -2) @ chunks.v).to(work)  # [n, H, K, V]
-    before, state = scan(updates, total, chunks.grid.chain)
-    chain = chunks.grid.chain
-    group = chain.group.to(total.device)
-    log_decay = total.new_zeros(len(chain.sizes), total.shape[1]).index_add(0, group, total)
-    running = total.cumsum(0) - total  # from the first chunk of all
-    first = (torch.tensor(chain.sizes, dtype=torch.int64).cumsum(0) - torch.tensor(chain.sizes, dtype=torch.int64)).to(
-        group.device
-    )
-    log_decay_before = (running - running[first[group]]) if len(group) else running
-    return SegmentMap(log_decay, state, before, log_decay_before)
-
-
-def intra(chunks: Chunks) -> Tensor:
-    """What tokens get from their own chunk, [n, H, C, V]. Independent of any state: an exchange can be under way meanwhile."""
-    return ((chunks.q @ chunks.k.transpose(-1, -2)) * chunks.mask) @ chunks.v
-
-
-def apply(chunks: Chunks, inside: Tensor, maps: SegmentMap, state: Tensor | None) -> Tensor:
-    """Phase 2: add what comes from before the chunk.
-
-    Args:
-        inside: `intra(chunks)`.
-        state: state before each segment, [N, H, K, V]; None is zero.
-
-    Returns:
-        o [T, H, V].
-    """
-    before = maps.before
-    if state is not None:
-        group = chunks.grid.chain.group.to(before.device)
-        before = before + maps.log_decay_before.exp()[..., None, None] * state.to(before.dtype)[group]
-    q = chunks.q if chunks.log_gate is None else chunks.q * chunks.log_gate.exp().to(chunks.q.dtype)[..., None]
-    o = inside + q @ before.to(q.dtype)
-    return chunks.grid.collect(o.transpose(1, 2))  # [n, H, C, V] -> [n, C, H, V] -> [T, H, V]
-
-
-def _by_head(grid: ChunkGrid, x: Tensor, repeat: int) -> Tensor:
-    """[T, h, D] -> [n, h * repeat, C, D]"""
-    x = grid.spread(x).transpose(1, 2)
-    return x.repeat_interleave(repeat, 1) if repeat > 1 else x.contiguous()
+        product = torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=scale)
+    return product.unflatten(0, batch)

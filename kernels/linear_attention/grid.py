@@ -1,143 +1,114 @@
-"""Packed segments cut in chunks: the shape of every chunked computation."""
+"""How packed segments are cut in chunks: every chunk lies in one segment, whose last chunk may be partial."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNKS = (16, 32, 64, 128, 256)
+from lsys.kernels.linear_attention.scan import ScanPlan, scan_plan
 
-
-@dataclass(frozen=True)
-class Chain:
-    """Rows that follow one another: row r of a group continues row r - 1 of the same group.
-
-    Attributes:
-        sizes: rows of each group; rows of a group are adjacent.
-    """
-
-    sizes: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(self.sizes)
-
-    @cached_property
-    def group(self) -> Tensor:
-        """Group of each row, int64 [rows]."""
-        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes, dtype=torch.int64))
-
-    @cached_property
-    def steps(self) -> list[Tensor]:
-        """Rows at place 0, 1, ... of their groups: what can be computed at once."""
-        sizes = torch.tensor(self.sizes, dtype=torch.int64)
-        first = sizes.cumsum(0) - sizes
-        return [(first + place)[sizes > place] for place in range(max(self.sizes, default=0))]
-
-    @cached_property
-    def last(self) -> tuple[Tensor, Tensor]:
-        """(groups that have rows, the last row of each)."""
-        sizes = torch.tensor(self.sizes, dtype=torch.int64)
-        filled = (sizes > 0).nonzero()[:, 0]
-        return filled, (sizes.cumsum(0) - 1)[filled]
+SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class ChunkGrid:
-    """Segments of the given lengths, each cut in chunks of `size` tokens; the last chunk of a segment may be short and is padded.
+    """Chunks of `size` tokens, segment after segment.
 
-    As in flash-linear-attention, a chunk never holds tokens of two segments.
+    Segments of one chunk that are not linked need no states at all; the others are *scanned*.
+
+    Attributes:
+        chunks: n, how many.
+        slots: of each token its place in the grid, int64 [T]; None if the tokens fill it in order (a view does).
+        filled: tokens of each chunk, int64 [n]; None if all are full.
+        scanned: the chunks of scanned segments, int64 [m]; None if all n are.
+        plan: of the scan over these chunks.
+        linked: of each linked segment its row among the scanned segments, int64 [L]; None if it is these in order.
+        entered: which of the m scanned chunks are in a linked segment, int64; None if all are.
+        entry: the linked segment (0 to L - 1) of each of these.
     """
 
-    lengths: tuple[int, ...]
     size: int
+    chunks: int
+    slots: Tensor | None
+    filled: Tensor | None
+    scanned: Tensor | None
+    plan: ScanPlan
+    linked: Tensor | None
+    entered: Tensor | None
+    entry: Tensor
 
-    @cached_property
-    def chain(self) -> Chain:
-        return Chain(tuple(-(-length // self.size) for length in self.lengths))
+    def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, H, D] -> [n, H, C, D], contiguous; zeros where there is no token."""
+        if self.slots is not None:
+            x = x.new_zeros(self.chunks * self.size, *x.shape[1:]).index_copy(0, self.slots, x)
+        x = x.unflatten(0, (self.chunks, self.size)).transpose(1, 2)
+        return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
-    @property
-    def chunks(self) -> int:
-        return self.chain.rows
+    def join(self, x: Tensor) -> Tensor:
+        """[n, H, C, D] -> [T, H, D]."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
 
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    @cached_property
-    def filled(self) -> Tensor:
-        """Tokens of each chunk, int64 [chunks]."""
-        place = (
-            torch.cat([torch.arange(size) for size in self.chain.sizes])
-            if self.lengths
-            else torch.zeros(0, dtype=torch.int64)
-        )
-        return (torch.tensor(self.lengths, dtype=torch.int64)[self.chain.group] - place * self.size).clamp(
-            max=self.size
-        )
-
-    @cached_property
-    def rows(self) -> Tensor | None:
-        """Where each token lies among the chunks * size places, int64 [T]; None if that is where it is already."""
-        if self.tokens == self.chunks * self.size:
-            return None
-        start = torch.arange(self.chunks) * self.size
-        first = self.filled.cumsum(0) - self.filled
-        return torch.repeat_interleave(start - first, self.filled) + torch.arange(self.tokens)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [chunks, size, ...], zeros in the padding. Differentiable."""
-        if self.rows is not None:
-            x = _Place.apply(x, self.rows.to(x.device), self.chunks * self.size)
-        return x.view(self.chunks, self.size, *x.shape[1:])
-
-    def collect(self, x: Tensor) -> Tensor:
-        """[chunks, size, ...] -> [T, ...]. Differentiable."""
-        x = x.reshape(self.chunks * self.size, *x.shape[2:])
-        return x if self.rows is None else _Take.apply(x, self.rows.to(x.device))
+    def scan_rows(self, x: Tensor) -> Tensor:
+        """Of [n, ...] (or [1, ...], the same for all chunks) the scanned chunks: [m, ...]."""
+        return x if self.scanned is None or x.shape[0] != self.chunks else x.index_select(0, self.scanned)
 
 
-class _Place(torch.autograd.Function):
-    """Rows of x at distinct places of a larger tensor of zeros; the adjoint of _Take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        return x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Take.apply(gradient, ctx.saved_tensors[0]), None, None
-
-
-class _Take(torch.autograd.Function):
-    """Rows of x at distinct places."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.count = len(x)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Place.apply(gradient, ctx.saved_tensors[0], ctx.count), None
+def chunk_size(lengths: Sequence[int], key_width: int, value_width: int) -> int:
+    """The size with the least estimated work: elements moved and multiplied, padding included, per head."""
+    length = torch.tensor(lengths, dtype=torch.int64)
+    chunks = torch.stack([-(-length // size) for size in SIZES])  # [sizes, segments]
+    size = torch.tensor(SIZES, dtype=torch.float64)
+    width, state = key_width + value_width, key_width * value_width
+    # A moved element costs as much as some tens of multiplications; a step of the scan is a few launches.
+    inside = size * size * (width + MOVE) + size * width * MOVE
+    across = 2 * size * state + state * MOVE
+    steps = chunks.amax(1) if len(lengths) else chunks.sum(1)
+    cost = chunks.sum(1) * inside + chunks.where(chunks > 1, 0).sum(1) * across + steps * STEP
+    return SIZES[int(cost.argmin())]
 
 
-@lru_cache(maxsize=64)
-def chunk_grid(lengths: Sequence[int], key_width: int, value_width: int, size: int | None = None) -> ChunkGrid:
-    """The grid with the least work: a large chunk wastes padding and scores, a small one states.
+MOVE, STEP = 32, 50_000
 
-    Per padded token of a head: size * (K + V) multiplications inside the chunk and 2 K V with states; per chunk, its state is read and written often.
-    """
-    lengths = tuple(lengths)
 
-    def work(chunk: int) -> int:
-        chunks = sum(-(-length // chunk) for length in lengths)
-        states = key_width * value_width
-        return chunks * (chunk * (chunk * (key_width + value_width) + 2 * states) + 128 * states)
+def chunk_grid(lengths: Sequence[int], linked: Sequence[int], size: int, device: torch.device) -> ChunkGrid:
+    """The grid of segments of `lengths` tokens, of which `linked` send or receive states."""
+    length = torch.tensor(lengths, dtype=torch.int64)
+    counts = -(-length // size)  # chunks of each segment
+    chunks, full = int(counts.sum()), not (length % size).any()
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), counts)  # of each chunk
+    slots = filled = None
+    if not full:
+        first = counts.cumsum(0) - counts
+        skipped = first * size - (length.cumsum(0) - length)  # empty places before each segment
+        slots = torch.repeat_interleave(skipped, length) + torch.arange(int(length.sum()))
+        filled = (length[segment] - (torch.arange(chunks) - first[segment]) * size).clamp(max=size)
+    is_linked = torch.zeros(len(lengths), dtype=torch.bool)
+    linked_segments = torch.tensor(linked, dtype=torch.int64)
+    is_linked[linked_segments] = True
+    is_scanned = is_linked | (counts > 1)
+    chunk_scanned = is_scanned[segment]
+    chunk_linked = is_linked[segment[chunk_scanned]]
+    row = is_scanned.cumsum(0) - 1  # of a segment among the scanned ones
+    number = torch.zeros(len(lengths), dtype=torch.int64)
+    number[linked_segments] = torch.arange(len(linked))
+    linked_rows = row[linked_segments]
+    identity = torch.equal(linked_rows, torch.arange(int(is_scanned.sum())))
 
-    return ChunkGrid(lengths, size or min(CHUNKS, key=work))
+    def place(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device)
+
+    return ChunkGrid(
+        size=size,
+        chunks=chunks,
+        slots=place(slots),
+        filled=place(filled),
+        scanned=None if chunk_scanned.all() else place(chunk_scanned.nonzero()[:, 0]),
+        plan=scan_plan(counts[is_scanned].tolist(), device),
+        linked=None if identity else place(linked_rows),
+        entered=None if chunk_linked.all() else place(chunk_linked.nonzero()[:, 0]),
+        entry=number[segment[chunk_scanned]][chunk_linked].to(device),
+    )

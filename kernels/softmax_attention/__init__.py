@@ -4,9 +4,10 @@ import logging
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
 from lsys.kernels.softmax_attention import cpu, cuda, reference
 from lsys.kernels.softmax_attention.merge import merge
-from torch import Tensor
 
 __all__ = ["BACKENDS", "merge", "softmax_attention"]
 

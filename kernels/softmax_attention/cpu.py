@@ -10,9 +10,10 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from lsys.kernels.softmax_attention.merge import merge
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lsys.kernels.softmax_attention.merge import merge
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

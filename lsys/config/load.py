@@ -38,8 +38,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
     Args:
         path: the YAML file.
-        overrides: words of a command line: `--section.key value` or `--section.key=value`, lists by index (`--data.corpora.0.path x`);
-            a value is YAML, and `-` in a key may stand for `_`.
+        overrides: words of a command line: `--section.key value` or `--section.key=value`, lists by index
+            (`--data.corpora.0.path x`); a value is YAML, and `-` in a key may stand for `_`.
 
     Raises:
         ConfigError: the file cannot be read, or its keys and values are refused; it names all of them.
@@ -67,7 +67,7 @@ def _read(path: Path) -> dict:
         raise ConfigError([Mistake("", _yaml_problem(str(path), error))]) from None
     if not isinstance(tree, dict):
         raise ConfigError([Mistake("", f"{path} is not a mapping of sections", "begin with model:, data: and train:")])
-    return tree
+    return {name: {} if section is None else section for name, section in tree.items()}  # all keys commented out
 
 
 def _yaml_problem(where: str, error: yaml.YAMLError) -> str:
@@ -138,7 +138,7 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML that `load` reads; keys in the schema's order, values that follow from others filled in."""
+    """The whole configuration as YAML that `load` reads; values that follow from others are filled in."""
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -1,4 +1,4 @@
-"""Mistakes in a configuration, said so that they can be put right: the key, what is wrong with its value, and what would do."""
+"""Mistakes in a configuration, said so that they can be put right: the key, what is wrong with it, what would do."""
 
 import difflib
 import typing
@@ -27,7 +27,7 @@ class Mistake:
 
 
 class ConfigError(ValueError):
-    """The configuration is refused; `mistakes` are all that were found. Every rank finds the same ones (`everywhere`)."""
+    """The configuration is refused; `mistakes` are all that were found, alike on every rank (`everywhere`)."""
 
     everywhere = True
 
@@ -67,12 +67,14 @@ def _mistake(found: Any, names: list[str | int], section: type[BaseModel] | None
     meaning = field.description.split("; ")[0].rstrip(".") if field and field.description else ""
     if found["type"] == "missing":
         return Mistake(key, "missing", f"give it a value ({meaning})" if meaning else "give it a value")
-    rule = found["msg"].replace("Input should", "it should")
+    rule = (
+        "it should be a mapping" if found["type"] == "model_type" else found["msg"].replace("Input should", "it should")
+    )
     return Mistake(key, f"{_short(found['input'])} does not do: {rule}" + (f" ({meaning})" if meaning else ""))
 
 
 def _place(schema: type[BaseModel], loc: Iterable[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:
-    """The key's path in the YAML (pydantic adds names of union branches) and the section of its last name, if that is one."""
+    """The key's path in the YAML (pydantic adds names of union branches) and the section that holds its last name."""
     names: list[str | int] = []
     section: type[BaseModel] | None = schema  # of the next name
     holder: type[BaseModel] | None = None  # of the last name

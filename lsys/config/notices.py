@@ -4,7 +4,7 @@ from lsys.config.schema import Config, Section
 
 
 def notices(config: Config, world_size: int | None = None) -> list[str]:
-    """Sentences about settings that change nothing, and, where the number of ranks is known, about idle pipeline stages."""
+    """Sentences about settings that change nothing and, where the number of ranks is known, about idle stages."""
     return [*_parallel(config, world_size), *_model(config), *_run(config)]
 
 
@@ -24,7 +24,7 @@ def _parallel(config: Config, world_size: int | None) -> list[str]:
         each = config.micro_batches // (world_size // product)
         if each < parallel.pipeline:
             found.append(
-                f"{each} micro-batches per replica leave some of the {parallel.pipeline} pipeline stages idle at any time"
+                f"{each} micro-batches per replica leave some of {parallel.pipeline} pipeline stages idle at any time"
             )
         if config.optimizer.distributed and world_size // parallel.tensor // parallel.pipeline == 1:
             found.append(

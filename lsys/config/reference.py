@@ -13,10 +13,11 @@ HEAD = """# Configuration
 
 Generated from `lsys/config/schema.py` by `python -m lsys.config.reference docs/configuration.md`; do not edit.
 
-A run is one YAML file. Unknown keys, keys given twice and values out of range are refused, all at once. Every key is also an option of
-`lsys train`, `lsys check` and `lsys topology`: `--parallel.tensor 2`, `--data.corpora.0.path data/mine`; the value is YAML. Sizes are in
-tokens unless said otherwise. "Empty" is YAML's `null`, or the key left out. Rules that tie keys to each other and to the number of ranks
-are checked by `lsys check CONFIG --world-size N`.
+A run is one YAML file. Unknown keys, keys given twice and values out of range are refused, all at once. Every
+key is also an option of `lsys train`, `lsys check` and `lsys topology`: `--parallel.tensor 2`,
+`--data.corpora.0.path data/mine`; the value is YAML. Sizes are in tokens unless said otherwise. "Empty" is
+YAML's `null`, or the key left out. Rules that tie keys to each other and to the number of ranks are checked by
+`lsys check CONFIG --world-size N`.
 """
 
 

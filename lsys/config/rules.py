@@ -1,4 +1,4 @@
-"""Rules that tie several keys to each other, to the number of ranks and to files. All are checked before a process group exists."""
+"""Rules that tie several keys to each other, to the number of ranks and to files."""
 
 import json
 import math
@@ -143,7 +143,8 @@ def _batch(config: Config, world_size: int) -> Iterator[Mistake]:
         yield Mistake("train.batch_tokens", problem, f"{fits}, or another micro_batch_tokens")
     elif batch // micro // data % group:
         # Megatron runs them in groups of `pipeline`; it refuses a smaller last group, and fewer than one group
-        problem = f"{batch // micro // data} micro-batches per replica are no multiple of pipeline {group}, which the interleaved schedule needs"
+        each = f"{batch // micro // data} micro-batches per replica"
+        problem = f"{each} are no multiple of pipeline {group}, which the interleaved schedule needs"
         yield Mistake("train.batch_tokens", problem, f"{fits}, or virtual_pipeline 1")
 
 
@@ -179,7 +180,7 @@ RULES: tuple[Callable[[Config, int], Iterable[Mistake]], ...] = (
 
 
 def check_files(config: Config) -> None:
-    """Raise FilesError if a corpus or the checkpoint to resume from is missing, or a corpus has more tokens than the model."""
+    """Raise FilesError if a corpus or the checkpoint to resume from is missing, or has tokens that the model lacks."""
     mistakes = [
         m
         for i, corpus in enumerate(config.data.corpora)

@@ -1,6 +1,7 @@
 """Parameters and floating-point operations of a model, counted from its configuration. Needs nothing but the schema.
 
-A product of [m, k] and [k, n] is 2 m n k FLOPs. Norms, activations, rotary positions and softmax's exponentials are left out, as is usual.
+A product of [m, k] and [k, n] is 2 m n k FLOPs. Norms, activations, rotary positions and exponentials are left
+out, as is usual.
 """
 
 from collections.abc import Sequence
@@ -39,9 +40,10 @@ def _projections(model: Model, kind: str) -> int:
 def flops_per_token(model: Model, lengths: int | Sequence[int]) -> dict[str, float]:
     """Forward FLOPs per token of each kind of layer, over all layers of that kind.
 
-    Softmax attention of a token sees the s tokens up to itself in its document: 2 H D s for the scores and as many for the values. Over a
-    document of n tokens the mean of s is (n + 1) / 2. Linear attention in chunks of C tokens does, per head of width d, 4 d^2 with the
-    state (read and update) and 4 C d inside the chunk (two full C x C products): it does not depend on lengths.
+    Softmax attention of a token sees the s tokens up to itself in its document: 2 H D s for the scores and as
+    many for the values. Over a document of n tokens the mean of s is (n + 1) / 2. Linear attention in chunks of
+    C tokens does, per head of width d, 4 d^2 with the state (read and update) and 4 C d inside the chunk (two
+    full C x C products), whatever the lengths.
 
     Args:
         lengths: tokens of each document of a pack, or of one document; 0 is allowed.
@@ -67,7 +69,7 @@ def flops_per_token(model: Model, lengths: int | Sequence[int]) -> dict[str, flo
 
 
 def training_flops(model: Model, lengths: int | Sequence[int]) -> float:
-    """Model FLOPs of one forward and backward pass over these documents: three times the forward pass. MFU is made of these."""
+    """Model FLOPs of a forward and backward pass over these documents: three forward passes. MFU is made of these."""
     tokens = lengths if isinstance(lengths, int) else sum(lengths)
     return 3.0 * tokens * sum(flops_per_token(model, lengths).values()) if tokens else 0.0
 

@@ -6,8 +6,8 @@ import time
 import torch
 import torch.distributed as dist
 
-# Dense peak FLOP/s per GPU: (bf16 with fp32 accumulation, fp32 without TF32). From the vendors' data sheets; where a sheet states bf16 with
-# 2:4 sparsity, half of it. The first name that is a word of torch's device name counts.
+# Dense peak FLOP/s per GPU: (bf16 with fp32 accumulation, fp32 without TF32). From the vendors' data sheets;
+# where a sheet states bf16 with 2:4 sparsity, half of it. The first name that is a word of torch's device name counts.
 GPUS: dict[str, tuple[float, float]] = {
     "GB200": (2500e12, 80e12),  # GB200 NVL72: 360 PFLOPS sparse, 5,760 TFLOPS fp32 / 72
     "B200": (2250e12, 75e12),  # HGX B200: 36 PFLOPS sparse, 600 TFLOPS fp32 / 8
@@ -46,7 +46,7 @@ def gpu_peak(name: str, dtype: torch.dtype) -> float | None:
 
 
 def cpu_peak(dtype: torch.dtype, size: int = 768, seconds: float = 0.25) -> float:
-    """FLOP/s of the best of several square matrix products in this process, with its threads: what its CPU share can do."""
+    """FLOP/s of the best of several square matrix products in this process, with its threads."""
     x = torch.randn(size, size).to(dtype)
     x @ x  # the first call sets the library up
     best, stop = float("inf"), time.perf_counter() + seconds
@@ -67,7 +67,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_of_ranks(device: torch.device, precision: str) -> float | None:
-    """Sum of all ranks' peaks, on every rank; None if one of them is unknown. All ranks of the default group call it together.
+    """Sum of all ranks' peaks, on every rank; None if one is unknown. All ranks of the default group call it together.
 
     CPU ranks measure at the same time, so those that share cores share their peak.
 

@@ -118,7 +118,7 @@ def _patch_tensor_methods() -> None:
     def type_(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return tensor_type(tensor, *args, **kwargs) if args or kwargs else _TypeName(tensor_type(tensor))
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[assignment, method-assign]
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
 
 

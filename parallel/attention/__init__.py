@@ -1,9 +1,10 @@
 """Softmax attention over a sequence that is laid over ranks."""
 
+from torch import Tensor
+
 from lsys.parallel.attention import gather
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from torch import Tensor
 
 __all__ = ["METHODS", "softmax_attention"]
 

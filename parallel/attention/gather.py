@@ -9,11 +9,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from lsys.kernels import softmax_attention as kernel
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def attention(

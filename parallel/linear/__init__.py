@@ -1,10 +1,11 @@
 """Linear attention over documents that are laid over ranks: one function, several ways to exchange states."""
 
+from torch import Tensor
+
 from lsys.kernels.linear_attention import check
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear import lasp2
-from torch import Tensor
 
 __all__ = ["METHODS", "linear_attention"]
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from lsys.kernels.linear_attention import Chain, chunk_grid, chunked, scan, scan_adjoint
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from torch import Tensor
 
 
 @dataclass(frozen=True)

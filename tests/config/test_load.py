@@ -38,7 +38,8 @@ def test_numbers_with_exponents_are_numbers(file) -> None:
 
 
 def test_overrides(file) -> None:
-    words = "--parallel.tensor 2 --model.qk-norm=false --data.corpora.1.path c --train.z_loss 1e-4 --model.linear.decay false"
+    words = "--parallel.tensor 2 --model.qk-norm=false --data.corpora.1.path c --train.z_loss 1e-4"
+    words += " --model.linear.decay false"
     config = load(file(GOOD), words.split())
     assert (config.parallel.tensor, config.model.qk_norm, config.train.z_loss, config.model.linear.decay) == (
         2,
@@ -75,8 +76,9 @@ modle: 3
         for line in mistakes(path, "--train.warmup", "3", "--data.corpora.4.path", "x", "--train.seed")
     }
     assert found.keys() == {
-        "model.layers", "model.tensor", "parallel.tensr", "parallel.context", "data.corpora.0.path", "data.corpora.0.pth",
-        "data.corpora.4.path", "optimizer.lr", "optimizer.schedule", "train.micro_batch_tokens", "train.warmup", "train.seed",
+        "model.layers", "model.tensor", "parallel.tensr", "parallel.context", "data.corpora.0.path",
+        "data.corpora.0.pth", "data.corpora.4.path", "optimizer.lr", "optimizer.schedule",
+        "train.micro_batch_tokens", "train.warmup", "train.seed",
         "checkpoint.resume", "modle",
     }  # fmt: skip
     assert found["parallel.tensr"] == "parallel.tensr: unknown key; did you mean tensor?"
@@ -100,6 +102,12 @@ modle: 3
 def test_files_that_are_no_configuration(file, text: str, part: str) -> None:
     (line,) = mistakes(file(text))
     assert part in line
+
+
+def test_sections_that_are_no_mapping(file) -> None:
+    assert load(file(GOOD + "checkpoint:\n")).checkpoint.keep == 2
+    line = "parallel: 3 does not do: it should be a mapping (Degrees of parallelism)"
+    assert mistakes(file(GOOD + "parallel: 3\n")) == [line]
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -36,39 +36,81 @@ def make(**changes: Any) -> Config:
 
 
 CASES: list[tuple[dict[str, Any], int, str]] = [
-    (dict(model__pattern="LLQ"), 1, "model.pattern: 'Q' in 'LLQ' is no token mixer; there are S (softmax attention), L (Lightning linear attention)"),
+    (
+        dict(model__pattern="LLQ"), 1,
+        "model.pattern: 'Q' in 'LLQ' is no token mixer; there are S (softmax attention), L (",
+    ),
     (dict(model__pattern=""), 1, "model.pattern: it is empty"),
     (dict(model__groups=5), 1, "model.groups: 5 groups do not divide 12 heads; 4 or 6 does"),
-    (dict(model__hidden=100, model__head_dim=None), 1, "model.heads: 12 heads do not divide hidden 100 and head_dim is empty; 10 or 20 does"),
-    (dict(model__head_dim=7), 1, "model.head_dim: 7 is odd, and rotary positions turn pairs of channels; 6 or 8 does"),
-    (dict(parallel__tensor=4, parallel__context=4), 24, "parallel: tensor 4 x context 4 = 16 does not divide 24 ranks; context 3 or 6 does"),
+    (
+        dict(model__hidden=100, model__head_dim=None), 1,
+        "model.heads: 12 heads do not divide hidden 100 and head_dim is empty; 10 or 20 does",
+    ),
+    (
+        dict(model__head_dim=7), 1,
+        "model.head_dim: 7 is odd, and rotary positions turn pairs of channels; 6 or 8 does",
+    ),
+    (
+        dict(parallel__tensor=4, parallel__context=4), 24,
+        "parallel: tensor 4 x context 4 = 16 does not divide 24 ranks; context 3 or 6 does",
+    ),
     (dict(parallel__tensor=4), 6, "parallel: tensor 4 does not divide 6 ranks; tensor 3 or 6 does"),
     (dict(parallel__context=2, parallel__tensor=4), 3, "the number of ranks must be a multiple of 8"),
-    (dict(parallel__tensor=8), 8, "parallel.tensor: tensor 8 does not divide 12 heads, 12 key-value groups, 12 linear heads; 6 or 12 does"),
-    (dict(model__groups=2, parallel__tensor=4), 4, "parallel.tensor: tensor 4 does not divide 2 key-value groups; 2 does, or change model.groups"),
-    (dict(model__ffn=90, parallel__tensor=4), 4, "4 does not divide 90 channels of the MLP; 3 or 6 does, or change model.ffn"),
-    (dict(model__vocab_multiple=1, model__vocab=95, parallel__tensor=2), 2, "2 does not divide 95 entries of the padded vocabulary; 1 does"),
-    (dict(model__linear__heads=3, parallel__tensor=2), 2, "tensor 2 does not divide 3 linear heads; 1 or 3 does"),
-    (dict(parallel__pipeline=3), 3, "parallel.pipeline: pipeline 3 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 15 or 18"),
+    (
+        dict(parallel__tensor=8), 8,
+        "parallel.tensor: tensor 8 does not divide 12 heads, 12 key-value groups, 12 linear heads; 6 or 12 does",
+    ),
+    (
+        dict(model__groups=2, parallel__tensor=4), 4,
+        "parallel.tensor: tensor 4 does not divide 2 key-value groups; 2 does, or change model.groups",
+    ),
+    (
+        dict(model__ffn=90, parallel__tensor=4), 4,
+        "4 does not divide 90 channels of the MLP; 3 or 6 does, or change model.ffn",
+    ),
+    (
+        dict(model__vocab_multiple=1, model__vocab=95, parallel__tensor=2), 2,
+        "2 does not divide 95 entries of the padded vocabulary; 1 does",
+    ),
+    (
+        dict(model__linear__heads=3, parallel__tensor=2), 2,
+        "tensor 2 does not divide 3 linear heads; 1 or 3 does",
+    ),
+    (
+        dict(parallel__pipeline=3), 3,
+        "parallel.pipeline: pipeline 3 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 15 or 18",
+    ),
     (
         dict(parallel__pipeline=3, parallel__virtual_pipeline=2, train__batch_tokens=3072), 3,
         "pipeline 3 x virtual_pipeline 2 = 6 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 12 or 18",
     ),
-    (dict(parallel__virtual_pipeline=2), 1, "parallel.virtual_pipeline: 2 chunks per stage need more than 1 pipeline stage; 1 does"),
+    (
+        dict(parallel__virtual_pipeline=2), 1,
+        "parallel.virtual_pipeline: 2 chunks per stage need more than 1 pipeline stage; 1 does",
+    ),
     (dict(parallel__expert=2), 2, "parallel.expert: expert 2 for a model without experts; 1 does"),
-    (dict(train__batch_tokens=3000), 1, "train.batch_tokens: 3000 tokens are not whole micro-batches of 1024; 2048 or 3072 does"),
+    (
+        dict(train__batch_tokens=3000), 1,
+        "train.batch_tokens: 3000 tokens are not whole micro-batches of 1024; 2048 or 3072 does",
+    ),
     (dict(train__batch_tokens=500), 1, "500 tokens are not whole micro-batches of 1024; 1024 does"),
     (
         dict(train__batch_tokens=5 * 1024), 2,
-        "train.batch_tokens: 5 micro-batches (5120 / 1024 tokens) cannot be shared by 2 data replicas; 4096 or 6144 does",
+        "5 micro-batches (5120 / 1024 tokens) cannot be shared by 2 data replicas; 4096 or 6144 does",
     ),
     (
         dict(train__batch_tokens=6 * 1024, parallel__pipeline=4, parallel__virtual_pipeline=2), 4,
-        "6 micro-batches per replica are no multiple of pipeline 4, which the interleaved schedule needs; 4096 or 8192 does",
+        "no multiple of pipeline 4, which the interleaved schedule needs; 4096 or 8192 does",
     ),
-    (dict(train__micro_batch_tokens=2, parallel__context=4), 4, "train.micro_batch_tokens: 2 tokens leave some of 4 context ranks without any; 4"),
+    (
+        dict(train__micro_batch_tokens=2, parallel__context=4), 4,
+        "train.micro_batch_tokens: 2 tokens leave some of 4 context ranks without any; 4",
+    ),
     (dict(optimizer__warmup_steps=10), 1, "optimizer.warmup_steps: 10 is not below train.steps 10; 9 or fewer"),
-    (dict(optimizer__schedule="wsd", optimizer__decay_steps=11), 1, "optimizer.decay_steps: 11 is above train.steps 10; 10 or fewer"),
+    (
+        dict(optimizer__schedule="wsd", optimizer__decay_steps=11), 1,
+        "optimizer.decay_steps: 11 is above train.steps 10; 10 or fewer",
+    ),
     (
         dict(optimizer__schedule="wsd", optimizer__decay_steps=8, optimizer__warmup_steps=4), 1,
         "optimizer.decay_steps: 8 after 4 steps of warm-up is above train.steps 10; 6 or fewer",
@@ -127,7 +169,7 @@ def test_a_proposed_degree_divides_the_ranks(tensor: int, context: int, pipeline
 
 
 def test_interleaving_rule_is_megatrons() -> None:
-    """Megatron's own condition, group size = pipeline degree: groups <= M, and a last group of 0 or at least `pipeline` micro-batches."""
+    """Megatron's own, with groups of `pipeline` micro-batches: at least one group, and no smaller last one."""
     for pipeline in (2, 4):
         for count in range(1, 13):
             config = make(parallel__pipeline=pipeline, parallel__virtual_pipeline=2, train__batch_tokens=1024 * count)
@@ -175,7 +217,7 @@ NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (
         dict(parallel__pipeline=4, train__batch_tokens=2048),
         8,
-        "1 micro-batches per replica leave some of the 4 pipeline stages idle",
+        "1 micro-batches per replica leave some of 4 pipeline stages idle",
     ),
     (dict(), 1, "optimizer.distributed has no effect"),
 ]

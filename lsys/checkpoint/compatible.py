@@ -1,0 +1,77 @@
+"""Whether the model of a checkpoint is the model of a configuration."""
+
+import logging
+from typing import Any
+
+import yaml
+
+from lsys.config import Config
+from lsys.config.load import resolved
+from lsys.config.schema import Model
+
+# Fields of the model that change no stored tensor; the rest must be equal.
+FREE = frozenset({"vocab", "vocab_multiple", "init_std"})  # of the vocabulary only the padded size counts
+FUNCTION = frozenset({"rope_base", "norm_eps"})  # what the model computes changes: allowed, with a warning
+
+
+def differences(stored: str, settings: Config) -> list[str]:
+    """Every reason why a checkpoint with the configuration `stored` (YAML) cannot be loaded into a run with `settings`."""
+    tree = yaml.safe_load(stored)
+    old, new = _flat(_defaults() | tree["model"]), _flat(resolved(settings)["model"])
+    found = [
+        f"model.{name} {_text(old.get(name))} in the checkpoint, {_text(new.get(name))} in the config"
+        for name in sorted(old.keys() | new.keys())
+        if name not in FREE | FUNCTION and old.get(name) != new.get(name)
+    ]
+    for name in sorted(FUNCTION):
+        if old.get(name) != new.get(name):
+            logging.getLogger(__name__).warning(
+                "model.%s was %s when the checkpoint was written and is %s now", name, old.get(name), new.get(name)
+            )
+    return found + _vocabulary(old, new) + _optimizer(tree, settings)
+
+
+def _vocabulary(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    def padded(model: dict[str, Any]) -> int:
+        return -(-model["vocab"] // model["vocab_multiple"]) * model["vocab_multiple"]
+
+    if padded(old) == padded(new):
+        return []
+    return [
+        f"model.vocab {old['vocab']} (padded to {padded(old)}) in the checkpoint, "
+        f"{new['vocab']} (padded to {padded(new)}) in the config"
+    ]
+
+
+def _optimizer(tree: dict[str, Any], settings: Config) -> list[str]:
+    """The two optimizers of Megatron store different tensors; the plain one also with and without master weights."""
+    found, distributed = [], tree["optimizer"]["distributed"]
+    if distributed != settings.optimizer.distributed:
+        found.append(
+            f"optimizer.distributed {_text(distributed)} in the checkpoint, {_text(settings.optimizer.distributed)} in the config"
+        )
+    elif not distributed and tree["train"]["precision"] != settings.train.precision:
+        found.append(
+            f"train.precision {tree['train']['precision']} in the checkpoint, {settings.train.precision} in the config "
+            "(with optimizer.distributed false)"
+        )
+    return found
+
+
+def _defaults() -> dict[str, Any]:
+    """What a checkpoint that is older than a field had in its place."""
+    fields = {name: field.default for name, field in Model.model_fields.items() if not field.is_required()}
+    return {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in fields.items()}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    return (
+        "unknown" if value is None else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+    )

@@ -1,0 +1,141 @@
+"""What a checkpoint says about itself: where the run was, and size and SHA-256 of every file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, or is not one that this run can load. Every rank raises the same one."""
+
+    everywhere = True  # the command line prints it once
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run goes on. The position in the data is a pure function of the step.
+
+    Attributes:
+        step: the next step to run; as many are done.
+        tokens: consumed so far, over all ranks.
+        config: the resolved configuration, YAML.
+        extra: what else the loop wants back; JSON values.
+    """
+
+    step: int
+    tokens: int
+    config: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Bytes and SHA-256 (hex) of a file as they were when it was written."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of one checkpoint.
+
+    Attributes:
+        cursor: where the run goes on.
+        serial: counts the checkpoints of a folder; the newest one has the largest, whatever its step.
+        world, degrees: ranks that wrote it, and how they were arranged.
+        versions: of lsys, torch and megatron-core.
+        files: every file of the checkpoint but this one, by name.
+    """
+
+    cursor: Cursor
+    serial: int
+    world: int
+    degrees: dict[str, int]
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+    format: int = FORMAT_VERSION
+
+    def to_text(self) -> str:
+        """JSON with a checksum of its own, since no other file vouches for this one."""
+        tree = asdict(self)
+        return json.dumps(tree | {"sha256": _digest(tree)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str) -> "Manifest":
+        """Raises ValueError where the text is damaged, LookupError where it is of another format."""
+        tree = json.loads(text)
+        if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+            raise ValueError("it has no format number")
+        if tree["format"] != FORMAT_VERSION:
+            raise LookupError(f"its format is {tree['format']}, this lsys reads {FORMAT_VERSION}")
+        if tree.pop("sha256", None) != _digest(tree):
+            raise ValueError("its content does not match its own SHA-256")
+        files = {name: FileRecord(**record) for name, record in tree.pop("files").items()}
+        if any(Path(name).name != name for name in files):
+            raise ValueError("it names files outside the checkpoint")
+        return cls(cursor=Cursor(**tree.pop("cursor")), files=files, **tree)
+
+    def write(self, folder: Path) -> None:
+        """Write into `folder` so that it survives a power failure."""
+        with open(folder / NAME, "w", encoding="utf-8") as file:
+            file.write(self.to_text())
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises CheckpointError where `folder` is no checkpoint, a damaged one or one of another format."""
+        try:
+            return cls.from_text((folder / NAME).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(f"{folder} is no checkpoint: it has no {NAME}") from None
+        except LookupError as error:
+            raise CheckpointError(
+                f"{folder} cannot be read: {error.args[0]}; load it with the lsys that wrote it"
+            ) from None
+        except (ValueError, TypeError) as error:  # bad UTF-8 and JSON are ValueErrors
+            raise CheckpointError(f"{folder / NAME} is damaged: {error}") from None
+
+    def incomplete(self, folder: Path) -> str | None:
+        """The first file that is missing or has another size, in words; None if there is none."""
+        for name, record in self.files.items():
+            try:
+                size = (folder / name).stat().st_size
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if size != record.size:
+                return f"{name} has {size} bytes, {record.size} were written"
+        return None
+
+    def verify(self, folder: Path, names: Iterable[str]) -> None:
+        """Compare files with their records. Raises CheckpointError that names every one that differs."""
+        wrong = []
+        for name in names:
+            record = self.files[name]
+            try:
+                with open(folder / name, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    size = file.tell()
+            except FileNotFoundError:
+                wrong.append(f"{name} is missing")
+                continue
+            if size != record.size:
+                wrong.append(f"{name} has {size} bytes, {record.size} were written")
+            elif digest != record.sha256:
+                wrong.append(
+                    f"{name} was changed after it was written (SHA-256 {digest[:12]}..., not {record.sha256[:12]}...)"
+                )
+        if wrong:
+            raise CheckpointError("; ".join(wrong))
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,111 @@
+"""What megatron-core 0.16.1 needs so that torch's Adam survives a checkpoint; without it, resumed runs differ silently or fail.
+
+It assumes the fused Adam of Apex or Transformer Engine, which counts steps once per group; torch's counts them per parameter.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def _members(optimizer: Any) -> list[Any]:
+    """The Megatron optimizers of a chain that hold parameters and drive torch's Adam."""
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [each for each in members if isinstance(each.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
+
+
+def allocate(optimizer: Any) -> None:
+    """Give every parameter the state that Adam would make in its first step.
+
+    Before loading, Megatron asks for the common step of all parameters (DistributedOptimizer), which have none yet.
+    """
+    for member in _members(optimizer):
+        for parameter in (p for group in member.optimizer.param_groups for p in group["params"]):
+            if not member.optimizer.state[parameter]:
+                member.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def separate_steps(optimizer: Any) -> None:
+    """Give every parameter a step count of its own after loading.
+
+    Megatron puts one tensor into all of them; Adam adds 1 to it once per parameter, and its bias correction is wrong
+    from then on.
+    """
+    for member in _members(optimizer):
+        for state in member.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def without_step_per_parameter(optimizer: Any) -> Iterator[None]:
+    """Inside, DistributedOptimizer takes parameter states that hold no step.
+
+    It copies every entry that Adam keeps for a parameter from what was loaded; the step is not there, since it is stored once for all.
+    """
+    members = [member for member in _members(optimizer) if isinstance(member, DistributedOptimizer)]
+    for member in members:
+        member._set_main_param_and_optimizer_states = _completed(member)
+    try:
+        yield
+    finally:
+        for member in members:
+            del member._set_main_param_and_optimizer_states  # the class's shows again
+
+
+def _completed(member: DistributedOptimizer) -> Any:
+    original = member._set_main_param_and_optimizer_states
+
+    def set_states(parameter: Any, loaded: dict[str, Any]) -> None:
+        original(parameter, {**member._get_main_param_and_optimizer_states(parameter), **loaded})
+
+    return set_states
+
+
+@contextlib.contextmanager
+def positions_without_padding(optimizer: Any) -> Iterator[None]:
+    """Inside, the buffers of DistributedOptimizer say where parameters lie if no bucket is padded.
+
+    Megatron gathers its states without the padding at the end of each bucket, then cuts them at positions that count it: from the
+    second bucket on every state is stored shifted. There are several with tied embeddings over pipeline stages, or overlap.
+    """
+    members = [member for member in _members(optimizer) if isinstance(member, DistributedOptimizer)]
+    buffers = [buffer for member in members for buffer in member.buffers]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        buffer.param_index_map = _unpadded(buffer)
+    try:
+        yield
+    finally:
+        for buffer, positions in zip(buffers, padded, strict=True):
+            buffer.param_index_map = positions
+
+
+def _unpadded(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    shifts, end = [], 0
+    for bucket in buffer.buckets:
+        shifts.append(bucket.offset - end)
+        end += bucket.numel_unpadded
+    return {
+        parameter: (start - shifts[bucket], stop - shifts[bucket], bucket)
+        for parameter, (start, stop, bucket) in buffer.param_index_map.items()
+    }
+
+
+@contextlib.contextmanager
+def own_hyperparameters(optimizer: Any) -> Iterator[None]:
+    """Inside, the states of an optimizer may be loaded; afterwards its groups have the settings they had, not the checkpoint's.
+
+    Megatron's groups carry their peak and final learning rates, which the scheduler prefers to its own: a changed learning rate in the
+    configuration would be ignored.
+    """
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)

@@ -1,0 +1,201 @@
+"""The checkpoints of one run in one folder: written whole or not at all, kept as many as asked, verified before they are read."""
+
+import errno
+import logging
+import os
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from lsys.checkpoint.agreement import RankFailure, agree, agree_on_first
+from lsys.checkpoint.compatible import differences
+from lsys.checkpoint.manifest import NAME as MANIFEST
+from lsys.checkpoint.manifest import CheckpointError, Cursor, FileRecord, Manifest
+
+if TYPE_CHECKING:  # at run time these would import Megatron, which wants to be prepared first
+    from lsys.checkpoint.state import Trainable
+
+NAMES = re.compile(r"step-\d{8,}(\.partial|\.replaced)?")
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints, on a filesystem that all ranks share.
+
+    A checkpoint is written into `step-00000040.partial`, synchronised with the disk and renamed to `step-00000040`; only then are
+    older ones deleted. The newest is the one that was written last, which need not have the largest step: a run may go back.
+
+    Args:
+        folder: created by the first save.
+        keep: how many whole checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept")
+        self.folder, self.keep = Path(folder), keep
+
+    def save(self, engine: "Trainable", cursor: Cursor) -> Path:
+        """Write the engine's state and the cursor (collective). Inside, the engine's parameters must be settled.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: on all ranks, if any could not write. What was there before is untouched.
+        """
+        from lsys.checkpoint.state import save_state
+
+        if cursor.step < 1:  # Megatron stores no count of Adam's steps then
+            raise CheckpointError(f"a checkpoint at step {cursor.step} holds nothing that the seed does not give")
+        final = self.folder / f"step-{cursor.step:08d}"
+        partial = final.with_name(f"{final.name}.partial")
+        try:
+            serial = agree_on_first(lambda: self._prepare(partial))
+            files = save_state(engine, partial)
+            agree_on_first(lambda: self._commit(partial, final, _manifest(engine, cursor, serial, files)))
+        except RankFailure as failure:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(self._not_written(cursor.step, failure)) from failure
+        agree_on_first(self._retain)
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; None if there is none. What is no whole checkpoint is logged and passed over."""
+        whole, leftovers = self._scan()
+        if leftovers and (not dist.is_initialized() or dist.get_rank() == 0):
+            for path, reason in leftovers.items():
+                logger.warning("%s is passed over: %s", path, reason)
+        return whole[-1] if whole else None
+
+    def load(self, engine: "Trainable", path: Path) -> Cursor:
+        """Verify a checkpoint and load it into an engine of any degrees of parallelism (collective).
+
+        Raises:
+            CheckpointError: on all ranks: no checkpoint, another format, another model, a file missing or changed, a pickle with
+                more in it than a checkpoint needs. Nothing has been loaded then, except if a tensor turned out not to be there.
+        """
+        from lsys.checkpoint.state import load_state
+
+        path = Path(path)
+        try:
+            manifest = agree(lambda: self._checked_manifest(path, engine))
+            agree(lambda: manifest.verify(path, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]))
+            load_state(engine, path, manifest)
+        except RankFailure as failure:
+            raise CheckpointError(f"checkpoint {path} not loaded: {failure.messages}{self._others(path)}") from failure
+        return manifest.cursor
+
+    def _checked_manifest(self, path: Path, engine: "Trainable") -> Manifest:
+        manifest = Manifest.read(path)
+        found = differences(manifest.cursor.config, engine.settings)
+        if found:
+            raise CheckpointError("; ".join(found) + ". Take the checkpoint's values, or start a new train.folder")
+        return manifest
+
+    def _others(self, path: Path) -> str:
+        others = [each.name for each in self._scan()[0] if each.resolve() != path.resolve()]
+        listed = f"other whole checkpoints in {self.folder}: {', '.join(others)}" if others else ""
+        return (
+            f"; {listed} (checkpoint.resume takes a path)"
+            if others
+            else f"; {self.folder} holds no other whole checkpoint"
+        )
+
+    def _scan(self) -> tuple[list[Path], dict[Path, str]]:
+        """(whole checkpoints, oldest first; everything else that was one or was to become one, and why it is not)."""
+        whole: dict[Path, int] = {}
+        leftovers: dict[Path, str] = {}
+        for path in sorted(self.folder.glob("step-*")):
+            if not NAMES.fullmatch(path.name):
+                continue
+            if path.suffix == ".partial":
+                leftovers[path] = "its writing was interrupted"
+            elif path.suffix == ".replaced" and path.with_suffix("") in whole:
+                leftovers[path] = "it was written anew"
+            else:
+                self._sort_in(path, whole, leftovers)
+        return sorted(whole, key=lambda path: whole[path]), leftovers
+
+    @staticmethod
+    def _sort_in(path: Path, whole: dict[Path, int], leftovers: dict[Path, str]) -> None:
+        try:
+            manifest = Manifest.read(path)
+            reason = manifest.incomplete(path)
+        except CheckpointError as error:
+            leftovers[path] = str(error)
+            return
+        if reason:
+            leftovers[path] = reason
+        else:
+            whole[path] = manifest.serial
+
+    def _prepare(self, partial: Path) -> int:
+        """Clear what earlier writes left behind, make the folder; the serial number of the new checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole, leftovers = self._scan()
+        for path, reason in leftovers.items():
+            # What has a manifest is damaged or of another format, and may be worth a look.
+            if path.suffix or not (path / MANIFEST).exists():
+                logger.warning("%s is removed: %s", path, reason)
+                shutil.rmtree(path)
+        partial.mkdir()
+        return 1 + max((Manifest.read(path).serial for path in whole), default=0)
+
+    @staticmethod
+    def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
+        """Rename, after everything is on the disk. One of the same step stays until the new one has its name."""
+        missing = manifest.incomplete(partial)
+        if missing:
+            raise CheckpointError(
+                f"rank 0 does not see what others wrote ({missing}); train.folder must be on a shared filesystem"
+            )
+        manifest.write(partial)
+        _synchronise(partial)
+        replaced = final.with_name(f"{final.name}.replaced")
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        _synchronise(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _retain(self) -> None:
+        whole, _ = self._scan()
+        for path in whole[: -self.keep]:
+            try:
+                (path / MANIFEST).unlink()  # first, so that what an interrupted deletion leaves is no checkpoint
+                shutil.rmtree(path)
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", path, error)
+
+    def _not_written(self, step: int, failure: RankFailure) -> str:
+        whole, _ = self._scan()
+        newest = f"the newest whole checkpoint is {whole[-1].name}" if whole else "there is no whole checkpoint yet"
+        if any(code == errno.ENOSPC for code, _ in failure.errors.values()):
+            return (
+                f"checkpoint step {step} not written: no space left on {self.folder} (errno {errno.ENOSPC}); {newest}; "
+                "free space, or lower checkpoint.keep, and start again"
+            )
+        return f"checkpoint step {step} not written to {self.folder}: {failure}; {newest}"
+
+
+def _manifest(engine: "Trainable", cursor: Cursor, serial: int, files: dict[str, FileRecord]) -> Manifest:
+    from lsys.checkpoint.state import degrees
+
+    versions = {name: version(name) for name in ("lsys", "torch", "megatron-core")}
+    return Manifest(cursor, serial, dist.get_world_size(), degrees(engine), versions, files)
+
+
+def _synchronise(folder: Path) -> None:
+    """Make the names in a folder survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
