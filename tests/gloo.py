@@ -106,17 +106,18 @@ class Pool:
 
 def _end_groups(workers: list[Worker], timeout: float) -> list[str]:
     """Let every rank destroy its group, now that none needs another any more."""
-    failures = []
-    try:
-        for rank, worker in enumerate(workers):  # noqa: B007
+    for worker in workers:
+        with contextlib.suppress(BrokenPipeError):
             worker.pipe.send("end")
-        for rank, worker in enumerate(workers):
-            if not worker.pipe.poll(timeout):
-                failures.append(f"rank {rank} of {len(workers)} did not end its group in {timeout} s")
-            elif worker.pipe.recv() != "ended":
-                failures.append(f"rank {rank} of {len(workers)} is out of step")
-    except (EOFError, OSError):
-        failures.append(f"rank {rank} of {len(workers)} {worker.last_words()} when its group ended")
+    failures = []
+    for rank, worker in enumerate(workers):
+        try:
+            ended = worker.pipe.poll(timeout) and worker.pipe.recv()
+            trouble = None if ended else f"did not end its group in {timeout} s"
+        except (EOFError, ConnectionResetError):
+            trouble = f"{worker.last_words()} when its group ended"
+        if trouble:
+            failures.append(f"rank {rank} of {len(workers)} {trouble}")
     return failures
 
 

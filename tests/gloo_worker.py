@@ -1,6 +1,7 @@
 """The worker side of tests/gloo.py."""
 
 import contextlib
+import ctypes
 import faulthandler
 import importlib.util
 import operator
@@ -25,10 +26,13 @@ with contextlib.suppress(Exception):  # what does not import fails, with its tra
     import megatron.core.pipeline_parallel
     import megatron.core.transformer  # noqa: F401
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def serve(pipe: Any) -> None:
     """A worker's life: calls, one after the other, until the pipe closes."""
     os.setpgrp()  # the worker and its children can be ended together
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # or it would hang on when pytest is killed
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:

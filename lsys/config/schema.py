@@ -123,6 +123,11 @@ class Data(Section):
 
     corpora: list[Corpus] = Field(min_length=1, description="Corpora, blended by weight.")
     seed: NonNegativeInt = Field(0, description="Seed of the document order.")
+    shuffle_window: NonNegativeInt = Field(
+        0,
+        description="Micro-batches are taken in random order within windows of this many, which parts the pieces of documents longer than "
+        "a micro-batch; 0: in the order of the stream.",
+    )
     validation_fraction: float = Field(
         0.01, ge=0.0, lt=1.0, description="Share of the documents of each corpus that is held out for validation."
     )

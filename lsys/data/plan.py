@@ -94,6 +94,7 @@ class Planner:
         stream: the endless stream of documents.
         batch_tokens, micro_batch_tokens: tokens of a step over all replicas, of one micro-batch.
         context: context ranks of a replica; tensor: tensor degree, which slots are a multiple of; kind: the layout.
+        window, seed: micro-batches are taken in random order within windows of this many (0: in the stream's order).
         limit: tokens from this offset of the stream on are masked from the loss (None: none). Validation reads each document once.
     """
 
@@ -103,6 +104,8 @@ class Planner:
     context: int = 1
     tensor: int = 1
     kind: str = "zigzag"
+    window: int = 0
+    seed: int = 0
     limit: int | None = None
 
     @cached_property
@@ -120,10 +123,18 @@ class Planner:
         """The plan of one step for one of the data replicas: consecutive micro-batches of the step's tokens."""
         each = self.micro_batches // replicas
         mine = range(replica * each, (replica + 1) * each)
-        return StepPlan(step, tuple(self._micro_batch(step * self.micro_batches + index) for index in mine))
+        return StepPlan(step, tuple(self._micro_batch(self._place(step * self.micro_batches + index)) for index in mine))
 
     def steps(self, start: int, stop: int, replica: int = 0, replicas: int = 1) -> Iterator[StepPlan]:
         return (self.step(step, replica, replicas) for step in range(start, stop))
+
+    def _place(self, index: int) -> int:
+        """Which micro-batch of the stream is taken as number `index`: each exactly once."""
+        if self.window < 2:
+            return index
+        number, place = divmod(index, self.window)
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 1, number))))
+        return number * self.window + int(generator.permutation(self.window)[place])
 
     def _micro_batch(self, index: int) -> MicroBatch:
         start = index * self.micro_batch_tokens

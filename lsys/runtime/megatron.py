@@ -22,6 +22,8 @@ def install_megatron() -> None:
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron asks for it with tensor parallelism
     warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+    # torch 2.13 renamed collectives that megatron calls, and warns once per process and name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     import torch
 
     if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -12,6 +12,7 @@ from lsys.data.plan import Planner, RankBatch
 from lsys.data.stream import TokenStream
 from lsys.observe.flops import training_flops
 from lsys.runtime.groups import Groups
+from lsys.train.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,17 @@ def open_data(settings: Config, groups: Groups) -> RunData:
     fraction = settings.data.validation_fraction
 
     def planner(split: str, limit: int | None = None) -> Planner:
-        stream = TokenStream(corpora, weights, seed=settings.data.seed, split=split, validation_fraction=fraction)
         train, parallel = settings.train, settings.parallel
         return Planner(
-            stream,
+            TokenStream(corpora, weights, seed=settings.data.seed, split=split, validation_fraction=fraction),
             train.batch_tokens,
             train.micro_batch_tokens,
-            parallel.context,
-            parallel.tensor,
-            parallel.layout,
-            limit,
+            context=parallel.context,
+            tensor=parallel.tensor,
+            kind=parallel.layout,
+            window=settings.data.shuffle_window if split == "train" else 0,
+            seed=settings.data.seed,
+            limit=limit,
         )
 
     held_out, steps = None, 0
@@ -85,7 +87,7 @@ def _verify(corpora: list[Corpus], settings: Config, groups: Groups) -> None:
         message, src=0, device=torch.device("cpu") if groups.device.type == "cpu" else groups.device
     )
     if message[0] is not None:
-        raise ValueError(message[0])
+        raise RunError(message[0])
 
 
 def _bigram_entropy(corpora: list[Corpus], weights: list[float]) -> float | None:

@@ -18,6 +18,7 @@ from lsys.model.hybrid import HybridModel
 from lsys.model.megatron_config import transformer_config
 from lsys.model.parameters import initialise
 from lsys.runtime.groups import Groups
+from lsys.train.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Engine:
         built = torch.tensor(sum(len(chunk.module.decoder.layers) for chunk in self.chunks), device=self.groups.device)
         dist.all_reduce(built, group=groups.pp)
         if built.item() != self.settings.model.layers:
-            raise RuntimeError(
+            raise RunError(
                 f"{built.item()} layers were built for model.layers {self.settings.model.layers}: pipeline "
                 f"{self.settings.parallel.pipeline} x virtual_pipeline {self.settings.parallel.virtual_pipeline} must divide it"
             )
@@ -140,7 +141,7 @@ class Engine:
         """Clip, update, advance the schedule. Returns the gradient norm before clipping."""
         succeeded, norm, _ = self.optimizer.step()
         if not succeeded:
-            raise FloatingPointError("the optimizer found inf or nan in the gradients")
+            raise RunError("the optimizer found inf or nan in the gradients and made no update; lower optimizer.lr")
         self.scheduler.step(increment=1)
         return float(norm)
 

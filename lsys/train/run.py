@@ -1,5 +1,6 @@
 """One run, from a configuration to its last checkpoint."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,10 +9,7 @@ from lsys.config.load import dump
 from lsys.config.rules import check_files, require
 from lsys.runtime.environment import launch_from_environment
 from lsys.runtime.groups import Groups, process_groups
-
-
-class RunError(ValueError):
-    """The run cannot start, or cannot go on."""
+from lsys.train.errors import RunError
 
 
 def main(settings: Config) -> int:
@@ -80,6 +78,8 @@ class Run:
             self.reporter.say(
                 f"nothing to do: train.steps is {steps} and the checkpoint has done {self.step}; raise train.steps to go on"
             )
+            self.reporter.close()
+            return
         with StopRequest(self.groups.device) as stop, ThreadPoolExecutor(1) as ahead:
             plan = ahead.submit(self.data.training, self.step)
             while self.step < steps:
@@ -101,8 +101,6 @@ class Run:
         self.reporter.close()
 
     def _train_step(self, batches: list, flops: float) -> None:
-        import math
-
         losses = self.engine.forward_backward(batches)
         if not math.isfinite(losses.entropy):
             raise RunError(

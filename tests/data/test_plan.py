@@ -59,3 +59,15 @@ def test_limit_masks_what_comes_after() -> None:
     masks = torch.cat([m.loss_mask for m in planner(limit=150).step(0).micro_batches])
     free = torch.cat([m.loss_mask for m in planner().step(0).micro_batches])
     assert torch.equal(masks[:150], free[:150]) and masks[150:].sum() == 0 and free[150:].sum() > 0
+
+
+def test_a_shuffle_window_takes_each_micro_batch_once() -> None:
+    def starts(window: int) -> list[int]:
+        made = planner(window=window, seed=3)
+        return [int(m.tokens[0]) * 100000 + int(m.tokens[1:].sum()) for s in range(3) for m in made.step(s).micro_batches]
+
+    plain, mixed = starts(0), starts(6)
+    assert plain != mixed
+    for begin in (0, 6):  # each window holds what the stream holds there
+        assert sorted(plain[begin : begin + 6]) == sorted(mixed[begin : begin + 6])
+    assert mixed == starts(6)
