@@ -42,7 +42,7 @@ def agree(action: Callable[[], T]) -> T:
     result, failure = None, None
     try:
         result = action()
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
         failure = error
     heard: list = [None] * dist.get_world_size()
     dist.all_gather_object(heard, None if failure is None else _describe(failure))
@@ -65,7 +65,7 @@ def agree_on_first(action: Callable[[], T]) -> T:
     return box[0]
 
 
-def _describe(error: Exception) -> tuple[int | None, str]:
+def _describe(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, CheckpointException) and error.failures:  # torch's collection of what happened on the ranks
         error = next(iter(error.failures.values()))[0]  # type: ignore[assignment]
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

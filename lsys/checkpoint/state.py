@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from lsys.checkpoint import optimizer as adam
 from lsys.checkpoint import storage
+from lsys.checkpoint.agreement import agree
 from lsys.checkpoint.manifest import FileRecord, Manifest
 from lsys.config import Config
 from lsys.runtime.groups import Groups
@@ -33,7 +34,7 @@ def degrees(engine: Trainable) -> dict[str, int]:
 
 def save_state(engine: Trainable, folder: Path) -> dict[str, FileRecord]:
     """Write the engine's state into an empty folder (collective); the files of all ranks. Raises RankFailure."""
-    state = _sharded(engine, loading=False) | {"random": _random_object()}
+    state = agree(lambda: _sharded(engine, loading=False) | {"random": _random_object()})
     return storage.write(state, folder, engine.groups.collection.dp_cp)
 
 
@@ -44,18 +45,24 @@ def load_state(engine: Trainable, folder: Path, manifest: Manifest) -> None:
     """
     same_grid = manifest.world == dist.get_world_size() and manifest.degrees == degrees(engine)
     with adam.own_hyperparameters(engine.optimizer), adam.without_step_per_parameter(engine.optimizer):
-        state = _sharded(engine, loading=True)
+        state = agree(lambda: _sharded(engine, loading=True))
         if same_grid:
             state["random"] = _random_object()
         loaded = storage.read(state, folder, manifest.files)
-        for index, chunk in enumerate(engine.chunks):
-            chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
-        engine.optimizer.load_state_dict(loaded["optimizer"])
-    adam.separate_steps(engine.optimizer)
+        agree(lambda: _put(engine, loaded))
     engine.scheduler.num_steps = 0  # Megatron adds the loaded count to its own
-    engine.scheduler.load_state_dict(loaded["scheduler"])
+    engine.scheduler.load_state_dict(
+        loaded["scheduler"]
+    )  # after the groups have the configuration's learning rates again
     if same_grid:
         _restore_random(loaded["random"])
+
+
+def _put(engine: Trainable, loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(engine.chunks):
+        chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
+    engine.optimizer.load_state_dict(loaded["optimizer"])
+    adam.separate_steps(engine.optimizer)
 
 
 def _sharded(engine: Trainable, *, loading: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The checkpoints of one run in one folder: written whole or not at all, kept as many as asked, verified before they are read."""
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -60,9 +61,8 @@ class Checkpoints:
             files = save_state(engine, partial)
             agree_on_first(lambda: self._commit(partial, final, _manifest(engine, cursor, serial, files)))
         except RankFailure as failure:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(self._not_written(cursor.step, failure)) from failure
+            text = agree_on_first(functools.partial(self._give_up, partial, cursor.step, failure))
+            raise CheckpointError(text) from failure
         agree_on_first(self._retain)
         return final
 
@@ -174,7 +174,9 @@ class Checkpoints:
             except OSError as error:
                 logger.warning("%s could not be deleted: %s", path, error)
 
-    def _not_written(self, step: int, failure: RankFailure) -> str:
+    def _give_up(self, partial: Path, step: int, failure: RankFailure) -> str:
+        """Remove what was written; what happened, in words."""
+        shutil.rmtree(partial, ignore_errors=True)
         whole, _ = self._scan()
         newest = f"the newest whole checkpoint is {whole[-1].name}" if whole else "there is no whole checkpoint yet"
         if any(code == errno.ENOSPC for code, _ in failure.errors.values()):

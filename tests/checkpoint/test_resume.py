@@ -9,6 +9,7 @@ from support import parity, resuming
 
 TOLERANCE = 1e-5  # fp32, relative, after resharding
 SAVED, STOP = 2, 5
+SLOW = ("bf16, plain optimizer", "TP2 to PP2xVPP2, plain optimizer")
 
 
 def run(rank: int, world_size: int, changes: dict[str, Any], folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +40,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in SAME])
 def test_resumed_run_is_bitwise_the_straight_one(gloo: Any, tmp_path: Path, case: str) -> None:
     ranks, changes = SAME[case]
     for one, two in zip(straight(gloo, ranks, changes, tmp_path), resumed(gloo, ranks, changes, tmp_path), strict=True):
@@ -61,7 +62,7 @@ RESHARD = {
 }
 
 
-@pytest.mark.parametrize("case", RESHARD)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in RESHARD])
 def test_other_degrees_continue_the_run(gloo: Any, tmp_path: Path, case: str) -> None:
     ranks, changes, other_ranks, other_changes = RESHARD[case]
     one = straight(gloo, ranks, changes, tmp_path)

@@ -116,7 +116,16 @@ def fails(rank: int, world_size: int, folder: Path, target: str, fixed: bool) ->
         return text, left
 
 
-@pytest.mark.parametrize("target", ["__0_0.distcp", "__1_0.distcp", ".metadata.tmp", "common.pt", "manifest.json"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "common.pt",
+        "manifest.json",
+        pytest.param(".metadata.tmp", marks=pytest.mark.slow),
+    ],
+)
 def test_full_disk_leaves_what_was_there(gloo: Any, tmp_path: Path, target: str) -> None:
     gloo(2, saves, tmp_path, 1, [10])
     for text, left in gloo(2, fails, tmp_path, target, True):
