@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lsys.kernels.linear_attention.chunked import ChunkedSegments, SegmentMap
@@ -84,8 +83,8 @@ def linear_attention(
         raise ValueError(f"initial_state is {[*initial_state.shape]}; [N, H, K, V] makes it {wanted}")
     decay = log_decay.flatten(0, 1) if log_decay is not None and log_decay.dim() == 3 else log_decay
     linked = range(len(lengths)) if output_final_state or initial_state is not None else ()
-    packed = (x.flatten(0, 1) for x in (q, k, v))  # [B, T, H, D] -> [B T, H, D]
-    parts = segments(*packed, decay, lengths, linked, scale=scale, backend=backend)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B, T, H, D] -> [B T, H, D]
+    parts = segments(q, k, v, decay, lengths, linked, scale=scale, backend=backend)
     segment_map = parts.segment_map()
     o = parts.apply(segment_map, parts.intra(), initial_state).unflatten(0, (batch, tokens))
     return o, _final_state(segment_map, initial_state) if output_final_state else None
@@ -139,7 +138,9 @@ def check_options(log_decay: Tensor | None, beta: Tensor | None, causal: bool) -
     if not causal:
         raise ValueError("causal=False is not offered by linear attention; causal=True is")
     if beta is not None:
-        raise ValueError("beta (the delta rule) is not offered by linear attention; no decay, fixed and gated decay are")
+        raise ValueError(
+            "beta (the delta rule) is not offered by linear attention; no decay, fixed and gated decay are"
+        )
     if log_decay is not None and log_decay.dim() == 4:
         raise ValueError(f"log_decay {[*log_decay.shape]} is per channel; offered are [H] and one per token and head")
 

@@ -84,6 +84,8 @@ class ChunkedSegments:
         """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
         grid, before = self.grid, segment_map.before
         assert before is not None
+        if len(before) == 0:
+            return grid.join(intra).to(self.out_dtype)
         if state is not None:
             before = self._enter(before, segment_map.reach, state.to(self.dtype))
         q = self._heads(grid.scan_rows(self.q))

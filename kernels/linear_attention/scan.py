@@ -80,7 +80,8 @@ def compose(update: Tensor, log_decay: Tensor | None, plan: ScanPlan, initial: T
             running[:active] += update[rows]
         return Scanned(before, None, plan.restored(running), None)
     decay = log_decay.exp()[..., None, None]
-    reach, running_reach = torch.empty_like(log_decay), log_decay.new_zeros(sequences, log_decay.shape[1])
+    reach = torch.empty_like(log_decay, memory_format=torch.contiguous_format)
+    running_reach = log_decay.new_zeros(sequences, log_decay.shape[1])
     for rows, active in plan.steps:
         before[rows], reach[rows] = running[:active], running_reach[:active]
         running[:active].mul_(decay[rows]).add_(update[rows])
@@ -116,7 +117,7 @@ class _Scan(torch.autograd.Function):
     """`compose` from zero. A loop of recorded operations would keep every running state twice."""
 
     @staticmethod
-    def forward(ctx: Any, update: Tensor, log_decay: Tensor | None, plan: ScanPlan) -> Scanned:
+    def forward(ctx: Any, update: Tensor, log_decay: Tensor | None, plan: ScanPlan) -> tuple[Tensor | None, ...]:
         scanned = compose(update, log_decay, plan)
         ctx.plan = plan
         wanted = log_decay is not None and ctx.needs_input_grad[1]
@@ -132,6 +133,7 @@ class _Scan(torch.autograd.Function):
         d_update, _ = adjoint(d_before, d_total, log_decay, ctx.plan)
         if before is None:
             return d_update, None, None
+        assert d_reach is not None and d_total_reach is not None  # autograd fills in zeros
         d_log_decay = inner(d_update, before) * log_decay.exp()
         running = ctx.plan.sorted(d_total_reach)
         for rows, active in reversed(ctx.plan.steps):

@@ -50,6 +50,11 @@ class Corpus:
         prefix = str(prefix)
         lengths, tokens = _read(prefix)
         description = _sidecar(prefix)
+        if description and (description["documents"], description["tokens"]) != (len(lengths), lengths.sum()):
+            raise CorpusError(
+                f"{prefix}.json says {description['documents']} documents and {description['tokens']} tokens, {prefix}.idx "
+                f"{len(lengths)} and {lengths.sum()}: they are of two corpora; prepare it again"
+            )
         mask = cls.open(f"{prefix}.mask") if Path(f"{prefix}.mask.idx").exists() else None
         if mask is not None and not np.array_equal(mask.lengths, lengths):
             raise CorpusError(f"{prefix}.mask has other document lengths than {prefix}; prepare the corpus again")
@@ -65,7 +70,14 @@ class Corpus:
         from lsys.data.tokenizer import load_tokenizer
 
         known = self.description.get("tokenizer")
-        return load_tokenizer(known["spec"], known.get("eod_name")) if known else None
+        if not known:
+            return None
+        loaded = load_tokenizer(known["spec"], known.get("eod_name"))
+        if loaded.fingerprint != known["fingerprint"]:
+            raise CorpusError(
+                f"{known['spec']} is not the tokenizer that made {self.prefix}; put that one back, or prepare it again"
+            )
+        return loaded
 
     @property
     def bigram_entropy(self) -> float | None:
@@ -110,12 +122,15 @@ def _sidecar(prefix: str) -> dict[str, Any]:
         return {}  # files of Megatron's own tools have none
     try:
         description = json.loads(path.read_text())
-    except ValueError:
+        version, _, _ = description["version"], description["documents"], description["tokens"]
+    except (ValueError, KeyError, TypeError):
         raise CorpusError(
             f"{path} is not what lsys data prepare writes; prepare the corpus again, or remove it"
         ) from None
-    if description.get("version") != SIDECAR_VERSION:
-        raise CorpusError(f"{path} has format version {description.get('version')}, this lsys reads {SIDECAR_VERSION}")
+    if version != SIDECAR_VERSION:
+        raise CorpusError(
+            f"{path} has format version {version}, this lsys reads {SIDECAR_VERSION}; prepare the corpus again"
+        )
     return description
 
 

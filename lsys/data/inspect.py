@@ -8,6 +8,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from lsys.data.corpus import Corpus, CorpusError
+from lsys.data.entropy import BigramCounter
 
 
 @dataclass
@@ -22,6 +23,8 @@ class InspectArgs:
     """How many of its tokens."""
     verify: bool = False
     """Compare the files with the SHA-256 of when they were prepared."""
+    entropy: bool = False
+    """Count the entropy of tokens and of pairs of them; reads the whole corpus."""
 
 
 def inspect(arguments: InspectArgs) -> None:
@@ -44,9 +47,20 @@ def inspect(arguments: InspectArgs) -> None:
     if corpus.mask is not None:
         counted = np.asarray(corpus.mask.tokens).mean()
         console.print(f"loss mask: {100 * counted:.1f}% of the tokens count")
-    if corpus.bigram_entropy is not None:
+    if arguments.entropy:
+        unigram, bigram = entropies(corpus)
+        console.print(f"unigram entropy: {unigram:.4f}, bigram entropy: {bigram:.4f} nats per token")
+    elif corpus.bigram_entropy is not None:
         console.print(f"bigram entropy: {corpus.bigram_entropy:.4f} nats per token")
     console.print(histogram(corpus))
+
+
+def entropies(corpus: Corpus) -> tuple[float, float]:
+    """Entropy of a token, and of a token given the one before, nats."""
+    counter = BigramCounter(int(corpus.tokens.max()) + 1)
+    for document, length in enumerate(corpus.lengths.tolist()):
+        counter.add(corpus.read(document, 0, length))
+    return counter.unigram_entropy(), counter.entropy()
 
 
 def histogram(corpus: Corpus) -> Table:

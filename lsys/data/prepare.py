@@ -1,13 +1,16 @@
 """`lsys data prepare`: text to Megatron's .bin and .idx, in parallel, in order, all or nothing."""
 
 import errno
-import itertools
 import json
 import os
+import re
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tyro.conf import Positional
 
 from lsys.data.entropy import BigramCounter
-from lsys.data.sources import TEXT_SUFFIXES, Document, Reader, SourceError
+from lsys.data.sources import STDLIB, TEXT_SUFFIXES, Document, Reader, SourceError
 from lsys.data.tokenizer import Tokenizer, load_tokenizer
 
-BATCH = 64  # documents that a worker tokenizes at a time
+BATCH, BATCH_SIZE = 64, 1 << 20  # documents, and about as many bytes, that a worker tokenizes at a time
 
 
 @dataclass
@@ -42,15 +45,18 @@ class PrepareArgs:
     mask_column: str | None = None
     """Key or column of a list of [start, end) character ranges; only they count for the loss. Writes PREFIX.mask."""
     suffix: list[str] = field(default_factory=lambda: list(TEXT_SUFFIXES))
-    """Endings of the files to take from folders, besides .jsonl and .parquet."""
+    """Endings of the files to take from folders, besides .jsonl and .parquet, and of other files to read as text."""
     empty: Literal["error", "skip"] = "error"
     """What to do with a document without text (stdlib: always skipped)."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
-    """What to do with a file that is not UTF-8: refuse; put U+FFFD for what cannot be read; or leave it out."""
+    """What to do with a document that is not UTF-8: refuse; put U+FFFD for what cannot be read; or leave it out."""
     workers: int = field(default_factory=lambda: max(1, len(os.sched_getaffinity(0))))
     """Processes that tokenize; the result does not depend on it."""
     overwrite: bool = False
     """Replace a corpus of that name."""
+
+
+ENDINGS = (".idx", ".bin", ".mask.idx", ".mask.bin", ".json")  # of all files that a corpus may have
 
 
 class PrepareError(ValueError):
@@ -66,7 +72,7 @@ class Counts:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
-Encoded = tuple[str, NDArray[np.int64], NDArray[np.uint8] | None]  # skipped why (or ""), ids, mask
+Encoded = tuple[str, NDArray[Any], NDArray[np.uint8] | None]  # skipped why (or ""), ids, mask
 
 
 def prepare(arguments: PrepareArgs) -> Counts:
@@ -75,13 +81,16 @@ def prepare(arguments: PrepareArgs) -> Counts:
     Raises:
         PrepareError, SourceError, TokenizerError: one message with the file, the rule and the remedy.
     """
-    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eod)
     if not arguments.sources:
         raise PrepareError("no source was given; name files or folders, or stdlib")
-    existing = [f"{arguments.out}{e}" for e in (".bin", ".idx") if Path(f"{arguments.out}{e}").exists()]
+    if arguments.workers < 1:
+        raise PrepareError(f"{arguments.workers} workers tokenize nothing; --workers 1 or more")
+    existing = [f"{arguments.out}{ending}" for ending in ENDINGS if Path(f"{arguments.out}{ending}").exists()]
     if existing and not arguments.overwrite:
         raise PrepareError(f"{existing[0]} exists; take another --out, or --overwrite to replace it")
-    reader = Reader(tuple(arguments.suffix), arguments.text_column, arguments.mask_column)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eod)
+    replace = arguments.invalid_utf8 == "replace"
+    reader = Reader(tuple(arguments.suffix), arguments.text_column, arguments.mask_column, replace)
     files = [(source, path) for source in arguments.sources for path in reader.files(source)]
     console = Console()
     bar = Progress(
@@ -117,8 +126,14 @@ def _batches(files: list[tuple[str, Path]], reader: Reader, bar: Progress) -> It
                 yield source, document
             bar.advance(task)
 
-    each = documents()
-    while batch := list(itertools.islice(each, BATCH)):
+    batch, size = [], 0
+    for each in documents():
+        batch.append(each)
+        size += len(each[1].text)
+        if len(batch) == BATCH or size >= BATCH_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 
@@ -129,7 +144,7 @@ def _write(
     bigrams = BigramCounter(tokenizer.vocab) if tokenizer.spec == "bytes" else None
     with ExitStack() as stack:
         writer = stack.enter_context(_Files(arguments, tokenizer))
-        for why, ids, mask in _encoded(arguments, batches):
+        for why, ids, mask in _encoded(arguments, tokenizer, batches):
             if why:
                 counts.skipped[why] = counts.skipped.get(why, 0) + 1
                 continue
@@ -144,62 +159,81 @@ def _write(
     return counts, entropy
 
 
-def _encoded(arguments: PrepareArgs, batches: Iterable[list[tuple[str, Document]]]) -> Iterator[Encoded]:
+def _encoded(
+    arguments: PrepareArgs, tokenizer: Tokenizer, batches: Iterable[list[tuple[str, Document]]]
+) -> Iterator[Encoded]:
     """Tokenized documents in order. At most a few batches per worker are under way."""
     if arguments.workers == 1:
         for batch in batches:
-            yield from _encode(batch, arguments)
+            yield from _encode(batch, arguments, tokenizer)
         return
     with ProcessPoolExecutor(arguments.workers, get_context("forkserver")) as pool:
-        pending, batches = [], iter(batches)
-        for batch in batches:
-            pending.append(pool.submit(_encode, batch, arguments))
-            if len(pending) >= 4 * arguments.workers:
-                yield from pending.pop(0).result()
-        for future in pending:
-            yield from future.result()
+        pending: deque[Future[list[Encoded]]] = deque()
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_encode_in_worker, batch, arguments))
+                if len(pending) >= 4 * arguments.workers:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        except BrokenProcessPool:
+            raise PrepareError(
+                "a worker was killed, as happens when memory runs out; fewer --workers need less of it"
+            ) from None
 
 
-def _encode(batch: list[tuple[str, Document]], arguments: PrepareArgs) -> list[Encoded]:
-    """A worker's task; the tokenizer is loaded once per process."""
-    tokenizer = _tokenizer(arguments.tokenizer, arguments.eod)
+_loaded = lru_cache(maxsize=1)(load_tokenizer)  # once per worker
+
+
+def _encode_in_worker(batch: list[tuple[str, Document]], arguments: PrepareArgs) -> list[Encoded]:
+    return _encode(batch, arguments, _loaded(arguments.tokenizer, arguments.eod))
+
+
+def _encode(batch: list[tuple[str, Document]], arguments: PrepareArgs, tokenizer: Tokenizer) -> list[Encoded]:
     return [_encode_one(document, tokenizer, arguments, source) for source, document in batch]
-
-
-_tokenizers: dict[tuple[str, str | None], Tokenizer] = {}
-
-
-def _tokenizer(spec: str, eod: str | None) -> Tokenizer:
-    if (spec, eod) not in _tokenizers:
-        _tokenizers[spec, eod] = load_tokenizer(spec, eod)
-    return _tokenizers[spec, eod]
 
 
 def _encode_one(document: Document, tokenizer: Tokenizer, arguments: PrepareArgs, source: str) -> Encoded:
     nothing = np.empty(0, np.int64)
     try:
         text = document.text if isinstance(document.text, str) else document.text.decode()
-    except UnicodeDecodeError as error:
-        if arguments.invalid_utf8 == "error" and source != "stdlib":
+        text.encode()  # JSON can spell half a surrogate pair
+    except UnicodeError as error:
+        if arguments.invalid_utf8 == "error" and source != STDLIB:
             raise SourceError(
-                f"{document.origin} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; convert it, or choose "
-                "--invalid-utf8 replace or skip"
+                f"{document.origin} is not UTF-8: {_what_is_wrong(error)}; convert it, or choose --invalid-utf8 replace or skip"
             ) from None
         if arguments.invalid_utf8 != "replace":
             return "not UTF-8", nothing, None
-        text = document.text.decode(errors="replace")  # type: ignore[union-attr]
+        text = _replaced(document.text)
     if not text:
-        if arguments.empty == "error" and source != "stdlib":
+        if arguments.empty == "error" and source != STDLIB:
             raise SourceError(f"{document.origin} is empty; leave it out, or choose --empty skip")
         return "empty", nothing, None
-    ids, characters = tokenizer.encode(text)
-    mask = None
-    if document.spans is not None:
-        counted = np.zeros(len(text) + 1, np.uint8)
-        for start, end in document.spans:
-            counted[start:end] = 1
-        mask = np.append(counted[characters], np.uint8(1))  # the end of the document always counts
-    return "", np.append(ids, tokenizer.eod), mask
+    dtype = _dtype(tokenizer)
+    if arguments.mask_column is None:
+        return "", np.append(tokenizer.encode(text).astype(dtype), dtype(tokenizer.eod)), None
+    counted = np.zeros(len(text) + 1, np.uint8)
+    for start, end in document.spans if document.spans is not None else [(0, len(text))]:
+        counted[start:end] = 1
+    ids, characters = tokenizer.encode_with_starts(text)
+    mask = np.append(counted[characters], np.uint8(1))  # the end of the document always counts
+    return "", np.append(ids.astype(dtype), dtype(tokenizer.eod)), mask
+
+
+def _what_is_wrong(error: UnicodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is 0x{error.object[error.start]:02x}"
+    assert isinstance(error, UnicodeEncodeError)
+    return f"character {error.start} is half a surrogate pair, U+{ord(error.object[error.start]):04X}"
+
+
+def _replaced(text: bytes | str) -> str:
+    return re.sub("[\ud800-\udfff]", "\ufffd", text if isinstance(text, str) else text.decode(errors="replace"))
+
+
+def _dtype(tokenizer: Tokenizer) -> type[np.uint16] | type[np.int32]:
+    return np.uint16 if tokenizer.vocab < 65500 else np.int32  # Megatron's own border
 
 
 class _Files(AbstractContextManager):
@@ -211,15 +245,16 @@ class _Files(AbstractContextManager):
         install_megatron()
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        self.arguments, self.tokenizer = arguments, tokenizer
-        self.dtype = np.uint16 if tokenizer.vocab < 65500 else np.int32  # Megatron's own border
+        self.arguments, self.tokenizer, self.dtype = arguments, tokenizer, _dtype(tokenizer)
         self.part = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}.partial")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         self.builders = {"": IndexedDatasetBuilder(f"{self.part}.bin", dtype=self.dtype)}
         if arguments.mask_column:
             self.builders[".mask"] = IndexedDatasetBuilder(f"{self.part}.mask.bin", dtype=np.uint8)
 
-    def add(self, ids: NDArray[np.int64], mask: NDArray[np.uint8] | None) -> None:
+    def add(self, ids: NDArray[Any], mask: NDArray[np.uint8] | None) -> None:
+        if len(ids) > np.iinfo(np.int32).max:  # of the index
+            raise PrepareError(f"a document of {len(ids):,} tokens is longer than 2,147,483,647; cut it in two")
         for kind, builder in self.builders.items():
             content = ids if kind == "" else mask
             assert content is not None
@@ -228,10 +263,9 @@ class _Files(AbstractContextManager):
     def commit(self, counts: Counts, entropy: float | None) -> None:
         from lsys.data.corpus import SIDECAR_VERSION, sha256
 
-        endings = []
         for kind, builder in self.builders.items():
             builder.finalize(f"{self.part}{kind}.idx")
-            endings += [f"{kind}.bin", f"{kind}.idx"]
+        endings = [e for e in ENDINGS[:-1] if Path(f"{self.part}{e}").exists()]
         description = {
             "version": SIDECAR_VERSION,
             "tokenizer": {
@@ -241,6 +275,7 @@ class _Files(AbstractContextManager):
             },
             "vocab": self.tokenizer.vocab,
             "eod": self.tokenizer.eod,
+            "dtype": np.dtype(self.dtype).name,
             "documents": counts.documents,
             "tokens": counts.tokens,
             "skipped": counts.skipped,
@@ -250,14 +285,25 @@ class _Files(AbstractContextManager):
         }
         Path(f"{self.part}.json").write_text(json.dumps(description, indent=2) + "\n")
         for ending in (*endings, ".json"):
-            with Path(f"{self.part}{ending}").open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(Path(f"{self.part}{ending}"))
+        for ending in ENDINGS:  # first the old index: from here until the new one is in place, there is no corpus
+            Path(f"{self.arguments.out}{ending}").unlink(missing_ok=True)
         for ending in (*reversed(endings), ".json"):  # the description last: with it the corpus is whole
             os.replace(f"{self.part}{ending}", f"{self.arguments.out}{ending}")
+        _sync(self.part.parent)
 
     def __exit__(self, *error: object) -> None:
         for builder in self.builders.values():
             with suppress(OSError):
                 builder.data_file.close()
-        for leftover in self.part.parent.glob(f"{self.part.name}*"):
-            leftover.unlink(missing_ok=True)
+        for ending in ENDINGS:
+            Path(f"{self.part}{ending}").unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """To the disk, file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -26,50 +26,56 @@ class Piece(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """One pass over a source: documents in order, and where each begins, counted from the start of the source's stream."""
+    """One pass over a source.
+
+    Attributes:
+        order: documents in order. starts: where each begins, counted from the start of the source's stream. keys: starts / share.
+    """
 
     order: NDArray[np.int64]
     starts: NDArray[np.int64]
+    keys: NDArray[np.float64]
 
 
 class _Source:
-    """One corpus's own endless stream of documents."""
+    """One corpus's own endless stream of documents.
+
+    Every comparison is of the rounded keys that an epoch holds: a start compared with key * share would round differently, and
+    documents of equal key would then change places with where one begins to read.
+    """
 
     def __init__(self, lengths: NDArray[np.int64], share: float, seed: int, index: int) -> None:
         self.lengths, self.share, self.seed, self.index = lengths, share, seed, index
-        self.tokens = int(lengths.sum())
+        self.tokens, self.longest = int(lengths.sum()), int(lengths.max())
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
     def _epoch(self, number: int) -> Epoch:
         key = np.random.SeedSequence((self.seed, self.index, number))
         order = np.random.Generator(np.random.Philox(key)).permutation(np.flatnonzero(self.lengths))
         lengths = self.lengths[order]
-        return Epoch(order, lengths.cumsum() - lengths + number * self.tokens)
+        starts = lengths.cumsum() - lengths + number * self.tokens
+        return Epoch(order, starts, starts / self.share)
+
+    def _epoch_before(self, key: float) -> int:
+        """An epoch that begins before `key`, at most two epochs earlier."""
+        return max(0, int(key * self.share // self.tokens) - 1)
 
     def before(self, key: float) -> int:
         """Tokens of the documents whose key is below `key`."""
-        number = max(0, int(key * self.share // self.tokens) - 1)
-        while True:
-            order, starts = self.epoch(number)
-            count = int(np.searchsorted(starts, key * self.share, side="left"))
-            if count < len(order):
-                return int(starts[count])
+        number = self._epoch_before(key)
+        while (count := int(np.searchsorted(self.epoch(number).keys, key))) == len(self.epoch(number).keys):
             number += 1
+        return int(self.epoch(number).starts[count])
 
-    def documents(self, begin: float, tokens: int) -> list[tuple[float, int, int]]:
-        """(key, document, length) from the first key not below `begin` on, until `tokens` tokens are there."""
-        number = max(0, int(begin * self.share // self.tokens) - 1)
-        found: list[tuple[float, int, int]] = []
-        while tokens > 0:
-            order, starts = self.epoch(number)
-            for place in range(int(np.searchsorted(starts, begin * self.share, side="left")), len(order)):
-                length = int(self.lengths[order[place]])
-                found.append((float(starts[place] / self.share), int(order[place]), length))
-                tokens -= length
-                if tokens <= 0:
-                    break
+    def documents(self, begin: float, end: float) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Keys [n] in [begin, end), ascending, and their documents [n]."""
+        number, keys, documents = self._epoch_before(begin), [np.empty(0)], [np.empty(0, np.int64)]
+        while (epoch := self.epoch(number)).keys[0] < end:
+            first, last = np.searchsorted(epoch.keys, (begin, end))
+            keys.append(epoch.keys[first:last])
+            documents.append(epoch.order[first:last])
             number += 1
-        return found
+        return np.concatenate(keys), np.concatenate(documents)
 
 
 class DocumentStream:
@@ -88,7 +94,7 @@ class DocumentStream:
             raise ValueError("a stream needs at least one source")
         total = sum(weight for _, weight in sources)
         for index, (lengths, weight) in enumerate(sources):
-            if weight <= 0:
+            if not 0 < weight < float("inf"):
                 raise ValueError(
                     f"source {index} has weight {weight}; weights are positive: leave the source out instead"
                 )
@@ -103,32 +109,25 @@ class DocumentStream:
 
     def pieces(self, start: int, count: int) -> list[Piece]:
         """The parts of documents that make tokens [start, start + count) of the stream, in order."""
-        begin = self._key_at(start)
-        at = sum(
-            source.before(begin) for source in self.sources
-        )  # the stream's token where documents from `begin` on start
-        wanted = start + count - at
-        upcoming = sorted(
-            (key, index, document, length)
-            for index, source in enumerate(self.sources)
-            for key, document, length in source.documents(begin, wanted)
-        )
-        found: list[Piece] = []
-        for _, source, document, length in upcoming:
-            first, last = max(start - at, 0), min(start + count - at, length)
-            if first < last:
-                found.append(Piece(source, document, first, last - first))
-            at += length
-            if at >= start + count:
-                break
-        return found
+        begin, end = self._key_at(start), start + count + 1.0  # below a key t, there are at least t tokens
+        parts = [source.documents(begin, end) for source in self.sources]
+        keys, documents = (np.concatenate(each) for each in zip(*parts, strict=True))
+        index = np.repeat(np.arange(len(parts)), [len(part) for part, _ in parts])
+        lengths = np.concatenate([s.lengths[part] for s, (_, part) in zip(self.sources, parts, strict=True)])
+        order = np.lexsort((index, keys))  # by key, then source; stable within one
+        index, documents, lengths = index[order], documents[order], lengths[order]
+        at = sum(source.before(begin) for source in self.sources)  # where documents from `begin` on start
+        starts = at + lengths.cumsum() - lengths
+        first, last = np.maximum(start - starts, 0), np.minimum(start + count - starts, lengths)
+        rows = np.stack((index, documents, first, last - first), 1)[first < last]
+        return [Piece(*row) for row in rows.tolist()]
 
     def _key_at(self, start: int) -> float:
         """A key such that all documents below it end at or before `start`, and few documents lie between.
 
         Below a key t each source has given at least its share of t tokens, and less than one document more; so the search is short.
         """
-        low = max(0.0, float(start - sum(int(source.lengths.max()) for source in self.sources)))
+        low = max(0.0, float(start - sum(source.longest for source in self.sources)))
         high = float(start) + 1.0
         while high - low > 0.5:
             middle = (low + high) / 2

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,17 @@ class Tokenizer(Protocol):
     eod: int
     fingerprint: str
 
-    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Token ids [n], and for each the character of `text` at which it begins [n]. No special tokens are added."""
+    def encode(self, text: str) -> NDArray[Any]:
+        """Token ids [n]. No special tokens are added."""
         ...
 
-    def decode(self, ids: NDArray[np.int64]) -> str: ...
+    def encode_with_starts(self, text: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Token ids [n], and for each the character of `text` at which it begins [n]."""
+        ...
+
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        """The text; special tokens are left out, and what is not UTF-8 becomes U+FFFD."""
+        ...
 
 
 class ByteTokenizer:
@@ -34,8 +40,11 @@ class ByteTokenizer:
 
     spec, vocab, eod, fingerprint = "bytes", 257, 256, "bytes"
 
-    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+    def encode(self, text: str) -> NDArray[Any]:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        ids = self.encode(text)
         starts = ids & 0xC0 != 0x80  # bytes that begin a character
         return ids, starts.cumsum() - 1
 
@@ -77,7 +86,10 @@ class HuggingFaceTokenizer:
         self.vocab = max(vocabulary.values()) + 1
         self.fingerprint = hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    def encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def encode(self, text: str) -> NDArray[Any]:
+        return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
         encoding = self.library.encode(text, add_special_tokens=False)
         starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
         return np.array(encoding.ids, dtype=np.int64), starts

@@ -1,159 +1,135 @@
-"""LASP-2 (Sun et al., 2025): one all-gather of segment maps each way, for any layout.
+"""LASP-2 (Sun et al., 2025): every rank gathers the maps of all segments that share a document with other ranks.
 
-Every segment of a document acts on the state that enters it: S -> exp(A) S + B. Ranks gather (A, B) of the documents that cross ranks, and each
-composes, by position in the document, the states that enter its own segments. The gather is under way while the rank computes what tokens
-get from their own chunk. Backward gathers the gradients of those states once, and composes them from the end.
+One all-gather each way, of H K V (+ H with decay) numbers a segment. Forward it carries the segments' maps while ranks
+compute what tokens get from their own chunk; backward it carries the gradients of the states before segments while
+ranks compute the gradients of that part. Each rank then composes them in the order of positions, backward in reverse.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention import Chain, chunk_grid, chunked, scan, scan_adjoint
-from lsys.parallel.comm import SequenceComm
-from lsys.parallel.layout import SequenceLayout
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Which segments travel, and how they follow one another. Alike on all ranks but for `mine`.
-
-    Attributes:
-        documents: documents whose segments travel, int64 [D].
-        chain: gathered segments in order: by document, by position.
-        order: gathered row (rank by rank) of each segment in that order, int64 [R].
-        counts: segments that each rank sends.
-        sent: of this rank's segments, those that it sends, int64. mine: their places in the order.
-    """
-
-    documents: Tensor
-    chain: Chain
-    order: Tensor
-    counts: tuple[int, ...]
-    sent: Tensor
-    mine: Tensor
+from lsys.kernels.linear_attention import Segments
+from lsys.kernels.linear_attention.scan import adjoint, compose, inner
+from lsys.parallel.comm import Pending, SequenceComm
+from lsys.parallel.linear.links import Links
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: SequenceLayout,
-    comm: SequenceComm | None,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    scale: float,
+    parts: Segments, links: Links, comm: SequenceComm | None, initial: Tensor | None, final: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `lsys.parallel.linear.linear_attention`, inputs checked."""
-    rank = 0 if comm is None else comm.rank
-    exchange = plan(layout, rank, output_final_state)
-    lengths = tuple(segment.length for segment in layout.segments[rank])
-    chunks = chunked.prepare(q, k, v, log_decay, chunk_grid(lengths, k.shape[-1], v.shape[-1]), scale)
-    maps = chunked.segment_map(chunks)
-    if initial_state is None:
-        initial_state = maps.state.new_zeros(len(layout.lengths), *maps.state.shape[1:])
-    initial_state = initial_state.to(maps.state.dtype)
-    documents = layout.derived(("segment documents", rank), v.device, lambda: _segment_documents(layout, rank))
-    entering = initial_state.index_select(0, documents)  # right for segments that begin a document
-    if len(exchange.documents) == 0:
-        o = chunked.apply(chunks, chunked.intra(chunks), maps, entering)
-        return o, initial_state if output_final_state else None
-    sent, travelling = exchange.sent.to(v.device), exchange.documents.to(v.device)
-    packed = _pack(maps.log_decay.detach()[sent], maps.state.detach()[sent])
-    pending = None if comm is None else comm.all_gather_async(packed, exchange.counts)
-    inside = chunked.intra(chunks)
-    gathered = packed if pending is None else pending.wait()
-    states, after = _States.apply(
-        maps.log_decay[sent], maps.state[sent], initial_state[travelling], gathered, exchange, comm, output_final_state
-    )
-    o = chunked.apply(chunks, inside, maps, entering.index_copy(0, sent, states))
-    return o, initial_state.index_copy(0, travelling, after) if output_final_state else None
+    """The output [T_r, H, V] and, if `final`, the states [documents, H, K, V] after all documents."""
+    maps = parts.segment_map()
+    exchange = _Exchange(links, comm, final)
+    initial = None if initial is None else initial.to(maps.state.dtype)
+    ticket = _Send.apply(maps.state, maps.log_decay, initial, exchange)
+    intra, state, final_state = _Receive.apply(ticket, parts.intra(), exchange)
+    return parts.apply(maps, intra, state), final_state
 
 
-def plan(layout: SequenceLayout, rank: int, all_documents: bool) -> Exchange:
-    """Which segments travel: those of documents in several segments, or of all documents if their final states are wanted everywhere."""
-    return layout.derived(("lasp2", rank, all_documents), None, lambda: _plan(layout, rank, all_documents))
+class _Exchange:
+    """What the four ends of one exchange share: a gather under way and what its end needs.
+
+    `_Send` starts the forward gather and ends the backward one, `_Receive` the reverse, so that autograd, which goes
+    through operations in reverse order, computes between them what was computed between them.
+    """
+
+    def __init__(self, links: Links, comm: SequenceComm | None, final: bool) -> None:
+        self.links, self.comm, self.final = links, comm, final
+        self.finish: Callable[..., Any] = _nothing_sent
+
+    def gather(self, rows: Tensor, extra: Tensor | None = None) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        """One row [L, ...] a linked segment -> the ordered table and, of `extra` [n, ...], the sum over ranks.
+
+        Started on return; the function returned waits for it.
+        """
+        links, comm = self.links, self.comm
+        if comm is None or (extra is None and not any(links.sizes)):  # alike on all ranks
+            return lambda: (rows.index_select(0, links.order), extra)
+        sent, more = rows.index_select(0, links.sent), 0 if extra is None else len(extra)
+        if extra is not None:
+            sent = torch.cat([sent, extra])
+        sizes = [size + more for size in links.sizes]
+        pending: Pending = comm.all_gather_async(sent, sizes)
+
+        def finish() -> tuple[Tensor, Tensor | None]:
+            gathered = pending.wait().split(sizes)
+            table = torch.cat([*(part[: len(part) - more] for part in gathered), rows.index_select(0, links.unsent)])
+            total = torch.stack([part[len(part) - more :] for part in gathered]).sum(0) if more else extra
+            return table.index_select(0, links.order), total
+
+        return finish
 
 
-def position_order(segments: list[tuple[int, int]]) -> list[int]:
-    """Order of segments (document, start) by document and position, whatever rank holds them."""
-    return sorted(range(len(segments)), key=segments.__getitem__)
-
-
-def _plan(layout: SequenceLayout, rank: int, all_documents: bool) -> Exchange:
-    times: dict[int, int] = {}
-    for segments in layout.segments:
-        for segment in segments:
-            times[segment.document] = times.get(segment.document, 0) + 1
-    wanted = {d for d, count in times.items() if count > 1 or all_documents}
-    sent = [[i for i, s in enumerate(segments) if s.document in wanted] for segments in layout.segments]
-    rows = [(layout.segments[r][i].document, layout.segments[r][i].start) for r, each in enumerate(sent) for i in each]
-    order = position_order(rows)
-    documents = sorted(wanted)
-    place = torch.empty(len(rows), dtype=torch.int64)
-    place[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(rows))
-    first = sum(len(each) for each in sent[:rank])
-    return Exchange(
-        documents=torch.tensor(documents, dtype=torch.int64),
-        chain=Chain(tuple(times[d] for d in documents)),
-        order=torch.tensor(order, dtype=torch.int64),
-        counts=tuple(len(each) for each in sent),
-        sent=torch.tensor(sent[rank], dtype=torch.int64),
-        mine=place[first : first + len(sent[rank])],
-    )
-
-
-class _States(torch.autograd.Function):
-    """(log-decay, state) of my travelling segments -> states entering them, and states after the travelling documents."""
+class _Send(torch.autograd.Function):
+    """Maps [L, H, K, V], [L, H] of the linked segments -> a ticket that `_Receive` takes."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        log_decay: Tensor,
-        state: Tensor,
-        initial: Tensor,
-        gathered: Tensor,
-        exchange: Exchange,
-        comm: SequenceComm | None,
-        with_final: bool,
-    ) -> tuple[Tensor, Tensor]:
-        decays, states = _unpack(gathered[exchange.order.to(gathered.device)], state)
-        before, after = scan(states, decays, exchange.chain, initial)
-        entering = before[exchange.mine.to(state.device)]
-        ctx.save_for_backward(decays.exp(), entering, log_decay)
-        ctx.exchange, ctx.comm, ctx.with_final = exchange, comm, with_final
-        return entering, after
+        ctx: Any, state: Tensor, log_decay: Tensor | None, initial: Tensor | None, exchange: _Exchange
+    ) -> Tensor:
+        ctx.exchange, ctx.has_decay = exchange, log_decay is not None
+        ctx.initial_rows = None if initial is None else len(initial)
+        width = state.shape[2:]
+        packed = state.flatten(2)  # [L, H, K V]
+        if log_decay is not None:
+            packed = torch.cat([packed, log_decay.unsqueeze(-1)], dim=-1)
+        finish_gather = exchange.gather(packed)
+
+        def finish() -> tuple[Tensor, Tensor | None, Tensor | None]:
+            table, _ = finish_gather()
+            decay = table[..., -1].contiguous() if ctx.has_decay else None
+            return table[..., : width.numel()].unflatten(-1, width), decay, initial
+
+        exchange.finish = finish
+        return state.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, d_entering: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
-        decay, entering, log_decay = ctx.saved_tensors
-        exchange, comm = ctx.exchange, ctx.comm
-        if comm is not None:
-            d_entering = comm.all_gather(d_entering.contiguous(), exchange.counts)
-            if ctx.with_final:  # a replicated output: what the ranks ask of it adds up
-                d_after = comm.all_gather(d_after.contiguous()[None]).sum(0)
-        d_before = d_entering[exchange.order.to(decay.device)]
-        d_states, d_initial = scan_adjoint(d_before, d_after, decay, exchange.chain)
-        d_state = d_states[exchange.mine.to(decay.device)]
-        d_log_decay = (d_state * entering).sum((-2, -1)) * log_decay.exp()
-        if comm is not None and comm.rank != 0:
-            d_initial = torch.zeros_like(
-                d_initial
-            )  # every rank has it whole; the parts of a replicated input add up to it
-        return d_log_decay, d_state, d_initial, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        links: Links = ctx.exchange.links
+        d_before, d_final, log_decay, before = ctx.exchange.finish()
+        ctx.exchange.finish = _nothing_sent
+        d_update, d_start = adjoint(d_before, d_final, log_decay, links.plan)
+        d_state, d_log_decay, d_initial = d_update.index_select(0, links.own), None, None
+        if log_decay is not None:
+            d_log_decay = inner(d_state, before) * log_decay.index_select(0, links.own).exp()
+        if ctx.needs_input_grad[2]:
+            # Every rank has the whole gradient; the one that holds a document's start reports it.
+            d_initial = d_start.new_zeros(ctx.initial_rows, *d_start.shape[1:])
+            d_initial[links.documents[links.mine]] = d_start[links.mine]
+        return d_state, d_log_decay, d_initial, None
 
 
-def _pack(log_decay: Tensor, state: Tensor) -> Tensor:
-    """[R, H], [R, H, K, V] -> [R, H, 1 + K V]"""
-    return torch.cat((log_decay[..., None], state.flatten(2)), -1)
+class _Receive(torch.autograd.Function):
+    """The states before the linked segments [L, H, K, V] and after all documents.
+
+    Passes on what tokens get from their own chunk, so that ranks without links too take part in the backward gather.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, intra: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor, Tensor | None]:
+        links = exchange.links
+        update, log_decay, initial = exchange.finish()
+        exchange.finish = _nothing_sent
+        initial = None if initial is None else initial.index_select(0, links.documents)
+        composed = compose(update, log_decay, links.plan, initial)
+        state = composed.before.index_select(0, links.own)
+        ctx.exchange = exchange
+        ctx.save_for_backward(log_decay, None if log_decay is None else state)
+        return intra.view_as(intra), state, composed.total if exchange.final else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_intra: Tensor, d_state: Tensor, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        finish_gather = ctx.exchange.gather(d_state, d_final)
+        saved = ctx.saved_tensors
+        ctx.exchange.finish = lambda: (*finish_gather(), *saved)
+        return d_state.new_empty(0), d_intra, None
 
 
-def _unpack(packed: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    return packed[..., 0], packed[..., 1:].reshape(-1, *like.shape[1:])
-
-
-def _segment_documents(layout: SequenceLayout, rank: int) -> Tensor:
-    return torch.tensor([segment.document for segment in layout.segments[rank]], dtype=torch.int64)
+def _nothing_sent() -> None:
+    raise RuntimeError("nothing is under way in this exchange: its ends must run in turn")

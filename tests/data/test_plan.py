@@ -64,7 +64,9 @@ def test_limit_masks_what_comes_after() -> None:
 def test_a_shuffle_window_takes_each_micro_batch_once() -> None:
     def starts(window: int) -> list[int]:
         made = planner(window=window, seed=3)
-        return [int(m.tokens[0]) * 100000 + int(m.tokens[1:].sum()) for s in range(3) for m in made.step(s).micro_batches]
+        return [
+            int(m.tokens[0]) * 100000 + int(m.tokens[1:].sum()) for s in range(3) for m in made.step(s).micro_batches
+        ]
 
     plain, mixed = starts(0), starts(6)
     assert plain != mixed

@@ -1,6 +1,7 @@
 """Faults that distributed training systems have had, planted on purpose: the parity test must notice each."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,15 @@ def _documents_run_together() -> Any:
     )
 
 
-def _rank_order_prefix() -> Any:
-    """States composed in the order in which ranks hold them, instead of by position: wrong for zigzag."""
-    import lsys.parallel.linear.lasp2 as lasp2
-
-    return mock.patch.object(lasp2, "position_order", lambda segments: list(range(len(segments))))
+@contextlib.contextmanager
+def _rank_order_prefix() -> Iterator[None]:
+    """States of a document composed in the order of the ranks that hold them, instead of by position: wrong for zigzag."""
+    links = importlib.import_module("lsys.parallel.linear.links")
+    in_rank_order = lambda table: sorted(range(len(table)), key=lambda row: table[row].document)  # noqa: E731
+    links.links.cache_clear()
+    with mock.patch.object(links, "position_order", in_rank_order):
+        yield
+    links.links.cache_clear()
 
 
 def _mean_of_ranks() -> Any:
