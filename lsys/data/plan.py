@@ -123,7 +123,9 @@ class Planner:
         """The plan of one step for one of the data replicas: consecutive micro-batches of the step's tokens."""
         each = self.micro_batches // replicas
         mine = range(replica * each, (replica + 1) * each)
-        return StepPlan(step, tuple(self._micro_batch(self._place(step * self.micro_batches + index)) for index in mine))
+        return StepPlan(
+            step, tuple(self._micro_batch(self._place(step * self.micro_batches + index)) for index in mine)
+        )
 
     def steps(self, start: int, stop: int, replica: int = 0, replicas: int = 1) -> Iterator[StepPlan]:
         return (self.step(step, replica, replicas) for step in range(start, stop))

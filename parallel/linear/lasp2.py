@@ -119,14 +119,15 @@ class _Receive(torch.autograd.Function):
         composed = compose(update, log_decay, links.plan, initial)
         state = composed.before.index_select(0, links.own)
         ctx.exchange = exchange
-        ctx.save_for_backward(log_decay, None if log_decay is None else state)
+        ctx.save_for_backward(log_decay, state)
         return intra.view_as(intra), state, composed.total if exchange.final else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_intra: Tensor, d_state: Tensor, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        finish_gather = ctx.exchange.gather(d_state, d_final)
+        # Under activation checkpointing this recomputes the forward pass, on ranks without links too: before the gather.
         saved = ctx.saved_tensors
+        finish_gather = ctx.exchange.gather(d_state, d_final)
         ctx.exchange.finish = lambda: (*finish_gather(), *saved)
         return d_state.new_empty(0), d_intra, None
 

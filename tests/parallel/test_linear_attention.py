@@ -3,6 +3,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from lsys.kernels.linear_attention.chunked import ChunkedSegments
 from lsys.parallel.comm import SequenceComm
@@ -228,6 +229,30 @@ def test_one_collective_each_way_and_none_without_need(gloo):
     assert gloo(4, _collectives, apart, False, False) == [[[], 0]] * 4
     assert gloo(4, _collectives, apart, True, False) == [[[], 0]] * 4
     assert gloo(4, _collectives, apart, False, True) == [[[1], 2]] * 4
+
+
+def _checkpointed(rank, world_size, decay):
+    layout = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [(1, 0, 4), (2, 0, 9)], [(2, 9, 21)], []])
+    q, k, v, do, log_decay, *_ = tensors(layout.lengths, decay)
+    log_decay = layout.shard(log_decay, rank) if decay == "token" else log_decay
+    q, k, v, do = (layout.shard(x, rank) for x in (q, k, v, do))
+    leaves, comm = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_()], SequenceComm(None)
+
+    def mix(q, k, v):
+        return linear_attention(q, k, v, layout, comm, log_decay=log_decay)[0]
+
+    plain = torch.autograd.grad(mix(*leaves), leaves, do)
+    for reentrant in (False, True):
+        mixed = checkpoint(mix, *leaves, use_reentrant=reentrant)
+        for x in leaves:
+            x.grad = None
+        mixed.backward(do)
+        assert all(torch.equal(x.grad, grad) for x, grad in zip(leaves, plain, strict=True)), reentrant
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_recomputation_keeps_the_collectives_in_order(gloo, decay):
+    gloo(4, _checkpointed, decay)
 
 
 def test_wrong_uses_are_refused():

@@ -1,0 +1,100 @@
+"""What the engine guards against in Megatron: stale parameters under overlap, layers that vanish."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import parity
+
+
+def losses_after_a_step(rank: int, world_size: int, overlap: bool, settled: bool) -> tuple[float, float]:
+    """A training step, then the loss of the next batch without gradients; and the sum of all parameters."""
+    from contextlib import nullcontext
+
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.data.plan import Planner
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    settings = parity.settings(train__overlap=overlap)
+    with process_groups(settings.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        engine = Engine(settings, groups)
+        planner: Any = Planner(parity.RandomDocuments(61), 4 * 97, 97)  # type: ignore[arg-type]
+        for step in range(2):  # the first step has learning rate 0
+            engine.forward_backward(planner.step(step, groups.data_rank, groups.data_size).on_rank(0, groups.device))
+            engine.step()
+        with engine.settled_parameters() if settled else nullcontext():
+            total = sum(float(p.detach().double().sum()) for chunk in engine.chunks for p in chunk.parameters())
+            batches = planner.step(2, groups.data_rank, groups.data_size).on_rank(0, groups.device)
+            loss = engine.forward_backward(batches, forward_only=True).mean if settled else 0.0
+        return total, loss
+
+
+def test_parameters_are_settled_before_they_are_read(gloo: Any) -> None:
+    expected = gloo(2, losses_after_a_step, False, True)
+    assert gloo(2, losses_after_a_step, True, True) == expected
+    stale = gloo(2, losses_after_a_step, True, False)
+    assert stale[0][0] != expected[0][0]  # the measure is needed: without it, parameters are those of before the step
+
+
+def build_with_a_layer_less(rank: int, world_size: int) -> str:
+    from unittest import mock
+
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    import lsys.model.layers as layers
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+    from lsys.train.errors import RunError
+
+    settings = parity.settings(parallel__pipeline=2)
+    count = layers.get_num_layers_to_build
+    with process_groups(settings.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        with mock.patch.object(layers, "get_num_layers_to_build", lambda *a: count(*a) - (rank == 1)):
+            try:
+                Engine(settings, groups)
+            except RunError as error:
+                return str(error)
+    return "built"
+
+
+def test_a_dropped_layer_is_noticed(gloo: Any) -> None:
+    for message in gloo(2, build_with_a_layer_less):
+        assert message.startswith("3 layers were built for model.layers 4")
+
+
+def initial_parameters(rank: int, world_size: int, changes: dict[str, Any]) -> list[tuple]:
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.model.parameters import pieces
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    settings = parity.settings(**changes)
+    with process_groups(settings.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        engine = Engine(settings, groups)
+        return [(p.key, p.slices, p.data.clone()) for chunk in engine.chunks for p in pieces(chunk.module)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"parallel__tensor": 2}, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}]
+)
+def test_initial_weights_are_the_same_for_all_degrees(gloo: Any, changes: dict[str, Any]) -> None:
+    whole = {}
+    for key, place, data in gloo(1, initial_parameters, {})[0]:  # SwiGLU's weight is two pieces also on one rank
+        whole.setdefault(key, []).append((place, data))
+    for pieces in gloo(2, initial_parameters, changes):
+        for key, place, data in pieces:
+            start, (outer, values) = (
+                place[0].start,
+                max((w for w in whole[key] if w[0][0].start <= place[0].start), key=lambda w: w[0][0].start),
+            )
+            inner = (slice(start - outer[0].start, start - outer[0].start + len(data)), *place[1:])
+            assert torch.equal(values[inner], data), key
