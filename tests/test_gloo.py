@@ -62,7 +62,7 @@ def _ends_its_group(rank, world_size):
 
 def _die_later(rank, world_size):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
 
 
 def _die_at_the_end(rank, world_size):
