@@ -22,10 +22,8 @@ with contextlib.suppress(Exception):  # what does not import fails, with its tra
     from lsys.runtime import install_megatron
 
     install_megatron()
-    import megatron.core.distributed
-    import megatron.core.optimizer
-    import megatron.core.pipeline_parallel
-    import megatron.core.transformer  # noqa: F401
+    import lsys.checkpoint.state
+    import lsys.train.engine  # noqa: F401  (and so megatron's model, schedules and optimizer)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -44,10 +44,11 @@ def test_light_commands_import_neither_torch_nor_megatron(words: list[str]) -> N
     assert done.returncode == 0, done.stderr
 
 
+TENSOR_AND_CONTEXT = ("--parallel.tensor", "2", "--parallel.context", "2")
+
+
 def test_check_prints_what_the_configuration_resolves_to(capsys: pytest.CaptureFixture) -> None:
-    assert (
-        main(["check", QUICKSTART, "--world-size", "8", "--parallel.tensor", "2", "--optimizer.decay-steps", "5"]) == 0
-    )
+    assert main(["check", QUICKSTART, "--world-size", "8", *TENSOR_AND_CONTEXT, "--optimizer.decay-steps", "5"]) == 0
     out = capsys.readouterr().out
     assert "  tensor: 2\n" in out and "sha256" in out
     assert "notice: optimizer.decay_steps has no effect: schedule is cosine, not wsd" in out
@@ -57,7 +58,8 @@ def test_check_prints_what_the_configuration_resolves_to(capsys: pytest.CaptureF
 
 
 def test_check_refuses_with_all_mistakes_and_without_traceback() -> None:
-    words = ["check", QUICKSTART, "--world-size", "6", "--parallel.tensor", "4", "--optimizer.min_lr", "1"]
+    words = ["check", QUICKSTART, "--world-size", "6", "--parallel.tensor", "4", "--parallel.context", "2"]
+    words += ["--optimizer.min_lr", "1"]
     done = subprocess.run([sys.executable, "-m", "lsys", *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     lines = done.stderr.splitlines()
@@ -89,7 +91,7 @@ def test_only_the_first_rank_tells_what_all_ranks_find(
 
 
 def test_topology(capsys: pytest.CaptureFixture) -> None:
-    assert main(["topology", QUICKSTART, "--world-size", "8", "--parallel.tensor", "2", "--ranks-per-node", "4"]) == 0
+    assert main(["topology", QUICKSTART, "--world-size", "8", *TENSOR_AND_CONTEXT, "--ranks-per-node", "4"]) == 0
     out = capsys.readouterr().out
     assert "│ 5    │ 1    │ 1      │ 0       │ 1    │ 4 5          │ 5 7           │ 1 5        │" in out
     assert "context 2: inside a node\ndata 2: over 2 nodes" in out
