@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from support import resuming
 
 from lsys.checkpoint import CheckpointError, Checkpoints, Cursor, Manifest
@@ -111,6 +112,7 @@ def fails(rank: int, world_size: int, folder: Path, target: str, fixed: bool) ->
             text = str(error)
         patch.undo()
         left = names(folder)
+        dist.barrier()  # before a rank writes again
         if fixed:
             Checkpoints(folder, 1).save(engine, resuming.cursor_of(engine, 20))
         return text, left
