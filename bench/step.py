@@ -20,7 +20,6 @@ from lsys.data.corpus import Corpus
 from lsys.data.plan import Planner, RankBatch
 from lsys.data.stream import TokenStream
 from lsys.kernels.linear_attention import linear_attention
-from lsys.runtime import install_megatron
 from lsys.runtime.environment import Launch
 from lsys.runtime.groups import process_groups
 
@@ -142,7 +141,6 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    install_megatron()
     from lsys.train.engine import Engine
 
     settings = load(arguments.config, ["--train.precision", "fp32", "--train.z-loss", "0"])

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,6 +74,10 @@ def load(source: str, module: str, name: str) -> Callable[..., Any]:
         spec = importlib.util.spec_from_file_location(module, source)
         if spec is None or spec.loader is None:
             raise ImportError(f"cannot import {source}")
+        for dot in (
+            at for at, letter in enumerate(module) if letter == "."
+        ):  # unpickling may import the packages above
+            sys.modules.setdefault(module[:dot], ModuleType(module[:dot]))
         sys.modules[module] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[module])

@@ -1,4 +1,8 @@
 """The hybrid model: a layer pattern becomes Megatron ModuleSpecs; one file per mixer.
 
-`lsys.runtime.install_megatron()` must have run before this package is imported: it imports megatron.core.
+Its modules import megatron.core, which must find the CPU's stand-ins in place on a machine without CUDA.
 """
+
+from lsys.runtime import install_megatron
+
+install_megatron()
