@@ -3,6 +3,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support.layouts import layouts
 from torch.utils.checkpoint import checkpoint
 
 from lsys.kernels.linear_attention.chunked import ChunkedSegments
@@ -15,35 +16,6 @@ DECAYS = ["none", "head", "token"]
 # Largest difference from one device, relative to 1 + its magnitude; that of half precision is rounding of inputs.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
-
-
-def random_layout(lengths, ranks, seed):
-    """Documents cut anywhere, pieces on any rank, in any order."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(n):
-        return int(torch.randint(n, (), generator=generator))
-
-    placed = [[] for _ in range(ranks)]
-    for document, length in enumerate(lengths):
-        cuts = sorted({0, length, *(draw(length + 1) for _ in range(4))})
-        for start, stop in zip(cuts, cuts[1:], strict=False):
-            rank = placed[draw(ranks)]
-            rank.insert(draw(len(rank) + 1), (document, start, stop - start))
-    return SequenceLayout(lengths, placed)
-
-
-def all_on_last(lengths, ranks):
-    return SequenceLayout(lengths, [()] * (ranks - 1) + [[(d, 0, n) for d, n in enumerate(lengths)]])
-
-
-def layouts(lengths, ranks):
-    return {
-        "contiguous": SequenceLayout.contiguous(lengths, ranks),
-        "zigzag": SequenceLayout.zigzag(lengths, ranks),
-        "random": random_layout(lengths, ranks, seed=len(lengths)),
-        "all on last": all_on_last(lengths, ranks),
-    }
 
 
 def tensors(lengths, decay, dtype=torch.float64):

@@ -3,6 +3,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support.layouts import all_on_last, layouts
 
 from lsys.parallel.attention import softmax_attention
 from lsys.parallel.comm import SequenceComm
@@ -14,35 +15,6 @@ HEADS = [(4, 4), (4, 2), (3, 1)]
 # Largest difference from the fp64 definition, relative to 1 + its magnitude.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 WIDTH = 8
-
-
-def random_layout(lengths, ranks, seed):
-    """Documents cut anywhere, pieces on any rank, in any order."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(n):
-        return int(torch.randint(n, (), generator=generator))
-
-    placed = [[] for _ in range(ranks)]
-    for document, length in enumerate(lengths):
-        cuts = sorted({0, length, *(draw(length + 1) for _ in range(4))})
-        for start, stop in zip(cuts, cuts[1:], strict=False):
-            rank = placed[draw(ranks)]
-            rank.insert(draw(len(rank) + 1), (document, start, stop - start))
-    return SequenceLayout(lengths, placed)
-
-
-def all_on_last(lengths, ranks):
-    return SequenceLayout(lengths, [()] * (ranks - 1) + [[(d, 0, n) for d, n in enumerate(lengths)]])
-
-
-def layouts(lengths, ranks):
-    return {
-        "contiguous": SequenceLayout.contiguous(lengths, ranks),
-        "zigzag": SequenceLayout.zigzag(lengths, ranks),
-        "random": random_layout(lengths, ranks, seed=len(lengths)),
-        "all on last": all_on_last(lengths, ranks),
-    }
 
 
 def dense(q, k, v, lengths, causal=True, window=None, scale=None):
