@@ -59,8 +59,3 @@ def launch_from_environment(environment: Mapping[str, str] = os.environ) -> Laun
             f"RANK {launch.rank} is not below WORLD_SIZE {launch.world_size}; start with torchrun, or unset both"
         )
     return launch
-
-
-def rank_from_environment() -> int:
-    """This process's rank, 0 for a process on its own."""
-    return launch_from_environment().rank
