@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Result = TypeVar("Result")
 
-class Pending:
-    """A tensor under way: `wait()` gives it, once it is safe to use on the current stream."""
 
-    def __init__(self, finish: Callable[[], Tensor], work: dist.Work | None = None) -> None:
-        self._finish: Callable[[], Tensor] | None = finish
-        self._work = work
-        self._value: Tensor | None = None
+class Pending(Generic[Result]):
+    """A result under way: `wait()` gives it, once it is safe to use on the current stream."""
 
-    def wait(self) -> Tensor:
+    def __init__(self, finish: Callable[[], Result], *works: dist.Work) -> None:
+        self._finish: Callable[[], Result] | None = finish
+        self._works = works
+        self._value: Result | None = None
+
+    def wait(self) -> Result:
         """The result; blocks (CPU) or makes the current stream wait (CUDA) the first time."""
         if self._finish is not None:
-            if self._work is not None:
-                self._work.wait()
-            self._value, self._finish, self._work = self._finish(), None, None  # frees the buffers of the transfer
+            for work in self._works:
+                work.wait()
+            self._value, self._finish, self._works = self._finish(), None, ()  # frees the buffers of the transfer
         assert self._value is not None
         return self._value
 
@@ -66,7 +69,7 @@ class SequenceComm:
         """All ranks' tensors in rank order: [sizes[rank], ...] -> [sum(sizes), ...]; sizes None says all are equal."""
         return self.all_gather_async(x, sizes).wait()
 
-    def all_gather_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending:
+    def all_gather_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending[Tensor]:
         """As `all_gather`, under way on return; leave `x` unchanged until `wait()`."""
         sizes = self._sizes(sizes, x.shape[0])
         if x.shape[0] != sizes[self.rank]:
@@ -85,7 +88,7 @@ class SequenceComm:
         """This rank's rows of the sum over ranks: [sum(sizes), ...] -> [sizes[rank], ...]; None says equal parts."""
         return self.reduce_scatter_async(x, sizes).wait()
 
-    def reduce_scatter_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending:
+    def reduce_scatter_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending[Tensor]:
         """As `reduce_scatter`, under way on return; leave `x` unchanged until `wait()`."""
         if sizes is None and x.shape[0] % self.size:
             raise ValueError(f"{x.shape[0]} rows do not part equally over {self.size} ranks; give sizes")
@@ -113,7 +116,7 @@ class SequenceComm:
 
     def all_to_all_async(
         self, x: Tensor, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
-    ) -> Pending:
+    ) -> Pending[Tensor]:
         """As `all_to_all`, under way on return; leave `x` unchanged until `wait()`."""
         if (send is None or receive is None) and x.shape[0] % self.size:
             raise ValueError(f"{x.shape[0]} rows do not part equally over {self.size} ranks; give send and receive")
@@ -129,6 +132,31 @@ class SequenceComm:
         out = source.new_empty(sum(receive), *x.shape[1:])
         work = dist.all_to_all_single(out, source, list(receive), list(send), group=self.group, async_op=True)
         return Pending(lambda: out, work)
+
+    def exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Pending[Mapping[int, Tensor]]:
+        """Point to point: each tensor of `send` to its rank, each buffer of `receive` filled from its rank.
+
+        Under way on return; touch neither until `wait()`, which gives `receive`. What a rank sends is what its peer
+        receives, in shape and dtype; empty tensors do not travel. Ranks that neither send nor receive need not call.
+
+        Args:
+            send, receive: contiguous tensors by rank of this comm, at most one each way between two ranks.
+        """
+        for rank, tensor in (*send.items(), *receive.items()):
+            if not 0 <= rank < self.size or rank == self.rank:
+                others = f"the other ranks of {self.size}, for this is rank {self.rank}"
+                raise ValueError(f"rank {rank} is no peer; peers are {others}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"the tensor for rank {rank}, {[*tensor.shape]}, is not contiguous")
+        order = sorted({*send, *receive})  # by peer, sends before receives: one order on all ranks
+        operations = [
+            dist.P2POp(kind, tensors[peer].detach(), self.ranks[peer], self.group)
+            for peer in order
+            for kind, tensors in ((dist.isend, send), (dist.irecv, receive))
+            if peer in tensors and tensors[peer].numel()
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return Pending(lambda: receive, *works)
 
     def _sizes(self, sizes: Sequence[int] | None, each: int) -> tuple[int, ...]:
         if sizes is None:

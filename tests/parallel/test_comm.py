@@ -43,6 +43,24 @@ def _exchange(rank: int, world_size: int) -> None:
     assert comm.all_to_all(even).tolist() == [10 * source + rank for source in range(world_size)]
 
 
+def _point_to_point(rank: int, world_size: int) -> None:
+    comm = SequenceComm(None)
+    peers = [peer for peer in range(world_size) if peer != rank]
+    for dtype in DTYPES:  # every pair both ways at once, some messages empty
+        send = {peer: _values(10 * rank + peer, (rank + 2 * peer) % 3, dtype) for peer in peers}
+        receive = {peer: torch.full(((peer + 2 * rank) % 3, 2, 3), -1, dtype=dtype) for peer in peers}
+        pending = comm.exchange(send, receive)
+        got = pending.wait()
+        assert pending.wait() is got
+        for peer in peers:
+            assert torch.equal(got[peer], _values(10 * peer + rank, (peer + 2 * rank) % 3, dtype))
+    following, preceding = (rank + 1) % world_size, (rank - 1) % world_size  # a ring, two messages under way
+    if world_size > 1:
+        first = comm.exchange({following: torch.tensor([rank])}, {preceding: torch.zeros(1, dtype=torch.int64)})
+        second = comm.exchange({following: torch.tensor([-rank])}, {preceding: torch.zeros(1, dtype=torch.int64)})
+        assert second.wait()[preceding].item() == -preceding and first.wait()[preceding].item() == preceding
+
+
 def _describe(rank: int, world_size: int) -> tuple:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     comm = SequenceComm(pairs[rank // 2], node_of_rank=[0, 1], axis="pair")
@@ -64,6 +82,8 @@ def _misuse(rank: int, world_size: int) -> None:
         (lambda: comm.all_to_all(torch.zeros(3), [2, 2], [2, 2]), "takes 4 rows"),
         (lambda: comm.all_to_all(torch.zeros(3)), "3 rows do not part equally over 2 ranks"),
         (lambda: comm.all_to_all(torch.zeros(4), [2, 2], [1, 1]), "sends itself 2 rows but expects 1"),
+        (lambda: comm.exchange({rank: torch.zeros(1)}, {}), f"rank {rank} is no peer"),
+        (lambda: comm.exchange({1 - rank: torch.zeros(2, 3).t()}, {}), "is not contiguous"),
     ]:
         # Only one rank sends itself what the others receive: the last message names the rank that is asked.
         if "itself" not in message or rank == 0:
@@ -79,6 +99,11 @@ def test_gather_and_scatter_uneven_rows(gloo, world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_all_to_all_uneven_rows(gloo, world_size):
     gloo(world_size, _exchange)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_point_to_point(gloo, world_size):
+    gloo(world_size, _point_to_point)
 
 
 def test_a_comm_knows_its_ranks_and_nodes(gloo):
