@@ -2,7 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from lsys.config.messages import Mistake
+    from lsys.config.overrides import Override
+    from lsys.config.schema import Config
 
 T = TypeVar("T")
 
@@ -65,32 +70,28 @@ def _refuse(error: ValueError) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _with_overrides(kind: type[T], command: str, words: list[str]) -> "tuple[T, list[Override]]":
+    from lsys.config.overrides import parse
+    from lsys.runtime.environment import launch_from_environment
+
+    return parse(kind, words, prog=f"lsys {command}", quiet=launch_from_environment().rank > 0)
+
+
 def _options(kind: type[T], command: str, words: list[str]) -> T:
     import tyro
 
     return tyro.cli(kind, args=words, prog=f"lsys {command}", description=kind.__doc__)
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """(options of the command, overrides of the configuration): the latter have a dot in the name."""
-    options, overrides, queue = [], [], list(words)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--") or "." not in word.partition("=")[0]:
-            options.append(word)
-            continue
-        overrides.append(word)
-        if "=" not in word and queue and not queue[0].startswith("--"):
-            overrides.append(queue.pop(0))
-    return options, overrides
-
-
 def _train(words: list[str]) -> int:
     from lsys.config.load import load
+    from lsys.config.rules import check
     from lsys.options import TrainOptions
+    from lsys.runtime.environment import launch_from_environment
 
-    words, overrides = _split(words)
-    config = load(_options(TrainOptions, "train", words).config, overrides)
+    options, overrides = _with_overrides(TrainOptions, "train", words)
+    launch = launch_from_environment()
+    config = load(options.config, overrides, lambda config: check(config, launch.world_size))
     from lsys.train.run import main as train
 
     return train(config)
@@ -98,36 +99,27 @@ def _train(words: list[str]) -> int:
 
 def _check(words: list[str]) -> int:
     from lsys.config.load import load
-    from lsys.config.messages import ConfigError
-    from lsys.config.rules import check, check_files
+    from lsys.config.rules import check, file_mistakes
     from lsys.inspection import print_check
     from lsys.options import CheckOptions
 
-    words, overrides = _split(words)
-    options = _options(CheckOptions, "check", words)
-    config = load(options.config, overrides)
-    mistakes = check(config, options.world_size)
-    if options.files:
-        try:
-            check_files(config)
-        except ConfigError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise ConfigError(mistakes)
-    print_check(config, options.world_size)
+    options, overrides = _with_overrides(CheckOptions, "check", words)
+
+    def rules(config: "Config") -> "list[Mistake]":
+        return check(config, options.world_size) + (file_mistakes(config) if options.files else [])
+
+    print_check(load(options.config, overrides, rules), options.world_size)
     return 0
 
 
 def _topology(words: list[str]) -> int:
     from lsys.config.load import load
-    from lsys.config.rules import require
+    from lsys.config.rules import check
     from lsys.inspection import print_topology
     from lsys.options import TopologyOptions
 
-    words, overrides = _split(words)
-    options = _options(TopologyOptions, "topology", words)
-    config = load(options.config, overrides)
-    require(config, options.world_size)
+    options, overrides = _with_overrides(TopologyOptions, "topology", words)
+    config = load(options.config, overrides, lambda config: check(config, options.world_size))
     print_topology(config, options.world_size, options.ranks_per_node)
     return 0
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit codes, and what it must not import."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from lsys.cli import main
+from lsys.config.schema import LinearMixer
 from lsys.runtime.environment import Launch, LaunchError, launch_from_environment
 
-QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,47 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help(words: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main(words) == 0
     assert "check CONFIG --world-size N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "check", "topology"])
+def test_help_lists_every_key_of_the_configuration(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
+    assert len(keys) > 60
+    sections = {"corpora", *LinearMixer.model_fields, "linear"}  # told by their own keys, which other sections have too
+    for key in set(keys) - sections:
+        assert re.search(rf"--[a-z_.0-9-]+\.{key.replace('_', '-')} ", out), key
+    assert "--data.corpora.0.path" in out and "--model.linear.decay" in out and "Optimizer steps" in out
+
+
+@pytest.mark.parametrize("words", [["--train.steps"], []])
+def test_a_malformed_command_line_is_told_once(
+    words: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *([QUICKSTART] if words else []), *words])
+        assert ended.value.code == 2
+        captured = capsys.readouterr()
+        assert ((words or ["PATH"])[0] in captured.out + captured.err) == (rank == "0")
+
+
+def test_unknown_options_are_told_with_all_other_mistakes(capsys: pytest.CaptureFixture) -> None:
+    words = ["--parallel.tensr", "2", "--train.steps", "0", "--fast", "stray", "--train.sed"]
+    assert main(["train", QUICKSTART, *words]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "lsys: 5 mistakes",
+        "  '--fast' is no option; write --section.key value, such as --parallel.tensor 2",
+        "  'stray' is no option; write --section.key value, such as --parallel.tensor 2",
+        "  train.sed: no value was given; write --train.sed VALUE",
+        "  parallel.tensr: unknown key; did you mean tensor?",
+        "  train.steps: 0 does not do: it should be greater than 0 (Optimizer steps)",
+    ]
 
 
 def test_unknown_commands(capsys: pytest.CaptureFixture) -> None:
@@ -67,6 +111,14 @@ def test_check_refuses_with_all_mistakes_and_without_traceback() -> None:
     assert lines[1] == "  parallel: tensor 4 x context 2 = 8 does not divide 6 ranks; tensor 1 does"
     debug = subprocess.run([sys.executable, "-m", "lsys", "--debug", *words], capture_output=True, text=True)
     assert "Traceback" in debug.stderr
+
+
+def test_unknown_keys_do_not_hide_what_the_rules_refuse(capsys: pytest.CaptureFixture) -> None:
+    words = ["--world-size", "2", "--parallel.tensr", "2", "--parallel.tensor", "3", "--model.heads", "5"]
+    assert main(["check", QUICKSTART, *words]) == 2
+    refused = capsys.readouterr().err
+    assert "parallel.tensr: unknown key; did you mean tensor?" in refused
+    assert "parallel: tensor 3 does not divide 2 ranks" in refused and "model.heads" in refused
 
 
 def test_files_are_looked_for_on_request(capsys: pytest.CaptureFixture) -> None:

@@ -1,7 +1,10 @@
 """From a YAML file and command-line overrides to a `Config`, with every mistake reported at once; and back to text."""
 
+import contextlib
+import copy
 import hashlib
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from lsys.config.messages import ConfigError, Mistake, from_validation
+from lsys.config.overrides import Override
 from lsys.config.schema import Config
 
 
@@ -33,26 +37,46 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+Rules = Callable[[Config], list[Mistake]]
+
+
+def load(path: str | Path, overrides: Iterable[Override] = (), rules: Rules | None = None) -> Config:
     """Read a configuration.
 
     Args:
         path: the YAML file.
-        overrides: words of a command line: `--section.key value` or `--section.key=value`, lists by index
-            (`--data.corpora.0.path x`); a value is YAML, and `-` in a key may stand for `_`.
+        overrides: values that take the place of the file's, see `lsys.config.overrides`; lists by index.
+        rules: what else a configuration must satisfy; asked even if unknown keys are refused, so that all is said at once.
 
     Raises:
         ConfigError: the file cannot be read, or its keys and values are refused; it names all of them.
     """
     tree = _read(Path(path))
     mistakes = override(tree, overrides)
+    config = None
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(mistakes + from_validation(error, Config)) from None
-    if mistakes:
+        mistakes += from_validation(error, Config)
+        with contextlib.suppress(ValidationError):
+            config = Config.model_validate(_without_unknown_keys(tree, error))
+    if config is not None and rules is not None:
+        mistakes += rules(config)
+    if mistakes or config is None:
         raise ConfigError(mistakes)
     return config
+
+
+def _without_unknown_keys(tree: dict, error: ValidationError) -> dict:
+    known = copy.deepcopy(tree)
+    for found in error.errors(include_url=False):
+        if found["type"] == "extra_forbidden":
+            *above, name = found["loc"]
+            section: Any = known
+            for part in above:
+                section = section[part]
+            del section[name]
+    return known
 
 
 def _read(path: Path) -> dict:
@@ -76,32 +100,28 @@ def _yaml_problem(where: str, error: yaml.YAMLError) -> str:
     return f"{where}{place} is not YAML: {getattr(error, 'problem', None) or error}"
 
 
-def override(tree: dict, words: list[str] | tuple[str, ...]) -> list[Mistake]:
-    """Put the values of `--section.key value` into the tree; what cannot be put there is returned."""
-    mistakes, queue = [], list(words)
-    while queue:
-        option, equals, text = queue.pop(0).partition("=")
-        names = option[2:].replace("-", "_").split(".")
-        if not option.startswith("--") or len(names) < 2 or not all(names):
-            mistakes.append(
-                Mistake("", f"{option!r} is no override", "write --section.key value, such as --parallel.tensor 2")
-            )
+def override(tree: dict, overrides: Iterable[Override]) -> list[Mistake]:
+    """Put the values into the tree; what cannot be put there is returned."""
+    mistakes = []
+    for names, text in overrides:
+        key = ".".join(names)
+        if len(names) < 2:
+            remedy = "write --section.key value, such as --parallel.tensor 2"
+            mistakes.append(Mistake("", f"{key!r} is no option", remedy))
             continue
-        if not equals:
-            if not queue or queue[0].startswith("--"):
-                mistakes.append(Mistake(".".join(names), "no value was given", f"write {option} VALUE"))
-                continue
-            text = queue.pop(0)
+        if text is None:
+            mistakes.append(Mistake(key, "no value was given", f"write --{key} VALUE"))
+            continue
         try:
             _put(tree, names, yaml.load(text, _Loader))  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError as error:
-            mistakes.append(Mistake(".".join(names), _yaml_problem(repr(text), error)))
+            mistakes.append(Mistake(key, _yaml_problem(repr(text), error)))
         except LookupError as error:
-            mistakes.append(Mistake(".".join(names), str(error.args[0])))
+            mistakes.append(Mistake(key, str(error.args[0])))
     return mistakes
 
 
-def _put(tree: dict, names: list[str], value: Any) -> None:
+def _put(tree: dict, names: Sequence[str], value: Any) -> None:
     node: Any = tree
     for depth, name in enumerate(names):
         last = depth == len(names) - 1

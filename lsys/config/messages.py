@@ -1,12 +1,13 @@
 """Mistakes in a configuration, said so that they can be put right: the key, what is wrong with it, what would do."""
 
 import difflib
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from lsys.config.schema import held_section
 
 
 @dataclass(frozen=True)
@@ -84,18 +85,10 @@ def _place(schema: type[BaseModel], loc: Iterable[str | int]) -> tuple[list[str 
         elif section is not None:
             names.append(part)
             holder = section
-            section = _section(section.model_fields[part].annotation) if part in section.model_fields else None
+            section = held_section(section.model_fields[part].annotation) if part in section.model_fields else None
         else:
             break
     return names, holder
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, itself or in a list."""
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
 
 
 def _similar(name: str, section: type[BaseModel], above: list[str | int], schema: type[BaseModel]) -> str | None:
@@ -104,7 +97,7 @@ def _similar(name: str, section: type[BaseModel], above: list[str | int], schema
     if close:
         return close[0]
     for other, field in schema.model_fields.items():
-        keys = getattr(_section(field.annotation), "model_fields", {})
+        keys = getattr(held_section(field.annotation), "model_fields", {})
         if name in keys and [other] != above:
             return f"{other}.{name}"
     return None

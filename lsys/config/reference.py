@@ -1,13 +1,12 @@
 """The reference of all keys, generated from the schema: `python -m lsys.config.reference docs/configuration.md`."""
 
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from lsys.config.schema import Config
+from lsys.config.schema import Config, held_section
 
 HEAD = """# Configuration
 
@@ -31,7 +30,7 @@ def _section(name: str, section: Any) -> str:
     inner: list[str] = []
     lines = [f"\n## `{name}`\n", f"{_first_line(section)}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in section.model_fields.items():
-        held = next((t for t in (field.annotation, *typing.get_args(field.annotation)) if _is_section(t)), None)
+        held = held_section(field.annotation)
         if held is not None:
             is_list = held is not field.annotation
             inner.append(_section(f"{name}.{key}" + (".N" if is_list else ""), held))
@@ -40,30 +39,27 @@ def _section(name: str, section: Any) -> str:
                 "required" if field.is_required() else "see below",
             )
         else:
-            kind = _kind(schema["properties"][key], schema)
-            default = "required" if field.is_required() else _value(field.default)
+            kind = kind_in_words(schema["properties"][key], schema)
+            default = "required" if field.is_required() else default_in_words(field.default)
         lines.append(f"| `{key}` | {kind} | {default} | {field.description} |")
     return "\n".join(lines) + "\n" + "".join(inner)
-
-
-def _is_section(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
 
 
 def _first_line(section: type[BaseModel]) -> str:
     return (section.__doc__ or "").strip().split("\n")[0]
 
 
-def _value(value: Any) -> str:
+def default_in_words(value: Any) -> str:
+    """A default as Markdown."""
     if value is None:
         return "empty"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def _kind(field: dict, schema: dict) -> str:
-    """A JSON schema's type in words."""
+def kind_in_words(field: dict, schema: dict) -> str:
+    """A JSON schema's type as Markdown."""
     if "anyOf" in field:
-        return " or ".join(_kind(each, schema) for each in field["anyOf"])
+        return " or ".join(kind_in_words(each, schema) for each in field["anyOf"])
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field.get("format") == "path":

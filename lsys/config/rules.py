@@ -180,7 +180,13 @@ RULES: tuple[Callable[[Config, int], Iterable[Mistake]], ...] = (
 
 
 def check_files(config: Config) -> None:
-    """Raise FilesError if a corpus or the checkpoint to resume from is missing, or has tokens that the model lacks."""
+    """Raise FilesError with all of `file_mistakes`, if there are any."""
+    if mistakes := file_mistakes(config):
+        raise FilesError(mistakes)
+
+
+def file_mistakes(config: Config) -> list[Mistake]:
+    """The corpora and the checkpoint to resume from that are missing, or have tokens that the model lacks."""
     mistakes = [
         m
         for i, corpus in enumerate(config.data.corpora)
@@ -189,8 +195,7 @@ def check_files(config: Config) -> None:
     resume = config.checkpoint.resume
     if isinstance(resume, Path) and not resume.exists():
         mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", "name a checkpoint's folder, or auto"))
-    if mistakes:
-        raise FilesError(mistakes)
+    return mistakes
 
 
 def _corpus(key: str, prefix: Path, vocab: int) -> Iterator[Mistake]:

@@ -3,14 +3,23 @@
 Units: tokens unless said otherwise. Rules that tie several keys to each other, or to the number of ranks, are in `lsys.config.rules`.
 """
 
+import typing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def held_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this annotation holds, itself or in a list."""
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
 
 
 class LinearMixer(Section):

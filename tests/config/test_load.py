@@ -1,11 +1,15 @@
 """Loading: what is read, what is refused, and that every mistake is told at once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from lsys.config.load import config_hash, dump, load
+from lsys.config.load import config_hash, dump
+from lsys.config.load import load as load_config
 from lsys.config.messages import ConfigError
+from lsys.config.overrides import parse_overrides
+from lsys.config.schema import Config
 
 GOOD = """
 model: {layers: 4, hidden: 64, heads: 4, vocab: 257}
@@ -22,6 +26,10 @@ def file(tmp_path: Path):
         return tmp_path / "run.yaml"
 
     return write
+
+
+def load(path: Path, words: Sequence[str] = ()) -> Config:
+    return load_config(path, parse_overrides(words))
 
 
 def mistakes(path: Path, *overrides: str) -> list[str]:
@@ -73,12 +81,12 @@ modle: 3
     )
     found = {
         line.split(": ")[0]: line
-        for line in mistakes(path, "--train.warmup", "3", "--data.corpora.4.path", "x", "--train.seed")
+        for line in mistakes(path, "--train.warmup", "3", "--data.corpora.4.path", "x", "--train.sed")
     }
     assert found.keys() == {
         "model.layers", "model.tensor", "parallel.tensr", "parallel.context", "data.corpora.0.path",
         "data.corpora.0.pth", "data.corpora.4.path", "optimizer.lr", "optimizer.schedule",
-        "train.micro_batch_tokens", "train.warmup", "train.seed",
+        "train.micro_batch_tokens", "train.warmup", "train.sed",
         "checkpoint.resume", "modle",
     }  # fmt: skip
     assert found["parallel.tensr"] == "parallel.tensr: unknown key; did you mean tensor?"
@@ -117,7 +125,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["parallel.tensor", "2"], ["--tensor", "2"], ["--parallel..tensor", "2"]])
 def test_words_that_are_no_override(file, words: list[str]) -> None:
-    assert "is no override" in mistakes(file(GOOD), *words)[0]
+    assert "is no option" in mistakes(file(GOOD), *words)[0]
 
 
 def test_override_below_a_value(file) -> None:
