@@ -59,7 +59,7 @@ def _options_of(section: type[BaseModel], words: Sequence[str], above: str = "")
     made: list[tuple[str, Any, Any]] = []
     for name, field in section.model_fields.items():
         inner, path = held_section(field.annotation), f"{above}{name}"
-        if inner is not None and field.annotation is inner:
+        if inner is not None and inner == field.annotation:
             made.append(_group(name, name, _options_of(inner, words, f"{path}.")))
             continue
         kind = "list" if inner else kind_in_words(schema["properties"][name], schema)
