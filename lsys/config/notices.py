@@ -38,9 +38,11 @@ def _model(config: Config) -> list[str]:
     if "L" not in model.kinds:
         changed = [key for key in type(model.linear).model_fields if _changed(model.linear, key)]
         found += [f"model.linear.{key} has no effect: no layer of pattern {model.pattern!r} is L" for key in changed]
-    if "S" not in model.kinds:
+    if not {*"SW"} & {*model.kinds}:
         changed = [key for key in ("groups", "qk_norm", "rope_base") if _changed(model, key)]
-        found += [f"model.{key} has no effect: no layer of pattern {model.pattern!r} is S" for key in changed]
+        found += [f"model.{key} has no effect: no layer of pattern {model.pattern!r} is S or W" for key in changed]
+    if "W" not in model.kinds and model.window:
+        found.append(f"model.window has no effect: no layer of pattern {model.pattern!r} is W")
     unused = [letter for letter in dict.fromkeys(model.pattern) if letter not in model.kinds]
     found += [
         f"{letter} in model.pattern {model.pattern!r} has no effect: there are only {model.layers} layers"

@@ -8,7 +8,7 @@ from pathlib import Path
 from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
 from lsys.config.schema import Config
 
-MIXERS = {"S": "softmax attention", "L": "Lightning linear attention"}
+MIXERS = {"S": "softmax attention", "W": "windowed softmax attention", "L": "Lightning linear attention"}
 
 
 def check(config: Config, world_size: int) -> list[Mistake]:
@@ -30,6 +30,8 @@ def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
     for letter in dict.fromkeys(pattern):
         if letter not in MIXERS:
             yield Mistake("model.pattern", f"{letter!r} in {pattern!r} is no token mixer", f"there are {known}")
+    if "W" in pattern and config.model.window is None:
+        yield Mistake("model.window", f"it is empty, and pattern {pattern!r} has W layers", "give the tokens of the window")
 
 
 def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -42,7 +44,7 @@ def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
         yield Mistake(
             "model.heads", problem, choice("", nearest(model.heads, divisors(model.hidden))) + ", or set model.head_dim"
         )
-    elif "S" in model.pattern and model.head_width % 2:
+    elif {*"SW"} & {*model.pattern} and model.head_width % 2:
         fix = f"{model.head_width - 1 or 2} or {model.head_width + 1} does"
         yield Mistake("model.head_dim", f"{model.head_width} is odd, and rotary positions turn pairs of channels", fix)
 

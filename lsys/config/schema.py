@@ -36,13 +36,13 @@ class Model(Section):
     """The hybrid decoder: `pattern` repeated over `layers`."""
 
     pattern: str = Field(
-        "LLLS", description="One letter a layer, repeated: `S` softmax attention, `L` Lightning linear attention."
+        "LLLS", description="One letter a layer, repeated: `S` softmax attention, `W` softmax attention in a sliding window, `L` Lightning linear attention."
     )
     layers: PositiveInt = Field(description="Number of layers.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
-    heads: PositiveInt = Field(description="Query heads of softmax layers.")
+    heads: PositiveInt = Field(description="Query heads of softmax and window layers.")
     groups: PositiveInt | None = Field(
-        None, description="Key-value heads of softmax layers (GQA); `heads` if empty (MHA)."
+        None, description="Key-value heads of softmax and window layers (GQA); `heads` if empty (MHA)."
     )
     head_dim: PositiveInt | None = Field(None, description="Width of one head; `hidden / heads` if empty.")
     ffn: PositiveInt | None = Field(
@@ -55,9 +55,12 @@ class Model(Section):
         64,
         description="The embedding is padded to a multiple of this, whatever the tensor degree, so checkpoints reshard.",
     )
+    window: PositiveInt | None = Field(
+        None, description="Tokens that a query of a `W` layer sees, itself included; needed if the pattern has `W`."
+    )
     tied: bool = Field(True, description="Share the embedding with the output layer.")
-    qk_norm: bool = Field(True, description="RMSNorm of queries and keys per head (softmax layers).")
-    rope_base: PositiveFloat = Field(10_000.0, description="Base of rotary position embedding (softmax layers).")
+    qk_norm: bool = Field(True, description="RMSNorm of queries and keys per head (softmax and window layers).")
+    rope_base: PositiveFloat = Field(10_000.0, description="Base of rotary position embedding (softmax and window layers).")
     norm_eps: PositiveFloat = Field(1e-6, description="Epsilon of RMSNorm.")
     init_std: PositiveFloat = Field(
         0.02, description="Standard deviation of initial weights; output projections divide it by sqrt(2 layers)."

@@ -16,9 +16,9 @@ from lsys.config import Config
 from lsys.model.lightning import LightningMixer
 from lsys.model.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
-from lsys.model.softmax import SoftmaxMixer
+from lsys.model.softmax import SoftmaxMixer, WindowMixer
 
-MIXERS: dict[str, type[Mixer]] = {"S": SoftmaxMixer, "L": LightningMixer}
+MIXERS: dict[str, type[Mixer]] = {"S": SoftmaxMixer, "W": WindowMixer, "L": LightningMixer}
 
 
 def layer_spec(kind: str, options: MixerOptions) -> ModuleSpec:

@@ -1,4 +1,4 @@
-"""`S`: softmax attention with grouped keys, QK-norm and rotary positions."""
+"""`S`: softmax attention with grouped keys, QK-norm and rotary positions; `W`: the same in a sliding window."""
 
 from typing import Any
 
@@ -18,6 +18,8 @@ class SoftmaxMixer(Mixer):
     `in_proj` is laid out as Megatron's fused QKV, group by group [queries of the group, key, value], so a slice of its rows is
     whatever a tensor rank owns: whole groups.
     """
+
+    window: int | None = None  # tokens that a query sees, itself included; None: all before it
 
     def __init__(
         self,
@@ -46,5 +48,14 @@ class SoftmaxMixer(Mixer):
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         rotary = packed.rotary(self.options.model.rope_base, self.head_dim)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        o = softmax_attention(q, k, v, packed.layout, self.comm, method=self.options.parallel.attention)
+        method = self.options.parallel.attention
+        o = softmax_attention(q, k, v, packed.layout, self.comm, method=method, window=self.window)
         return o.reshape(tokens, -1)
+
+
+class WindowMixer(SoftmaxMixer):
+    """Softmax attention to the last `model.window` tokens of the document (Beltagy et al., Longformer, 2020; Jiang et al., Mistral 7B, 2023)."""
+
+    def __init__(self, *arguments: Any, options: MixerOptions, **named: Any) -> None:
+        super().__init__(*arguments, options=options, **named)
+        self.window = options.model.window

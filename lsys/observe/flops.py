@@ -9,30 +9,35 @@ from collections.abc import Sequence
 from lsys.config.schema import Model
 
 CHUNK = 64  # tokens of one chunk of linear attention
+NAMES = {"S": "softmax", "W": "window", "L": "linear"}
 
 
 def parameters(model: Model) -> dict[str, int]:
     """Exact number of parameters of each part, over all layers: weights of norms and the padding of the vocabulary too.
 
-    A tied output layer is the embedding, so it counts 0 under `output`.
+    Mixers are named for the kinds of layers that the model has. A tied output layer is the embedding, so it counts 0.
     """
-    softmax, linear = model.kinds.count("S"), model.kinds.count("L")
-    head_norms = softmax * (2 * model.head_width if model.qk_norm else 0)
-    head_norms += linear * model.linear_heads * model.linear_head_width
+    counts = _counts(model)
+    head_norms = (counts.get("S", 0) + counts.get("W", 0)) * (2 * model.head_width if model.qk_norm else 0)
+    head_norms += counts.get("L", 0) * model.linear_heads * model.linear_head_width
     embedding = model.padded_vocab * model.hidden
     return {
         "embedding": embedding,
-        "softmax mixer": softmax * _projections(model, "S"),
-        "linear mixer": linear * _projections(model, "L"),
+        **{f"{NAMES[kind]} mixer": count * _projections(model, kind) for kind, count in counts.items()},
         "mlp": model.layers * 3 * model.ffn_width * model.hidden,
         "norms": (2 * model.layers + 1) * model.hidden + head_norms,
         "output": 0 if model.tied else embedding,
     }
 
 
+def _counts(model: Model) -> dict[str, int]:
+    """Layers of each kind that the model has."""
+    return {kind: model.kinds.count(kind) for kind in NAMES if kind in model.kinds}
+
+
 def _projections(model: Model, kind: str) -> int:
     """Weights of a mixer's two projections: softmax has queries, keys, values and output; linear has a gate besides."""
-    if kind == "S":
+    if kind in "SW":
         return 2 * (model.heads + model.kv_heads) * model.head_width * model.hidden
     return 5 * model.linear_heads * model.linear_head_width * model.hidden
 
@@ -41,8 +46,8 @@ def flops_per_token(model: Model, lengths: int | Sequence[int]) -> dict[str, flo
     """Forward FLOPs per token of each kind of layer, over all layers of that kind.
 
     Softmax attention of a token sees the s tokens up to itself in its document: 2 H D s for the scores and as
-    many for the values. Over a document of n tokens the mean of s is (n + 1) / 2. Linear attention in chunks of
-    C tokens does, per head of width d, 4 d^2 with the state (read and update) and 4 C d inside the chunk (two
+    many for the values. Over a document of n tokens the mean of s is (n + 1) / 2; a window of w tokens caps each s
+    at w. Linear attention in chunks of C tokens does, per head of width d, 4 d^2 with the state (read and update) and 4 C d inside the chunk (two
     full C x C products), whatever the lengths.
 
     Args:
@@ -55,17 +60,28 @@ def flops_per_token(model: Model, lengths: int | Sequence[int]) -> dict[str, flo
     tokens = sum(lengths)
     if tokens < 1:
         raise ValueError(f"document lengths {list(lengths)[:8]} hold no token; FLOPs per token need at least one")
-    context = sum(n * (n + 1) for n in lengths) / 2 / tokens  # mean number of tokens that a token sees
-    softmax, linear = model.kinds.count("S"), model.kinds.count("L")
-    d = model.linear_head_width
-    return {
-        "softmax projections": 2.0 * softmax * _projections(model, "S"),
-        "softmax attention": 4.0 * softmax * model.heads * model.head_width * context,
-        "linear projections": 2.0 * linear * _projections(model, "L"),
-        "linear attention": float(linear * model.linear_heads * (4 * d * d + 4 * CHUNK * d)),
-        "mlp": 2.0 * model.layers * 3 * model.ffn_width * model.hidden,
-        "output": 2.0 * model.padded_vocab * model.hidden,
-    }
+    parts: dict[str, float] = {}
+    for kind, count in _counts(model).items():
+        parts[f"{NAMES[kind]} projections"] = 2.0 * count * _projections(model, kind)
+        parts[f"{NAMES[kind]} attention"] = count * _mixing(model, kind, lengths, tokens)
+    parts["mlp"] = 2.0 * model.layers * 3 * model.ffn_width * model.hidden
+    parts["output"] = 2.0 * model.padded_vocab * model.hidden
+    return parts
+
+
+def _mixing(model: Model, kind: str, lengths: Sequence[int], tokens: int) -> float:
+    """FLOPs per token of one layer between its projections."""
+    if kind == "L":
+        d = model.linear_head_width
+        return float(model.linear_heads * (4 * d * d + 4 * CHUNK * d))
+    window = model.window if kind == "W" else None
+    return 4.0 * model.heads * model.head_width * sum(_visible(n, window) for n in lengths) / tokens
+
+
+def _visible(length: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, in a causal document."""
+    full = length if window is None else min(length, window)  # of these tokens the first sees 1, the last all
+    return full * (full + 1) // 2 + (length - full) * full
 
 
 def training_flops(model: Model, lengths: int | Sequence[int]) -> float:
@@ -82,7 +98,7 @@ def recompute_flops_per_token(model: Model, lengths: int | Sequence[int], recomp
     forward = flops_per_token(model, lengths)
     repeated = {
         "none": (),
-        "selective": ("softmax attention", "linear attention"),
+        "selective": tuple(part for part in forward if part.endswith("attention")),
         "full": tuple(part for part in forward if part != "output"),
     }
     if recompute not in repeated:

@@ -38,8 +38,9 @@ def make(**changes: Any) -> Config:
 CASES: list[tuple[dict[str, Any], int, str]] = [
     (
         dict(model__pattern="LLQ"), 1,
-        "model.pattern: 'Q' in 'LLQ' is no token mixer; there are S (softmax attention), L (",
+        "model.pattern: 'Q' in 'LLQ' is no token mixer; there are S (softmax attention), W (",
     ),
+    (dict(model__pattern="LW"), 1, "model.window: it is empty, and pattern 'LW' has W layers; give the tokens of"),
     (dict(model__pattern=""), 1, "model.pattern: it is empty"),
     (dict(model__groups=5), 1, "model.groups: 5 groups do not divide 12 heads; 4 or 6 does"),
     (
@@ -209,6 +210,7 @@ NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (dict(optimizer__schedule="constant", optimizer__min_lr=1e-5), None, "optimizer.min_lr has no effect"),
     (dict(model__pattern="S", model__linear__decay=False), None, "model.linear.decay has no effect"),
     (dict(model__pattern="L", model__groups=2), None, "model.groups has no effect"),
+    (dict(model__window=64), None, "model.window has no effect: no layer of pattern 'LLLS' is W"),
     (dict(model__layers=3), None, "S in model.pattern 'LLLS' has no effect: there are only 3 layers"),
     (dict(train__validate_every=3), None, "train.validate_every has no effect"),
     (dict(train__validate_tokens=3, data__validation_fraction=0.0), None, "train.validate_tokens has no effect"),

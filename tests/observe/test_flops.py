@@ -10,7 +10,7 @@ from lsys.observe.flops import CHUNK, flops_per_token, parameters, recompute_flo
 from lsys.observe.hardware import cpu_peak, gpu_peak, peak, peak_of_ranks
 
 BASE = dict(layers=5, hidden=48, heads=6, groups=2, head_dim=10, ffn=80, vocab=61, vocab_multiple=8)
-VARIANTS = [{}, dict(pattern="S", qk_norm=False, tied=False), dict(pattern="LS", linear=dict(heads=3, head_dim=16))]
+VARIANTS = [{}, dict(pattern="S", qk_norm=False, tied=False), dict(pattern="LS", linear=dict(heads=3, head_dim=16)), dict(pattern="WLS", window=9)]
 
 
 def built(rank: int, world_size: int, changes: dict) -> tuple[int, int]:
@@ -76,6 +76,14 @@ def test_attention_is_counted_pair_by_pair() -> None:
     pairs = sum(1 for n in lengths for query in range(n) for _ in range(query + 1))
     total = flops_per_token(model, lengths)["softmax attention"] * sum(lengths)
     assert math.isclose(total, 5 * 6 * 4 * 10 * pairs, rel_tol=1e-12)
+
+
+def test_a_window_caps_what_a_query_sees() -> None:
+    model, lengths = Model(**(BASE | dict(pattern="WS", layers=3, window=4))), [5, 0, 1, 13]
+    pairs = sum(min(query + 1, 4) for n in lengths for query in range(n))
+    parts = flops_per_token(model, lengths)
+    assert math.isclose(parts["window attention"] * sum(lengths), 2 * 6 * 4 * 10 * pairs, rel_tol=1e-12)
+    assert parts["window projections"] == 2 * parts["softmax projections"]
 
 
 def test_linear_attention_does_not_depend_on_lengths() -> None:

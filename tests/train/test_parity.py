@@ -64,6 +64,8 @@ SLOW = {
     "TP2xCP2 selective recompute": (4, degrees(tensor=2, context=2, train__recompute="selective")),
     "PP2xCP2 full recompute": (4, degrees(pipeline=2, context=2, train__recompute="full")),
     "CP2 only softmax": (2, degrees(context=2, model__pattern="S")),
+    "TP2xCP2 window": (4, degrees(tensor=2, context=2, model__pattern="LW", model__window=9)),
+    "CP3 window": (3, degrees(context=3, model__pattern="WS", model__window=50)),
     "CP2 no decay": (2, degrees(context=2, model__pattern="L", model__linear={"decay": False})),
 }
 
