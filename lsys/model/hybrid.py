@@ -14,6 +14,7 @@ from lsys.config import Config
 from lsys.model.layers import block_spec
 from lsys.model.loss import token_losses
 from lsys.model.packed import PackedMicroBatch
+from lsys.parallel.comm import SequenceComm
 
 
 class HybridModel(LanguageModule):
@@ -23,6 +24,7 @@ class HybridModel(LanguageModule):
         settings: the run's configuration.
         config: its translation for Megatron (`lsys.model.megatron_config`).
         pg_collection: Megatron's process groups.
+        comm: the context ranks.
         pre_process, post_process: whether this chunk holds the embedding, the output layer.
         vp_stage: index of the chunk on this pipeline stage; None without virtual stages.
     """
@@ -32,6 +34,7 @@ class HybridModel(LanguageModule):
         settings: Config,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
+        comm: SequenceComm,
         *,
         pre_process: bool,
         post_process: bool,
@@ -49,7 +52,7 @@ class HybridModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config,
-            block_spec(settings, config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank()),
+            block_spec(settings, config, comm, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank()),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,

@@ -17,6 +17,7 @@ from lsys.model.lightning import LightningMixer
 from lsys.model.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
 from lsys.model.softmax import SoftmaxMixer, WindowMixer
+from lsys.parallel.comm import SequenceComm
 
 MIXERS: dict[str, type[Mixer]] = {"S": SoftmaxMixer, "W": WindowMixer, "L": LightningMixer}
 
@@ -39,10 +40,10 @@ def layer_spec(kind: str, options: MixerOptions) -> ModuleSpec:
 
 
 def block_spec(
-    settings: Config, config: TransformerConfig, *, vp_stage: int | None, pp_rank: int
+    settings: Config, config: TransformerConfig, comm: SequenceComm, *, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk: the whole model's list, sliced by Megatron's own offset and count."""
-    options = MixerOptions(settings.model, settings.parallel, recompute=settings.train.recompute == "selective")
+    options = MixerOptions(settings.model, settings.parallel, comm, recompute=settings.train.recompute == "selective")
     specs = [layer_spec(kind, options) for kind in settings.model.kinds]
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)

@@ -24,6 +24,7 @@ class MixerOptions:
 
     model: Model
     parallel: Parallel
+    comm: SequenceComm
     recompute: bool = False
 
 
@@ -49,8 +50,7 @@ class Mixer(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number, self.options = layer_number, options
-        self.tp_group = pg_collection.tp
-        self.comm = SequenceComm(pg_collection.cp)
+        self.tp_group, self.comm = pg_collection.tp, options.comm
         common = dict(config=config, bias=False, skip_bias_add=True, tp_group=pg_collection.tp)
         self.in_proj = ColumnParallelLinear(config.hidden_size, in_width, init_method=config.init_method, **common)
         self.out_proj = RowParallelLinear(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lsys.config.schema import Parallel
+from lsys.parallel.comm import SequenceComm
 from lsys.runtime.environment import Launch
 from lsys.runtime.megatron import install_megatron
 
@@ -22,11 +23,13 @@ class Groups:
         launch: rank, world size and node, as torchrun says.
         device: where this rank computes.
         collection: Megatron's ProcessGroupCollection (tp, cp, dp, pp, dp_cp, embd, ...).
+        context: the ranks that share the tokens of a micro-batch.
     """
 
     launch: Launch
     device: torch.device
     collection: Any
+    context: SequenceComm
 
     @property
     def data_rank(self) -> int:
@@ -38,7 +41,7 @@ class Groups:
 
     @property
     def context_rank(self) -> int:
-        return self.collection.cp.rank()
+        return self.context.rank
 
     @property
     def is_last_stage(self) -> bool:
@@ -76,11 +79,17 @@ def process_groups(parallel: Parallel, launch: Launch, *, timeout_minutes: float
             distributed_timeout_minutes=max(1, round(timeout_minutes)),
         )
         model_parallel_cuda_manual_seed(0)  # Megatron's trackers want a seed; nothing here draws from them (no dropout)
-        yield Groups(launch, device, ProcessGroupCollection.use_mpu_process_groups())
+        collection = ProcessGroupCollection.use_mpu_process_groups()
+        yield Groups(launch, device, collection, _context(collection, launch, device))
     finally:
         parallel_state.destroy_model_parallel()
         if started:
             dist.destroy_process_group()
+
+
+def _context(collection: Any, launch: Launch, device: torch.device) -> SequenceComm:
+    nodes = SequenceComm(collection.cp).all_gather(torch.tensor([launch.node], device=device))
+    return SequenceComm(collection.cp, node_of_rank=nodes.tolist())
 
 
 def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:

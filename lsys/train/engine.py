@@ -68,6 +68,7 @@ class Engine:
                 self.settings,
                 self.config,
                 groups,
+                self.groups.context,
                 pre_process=first and stage == 0,
                 post_process=last and stage == virtual - 1,
                 vp_stage=stage if virtual > 1 else None,
