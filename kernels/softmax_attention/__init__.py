@@ -1,17 +1,23 @@
-"""Softmax attention of packed sequences on one device."""
+"""Softmax attention on one device: of packed sequences, and tile by tile for attention over many devices."""
 
 import logging
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lsys.kernels.softmax_attention import cpu, cuda, reference
+from lsys.kernels.softmax_attention.core import Attention, Backend, dense
 from lsys.kernels.softmax_attention.merge import merge
+from lsys.kernels.softmax_attention.rows import add, put, take
+from lsys.kernels.softmax_attention.tile import Tile, sequences
 
-__all__ = ["BACKENDS", "merge", "softmax_attention"]
+__all__ = ["BACKENDS", "Tile", "attend", "attend_backward", "empty_result", "softmax_attention"]
 
-BACKENDS = ("auto", "reference", "cpu", "cuda")
+# In the order in which "auto" tries them.
+_BACKENDS: dict[str, Backend] = {"flash_attn": cuda.PACKAGE, "cuda": cuda.ATEN, "cpu": cpu, "reference": reference}
+BACKENDS = ("auto", *_BACKENDS)
 
 
 def softmax_attention(
@@ -37,8 +43,8 @@ def softmax_attention(
         k, v: [Tk, H_kv, D]; query head h reads key head h // (H / H_kv).
         cu_seqlens_q, cu_seqlens_k: integers [sequences + 1]. Best on the host: their values are needed there.
         scale: of the scores; default D**-0.5.
-        backend: "reference" (plain PyTorch, any device, quadratic memory), "cpu" and "cuda" (PyTorch's flash kernels),
-            or "auto", which logs its choice.
+        backend: "flash_attn" (the package flash-attn), "cuda" and "cpu" (PyTorch's flash kernels), "reference" (plain
+            PyTorch, any device, quadratic memory), or "auto", the first of these that can run, which it logs.
 
     Returns:
         o [Tq, H, D], differentiable in q, k and v, and the log-sum-exp of the scores [Tq, H], not differentiable, in
@@ -51,12 +57,97 @@ def softmax_attention(
     lengths_q, lengths_k = _lengths("q", cu_seqlens_q, len(q)), _lengths("k", cu_seqlens_k, len(k))
     _check_mask(lengths_q, lengths_k, causal, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = _backend(backend, q)
-    if chosen == "cpu":
-        return cpu.attention(q, k, v, lengths_q, lengths_k, causal, window, scale)
-    if chosen == "cuda":
-        return cuda.attention(q, k, v, lengths_q, lengths_k, causal, window, scale)
-    return reference.attention(q, k, v, lengths_q, lengths_k, causal, window, scale)
+    return Attention.apply(q, k, v, sequences(lengths_q, lengths_k, causal, window), scale, _backend(backend, q))
+
+
+def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of attention over no keys, for `attend` to add to: o [Tq, H, D] of 0, lse [Tq, H] of -inf.
+
+    Both are in fp32, in fp64 for q in fp64.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], -torch.inf, dtype=dtype)
+
+
+@torch.no_grad()
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Iterable[Tile],
+    o: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    backend: str = "auto",
+) -> None:
+    """Adds attention over the tiles to the running result, in place. Not differentiable: see `attend_backward`.
+
+    A query and a key may meet in several calls and tiles at most once altogether; the order does not matter.
+
+    Args:
+        q: [Tq, H, D].
+        k, v: [Tk, H_kv, D]; query head h reads key head h // (H / H_kv).
+        tiles: which queries see which keys.
+        o, lse: [Tq, H, D] and [Tq, H], from `empty_result` or earlier calls.
+        scale: of the scores.
+        backend: see `softmax_attention`.
+
+    Raises:
+        ValueError: sizes that do not fit together, or a chosen backend that cannot run on these tensors.
+    """
+    _check_tensors(q, k, v)
+    _check_accumulators(q.dtype, o=(o, q.shape), lse=(lse, q.shape[:2]))
+    tiles, chosen = _checked(tiles, len(q), len(k)), _backend(backend, q)
+    q, k, v = dense(q), dense(k), dense(v)
+    for launch in chosen.plan(tiles, q):
+        part, part_lse = chosen.forward(launch, q, k, v, scale)
+        total, total_lse = take(o, launch.q), take(lse, launch.q)
+        merge(total, total_lse, part, part_lse)
+        if not isinstance(launch.q, slice):  # what was taken was a copy
+            put(o, launch.q, total)
+            put(lse, launch.q, total_lse)
+
+
+@torch.no_grad()
+def attend_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    tiles: Iterable[Tile],
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    scale: float,
+    backend: str = "auto",
+) -> None:
+    """Adds the tiles' exact share of the gradients to dq, dk and dv, in place.
+
+    Args:
+        do: [Tq, H, D], the gradient of o, in q's dtype.
+        q, k, v, tiles, scale, backend: as for `attend`.
+        o, lse: [Tq, H, D] and [Tq, H], the result over all tiles of these queries, wherever they were computed; o in
+            q's dtype or that of lse.
+        dq, dk, dv: in the shapes of q, k and v; fp32, fp64 for fp64.
+
+    Raises:
+        ValueError: sizes that do not fit together, or a chosen backend that cannot run on these tensors.
+    """
+    _check_tensors(q, k, v)
+    _check_accumulators(q.dtype, lse=(lse, q.shape[:2]), dq=(dq, q.shape), dk=(dk, k.shape), dv=(dv, v.shape))
+    if do.shape != q.shape or o.shape != q.shape or do.dtype != q.dtype:
+        found = ", ".join(f"{[*x.shape]} {x.dtype}" for x in (do, o, q))
+        raise ValueError(f"do and o must have q's shape, and do its dtype; got do, o, q of {found}")
+    tiles, chosen = _checked(tiles, len(q), len(k)), _backend(backend, q)
+    tensors = dense(do), dense(q), dense(k), dense(v), dense(o), lse
+    for launch in chosen.plan(tiles, q):
+        parts = chosen.backward(launch, *tensors, scale)
+        for total, rows, part in zip((dq, dk, dv), (launch.q, launch.k, launch.k), parts, strict=True):
+            add(total, rows, part)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -69,6 +160,22 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k and v must share dtype and device; got {found}")
+
+
+def _check_accumulators(dtype: torch.dtype, **accumulators: tuple[Tensor, torch.Size]) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, (x, shape) in accumulators.items():
+        if x.shape != shape or x.dtype != wide:
+            raise ValueError(f"{name} must be {[*shape]} in {wide}; got {[*x.shape]} in {x.dtype}")
+
+
+def _checked(tiles: Iterable[Tile], rows_q: int, rows_k: int) -> list[Tile]:
+    tiles = list(tiles)
+    for tile in tiles:
+        for name, rows, total in (("q", tile.q, rows_q), ("k", tile.k, rows_k)):
+            if rows.step is not None or None in (rows.start, rows.stop) or not 0 <= rows.start <= rows.stop <= total:
+                raise ValueError(f"rows {rows} of a tile are no range of the {total} rows of {name}")
+    return tiles
 
 
 def _lengths(name: str, cu_seqlens: Tensor, rows: int) -> list[int]:
@@ -92,20 +199,25 @@ def _check_mask(lengths_q: list[int], lengths_k: list[int], causal: bool, window
             raise ValueError(f"sequence {i} has {n} causal queries and {m} keys; each query stands at one of the keys")
 
 
-def _backend(backend: str, q: Tensor) -> str:
+def _backend(backend: str, q: Tensor) -> Backend:
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of: {', '.join(BACKENDS)}")
-    obstacles = {"cpu": cpu.obstacle(q), "cuda": cuda.obstacle(q), "reference": None}
-    if backend == "auto":
-        chosen = next(name for name, obstacle in obstacles.items() if obstacle is None)
-        _log_choice(chosen, q.device.type, q.dtype, q.shape[-1])
-        return chosen
-    if obstacles[backend] is not None:
-        raise ValueError(f"attention backend {backend!r} cannot run here: {obstacles[backend]}")
-    return backend
+    if backend != "auto":
+        if obstacle := _BACKENDS[backend].obstacle(q):
+            raise ValueError(f"attention backend {backend!r} cannot run here: {obstacle}")
+        return _BACKENDS[backend]
+    passed: list[str] = []
+    for name, candidate in _BACKENDS.items():
+        obstacle = candidate.obstacle(q)
+        if obstacle is None:
+            _log_choice(name, q.device.type, q.dtype, q.shape[-1], "; ".join(passed))
+            return candidate
+        passed.append(f"not {name}: {obstacle}")
+    raise ValueError(f"no attention backend can run here; {'; '.join(passed)}")
 
 
 @lru_cache
-def _log_choice(chosen: str, device: str, dtype: torch.dtype, width: int) -> None:
+def _log_choice(chosen: str, device: str, dtype: torch.dtype, width: int, passed: str) -> None:
     logger = logging.getLogger(__name__)
-    logger.info("softmax attention: %s backend, best for %s, %s, head width %d", chosen, device, dtype, width)
+    why = passed or "the first choice"
+    logger.info("softmax attention: %s backend for %s, %s, head width %d (%s)", chosen, device, dtype, width, why)

@@ -1,35 +1,48 @@
-"""PyTorch's flash attention for CPU, which knows one sequence and top-left causal masks, applied tile by tile.
+"""PyTorch's flash attention for CPU, which knows dense operands, top-left causal masks and masks given as tensors.
 
-A causal sequence with more keys than queries is two tiles over the same queries, the full past and the causal
-diagonal, merged by log-sum-exp; a windowed one is a row of query blocks, each with a mask over the few keys that it
-sees. Given the merged output and log-sum-exp, the backward kernel yields each tile's exact share of the gradients.
+A band becomes blocks of queries, each with a few adjacent ranges of keys, its pieces, merged by log-sum-exp: all keys,
+or a full past and a causal end, or the few keys around a window under a mask. Small blocks of equal shape are one call.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import accumulate
-from typing import Any, NamedTuple
+from functools import lru_cache, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lsys.kernels.softmax_attention.merge import merge
+from lsys.kernels.softmax_attention.rows import Rows, rows_of, take
+from lsys.kernels.softmax_attention.tile import Tile, trim, waves
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Queries per windowed tile: a tile of b queries computes b (b + w - 1) scores of which b w count, and costs one launch.
-_MIN_BLOCK, _MAX_BLOCK = 64, 256
+# Queries per windowed block: b queries compute b (b + w - 1) scores of which b w count, and cost one call.
+_MIN_BLOCK, _MAX_BLOCK = 32, 128
+# Keys under one mask; a wider window is three pieces: masked, full, causal.
+_MAX_MASK = 1024
+# Blocks of up to so many scores are computed together: a call costs as much as they do. It takes copies of their rows,
+# unless they are back to back, and so is given a bounded number of them.
+_SMALL, _MAX_ROWS = 4096, 1024
 
 
-class Tile(NamedTuple):
-    """Queries `q` against keys `k`, neither empty; `first` is set if no earlier tile covered these queries."""
+class Piece(NamedTuple):
+    """Keys `k` of a block, counted from its first, that are one call of the kernel."""
 
-    q: slice
     k: slice
     causal: bool = False
     mask: Tensor | None = None
-    first: bool = True
+
+
+class Block(NamedTuple):
+    """Queries `q` against keys `k`, each the rows of `number` blocks of equal shape, one after the other."""
+
+    q: Rows
+    k: Rows
+    number: int
+    pieces: list[Piece]
 
 
 def obstacle(q: Tensor) -> str | None:
@@ -39,100 +52,101 @@ def obstacle(q: Tensor) -> str | None:
     return None if q.is_floating_point() else f"{q.dtype} is no floating-point type"
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths_q: list[int],
-    lengths_k: list[int],
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """q [Tq, H, D], k, v [Tk, H_kv, D] -> o [Tq, H, D], lse [Tq, H]."""
-    tiles = list(_tiles(lengths_q, lengths_k, causal, window, q.dtype))
-    return _Attention.apply(q, k, v, tiles, scale)
+def plan(tiles: list[Tile], q: Tensor) -> list[Block]:
+    """The launches that compute the tiles."""
+    shapes: dict[tuple[int, int, int | None, int | None], list[Tile]] = defaultdict(list)
+    for tile in _cut(trim(tiles)):
+        shapes[tile.q.stop - tile.q.start, tile.k.stop - tile.k.start, tile.first, tile.last].append(tile)
+    blocks = []
+    for (n, m, first, last), same in shapes.items():
+        pieces = _pieces(n, m, first, last, q.dtype)
+        count = max(1, _MAX_ROWS // max(n, m)) if n * m <= _SMALL else 1
+        for wave in waves(same):
+            for chunk in (wave[i : i + count] for i in range(0, len(wave), count)):
+                where = rows_of([tile.q for tile in chunk], q.device), rows_of([tile.k for tile in chunk], q.device)
+                blocks.append(Block(*where, len(chunk), pieces))
+    return blocks
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
-        o = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-        for tile in tiles:
-            operands = _heads(q, tile.q), _heads(k, tile.k), _heads(v, tile.k)
-            part, part_lse = _forward(*operands, 0.0, tile.causal, attn_mask=tile.mask, scale=scale)
-            part, part_lse = part[0].transpose(0, 1), part_lse[0].transpose(0, 1)  # [1, H, n, ...] -> [n, H, ...]
-            if not tile.first:
-                part, part_lse = merge(o[tile.q], lse[tile.q], part, part_lse)
-            o[tile.q], lse[tile.q] = part, part_lse
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.tiles, ctx.scale = tiles, scale
-        ctx.mark_non_differentiable(lse)
-        return o, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        do = _rows_dense(do)
-        # Where tiles overlap, half-precision gradients are summed in fp32.
-        dtype_q = q.dtype if all(tile.first for tile in ctx.tiles) else lse.dtype
-        dtype_k = q.dtype if _disjoint(ctx.tiles) else lse.dtype
-        dq = torch.zeros(q.shape, dtype=dtype_q)
-        dk, dv = torch.zeros(k.shape, dtype=dtype_k), torch.zeros(v.shape, dtype=dtype_k)
-        for tile in ctx.tiles:
-            operands = _heads(do, tile.q), _heads(q, tile.q), _heads(k, tile.k), _heads(v, tile.k), _heads(o, tile.q)
-            tile_lse = lse[tile.q].transpose(0, 1).unsqueeze(0)  # [n, H] -> [1, H, n]
-            parts = _backward(*operands, tile_lse, 0.0, tile.causal, attn_mask=tile.mask, scale=ctx.scale)
-            for total, rows, part in zip((dq, dk, dv), (tile.q, tile.k, tile.k), parts, strict=True):
-                total[rows] += part[0].transpose(0, 1)  # [1, H, n, D] -> [n, H, D]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+def forward(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o [rows, H, D] and lse [rows, H] of the block's queries over its keys."""
+    q, k, v = _heads(q, block.q, block.number), _heads(k, block.k, block.number), _heads(v, block.k, block.number)
+    parts = (
+        _forward(q, k[:, :, keys], v[:, :, keys], 0.0, causal, attn_mask=mask, scale=scale)
+        for keys, causal, mask in block.pieces
+    )
+    o, lse = next(parts)
+    if len(block.pieces) > 1:
+        o = o.to(lse.dtype)
+    for part in parts:
+        merge(o, lse, *part)
+    return _rows(o), _rows(lse)
 
 
-def _tiles(
-    lengths_q: list[int], lengths_k: list[int], causal: bool, window: int | None, dtype: torch.dtype
-) -> Iterator[Tile]:
-    masks: dict[tuple[int, int], Tensor] = {}
-    starts_q, starts_k = accumulate(lengths_q, initial=0), accumulate(lengths_k, initial=0)
-    for a, b, n, m in zip(starts_q, starts_k, lengths_q, lengths_k, strict=False):
-        if n == 0 or m == 0:  # the kernel divides by the sizes
+def backward(
+    block: Block, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's share of dq [rows, H, D], dk and dv [rows, H_kv, D], given o and lse over all keys."""
+    do, q, o = (_heads(x, block.q, block.number).to(q.dtype) for x in (do, q, o))
+    k, v = _heads(k, block.k, block.number), _heads(v, block.k, block.number)
+    lse = _heads(lse, block.q, block.number)
+    parts = []
+    for keys, causal, mask in block.pieces:
+        operands = do, q, k[:, :, keys], v[:, :, keys], o, lse
+        parts.append(_backward(*operands, 0.0, causal, attn_mask=mask, scale=scale))
+    dq, dk, dv = parts[0] if len(parts) == 1 else _joined(parts, lse.dtype)
+    return _rows(dq), _rows(dk), _rows(dv)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of pieces with the same queries and adjacent keys, [number, H, n, D]."""
+    dq, dk, dv = zip(*parts, strict=True)
+    return reduce(torch.add, (x.to(dtype) for x in dq)), torch.cat(dk, dim=2), torch.cat(dv, dim=2)
+
+
+def _cut(tiles: list[Tile]) -> Iterator[Tile]:
+    """Trimmed tiles; those with a lower bound in blocks of few queries, each with the keys that these see."""
+    for tile in tiles:
+        q, k, first, last = tile
+        window = _MAX_MASK if first is None or last is None else last - first + 1
+        step = min(max(window // 2, _MIN_BLOCK), _MAX_BLOCK)
+        if first is None or q.stop - q.start <= step:
+            yield tile
             continue
-        past = m - n
-        if not causal:
-            yield Tile(slice(a, a + n), slice(b, b + m))
-        elif window is not None and window < m:
-            block = min(max(window, _MIN_BLOCK), _MAX_BLOCK)
-            for start in range(0, n, block):
-                stop = min(start + block, n)
-                key, key_stop = max(0, past + start - window + 1), past + stop
-                shape = (stop - start, key_stop - key)
-                if shape not in masks:
-                    masks[shape] = _window_mask(*shape, window, dtype)
-                yield Tile(slice(a + start, a + stop), slice(b + key, b + key_stop), mask=masks[shape])
-        else:
-            if past:
-                yield Tile(slice(a, a + n), slice(b, b + past))
-            yield Tile(slice(a, a + n), slice(b + past, b + m), causal=True, first=past == 0)
+        for start in range(q.start, q.stop, step):
+            queries, shift = slice(start, min(start + step, q.stop)), start - q.start
+            yield from trim([Tile(queries, k, first + shift, None if last is None else last + shift)])
 
 
-def _window_mask(n: int, m: int, window: int, dtype: torch.dtype) -> Tensor:
-    """Added to the scores of the last n of m positions against all m: 0 if visible, else -inf; [n, m]."""
-    age = torch.arange(m - n, m)[:, None] - torch.arange(m)
-    return torch.zeros(n, m, dtype=dtype).masked_fill((age < 0) | (age >= window), -torch.inf)
+def _pieces(n: int, m: int, first: int | None, last: int | None, dtype: torch.dtype) -> list[Piece]:
+    """Of a trimmed tile. They are adjacent, and every query sees a key of each: seeing nothing, it would become nan."""
+    if first is not None and m <= _MAX_MASK:
+        width = None if last is None else last - first
+        return [Piece(slice(0, m), mask=_mask(width, dtype)[:n, -first : m - first])]
+    pieces, edge, past = [], 0, m if last is None else last  # from `edge` to `past` all queries see all keys
+    if first is not None:
+        edge = n + first
+        pieces.append(Piece(slice(0, edge), mask=_mask(None, dtype)[:n, -first:n]))
+    if edge < past:
+        pieces.append(Piece(slice(edge, past)))
+    if past < m:
+        pieces.append(Piece(slice(past, m), causal=True))
+    return pieces
 
 
-def _disjoint(tiles: list[Tile]) -> bool:
-    """Whether no key is in two tiles; tiles come in the order of their keys' starts."""
-    return all(left.k.stop <= right.k.start for left, right in zip(tiles, tiles[1:], strict=False))
+@lru_cache(maxsize=8)
+def _mask(width: int | None, dtype: torch.dtype) -> Tensor:
+    """Added to scores: 0 where 0 <= j - i (<= width), else -inf. Columns from -first on are the mask of a band."""
+    age = torch.arange(_MAX_MASK + _MAX_BLOCK) - torch.arange(_MAX_BLOCK)[:, None]
+    hidden = age < 0 if width is None else (age < 0) | (age > width)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
 
 
-def _heads(x: Tensor, rows: slice) -> Tensor:
-    """[T, H, D] -> [1, H, n, D], a view."""
-    return x[rows].transpose(0, 1).unsqueeze(0)
+def _heads(x: Tensor, rows: Rows, count: int) -> Tensor:
+    """[T, H, ...] -> [count, H, n, ...]; a view if the rows are."""
+    return take(x, rows).unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def _rows_dense(x: Tensor) -> Tensor:
-    """The kernels want the last dimension dense; the others may be strided."""
-    return x if x.stride(-1) == 1 and x.stride(0) > 0 else x.contiguous()
+def _rows(x: Tensor) -> Tensor:
+    """[count, H, n, ...] -> [count * n, H, ...]"""
+    return x.transpose(1, 2).flatten(0, 1)

@@ -1,49 +1,54 @@
-"""The definition: dense scores, one mask. Quadratic memory; any device and dtype."""
+"""The definition: dense scores, one mask. Memory n x m for each tile; any device and dtype."""
 
 import torch
 from torch import Tensor
 
+from lsys.kernels.softmax_attention.tile import Tile, trim
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths_q: list[int],
-    lengths_k: list[int],
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """q [Tq, H, D], k, v [Tk, H_kv, D] -> o [Tq, H, D], lse [Tq, H]; computed in fp32, fp64 for fp64."""
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(accumulate).unflatten(1, (k.shape[1], -1))  # [Tq, H, D] -> [Tq, H_kv, H / H_kv, D]
-    scores = torch.einsum("qhgd,khd->qhgk", grouped, k.to(accumulate)) * scale
-    visible = visibility(lengths_q, lengths_k, causal, window, q.device)[:, None, None]  # [Tq, 1, 1, Tk]
-    scores = scores.masked_fill(~visible, -torch.inf)
+
+def obstacle(q: Tensor) -> str | None:
+    """Why this backend cannot take q; None if it can."""
+    return None if q.is_floating_point() else f"{q.dtype} is no floating-point type"
+
+
+def plan(tiles: list[Tile], q: Tensor) -> list[Tile]:
+    """The launches that compute the tiles."""
+    return trim(tiles)
+
+
+def forward(tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o [n, H, D] and lse [n, H] of the tile's queries over its keys."""
+    scores = _scores(tile, q, k, scale)
     lse = scores.logsumexp(-1)
-    finite = lse.masked_fill(lse == -torch.inf, 0)  # a query without keys: probabilities e^-inf = 0 instead of nan
-    o = torch.einsum("qhgk,khd->qhgd", (scores - finite.unsqueeze(-1)).exp(), v.to(accumulate))
-    return o.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).detach()  # [Tq, H_kv, H / H_kv, ...] -> [Tq, H, ...]
+    o = torch.einsum("qhgk,khd->qhgd", (scores - lse.unsqueeze(-1)).exp(), _wide(v[tile.k]))
+    return o.flatten(1, 2), lse.flatten(1, 2)  # [n, H_kv, H / H_kv, ...] -> [n, H, ...]
 
 
-def visibility(
-    lengths_q: list[int], lengths_k: list[int], causal: bool, window: int | None, device: torch.device
-) -> Tensor:
-    """Which key each query sees: bool [Tq, Tk]."""
-    sequence_q, position_q = _places(lengths_q, [m - n for n, m in zip(lengths_q, lengths_k, strict=True)], device)
-    sequence_k, position_k = _places(lengths_k, [0] * len(lengths_k), device)
-    visible = sequence_q[:, None] == sequence_k
-    if causal:
-        visible &= position_k <= position_q[:, None]
-    if window is not None:
-        visible &= position_k > position_q[:, None] - window
-    return visible
+def backward(
+    tile: Tile, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tile's share of dq [n, H, D], dk and dv [m, H_kv, D], given o and lse over all keys."""
+    groups = (k.shape[1], -1)  # [n, H, ...] -> [n, H_kv, H / H_kv, ...]
+    q_, k_, v_, do_, o_ = (_wide(x) for x in (q[tile.q], k[tile.k], v[tile.k], do[tile.q], o[tile.q]))
+    q_, do_, delta = (x.unflatten(1, groups) for x in (q_, do_, (do_ * o_).sum(-1, keepdim=True)))
+    p = (_scores(tile, q, k, scale) - lse[tile.q].unflatten(1, groups).unsqueeze(-1)).exp()
+    ds = p * (torch.einsum("qhgd,khd->qhgk", do_, v_) - delta) * scale
+    dq = torch.einsum("qhgk,khd->qhgd", ds, k_).flatten(1, 2)
+    return dq, torch.einsum("qhgk,qhgd->khd", ds, q_), torch.einsum("qhgk,qhgd->khd", p, do_)
 
 
-def _places(lengths: list[int], first: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sequence of each row, and its position there when each sequence's rows begin at `first`."""
-    if not lengths:
-        return torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    sequence = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    position = torch.cat([torch.arange(n) + start for n, start in zip(lengths, first, strict=True)])
-    return sequence.to(device), position.to(device)
+def _scores(tile: Tile, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q k^T where the band lets see, else -inf: [n, H_kv, H / H_kv, m]."""
+    queries, keys = _wide(q[tile.q]).unflatten(1, (k.shape[1], -1)), _wide(k[tile.k])
+    scores = torch.einsum("qhgd,khd->qhgk", queries, keys) * scale
+    i = torch.arange(len(queries), device=q.device)[:, None, None, None]
+    j = torch.arange(len(keys), device=q.device)
+    if tile.first is not None:
+        scores = scores.masked_fill(j < i + tile.first, -torch.inf)
+    if tile.last is not None:
+        scores = scores.masked_fill(j > i + tile.last, -torch.inf)
+    return scores
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

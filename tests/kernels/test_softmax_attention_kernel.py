@@ -3,7 +3,8 @@ import logging
 import pytest
 import torch
 
-from lsys.kernels.softmax_attention import _log_choice, merge, softmax_attention
+from lsys.kernels.softmax_attention import _log_choice, softmax_attention
+from lsys.kernels.softmax_attention.merge import merge
 
 # (queries, keys) of each sequence; causal queries are the last of the keys
 PACKS = {
@@ -145,9 +146,13 @@ def test_merge_is_attention_over_the_union():
     for rows in (slice(0, 4), slice(4, 11), slice(0, 0)):
         keys = k[rows], v[rows]
         parts.append(softmax_attention(q, *keys, **bounds([(6, len(keys[0]))]), causal=False))
-    nothing = merge(*parts[2], *parts[2])
-    assert not nothing[0].any() and (nothing[1] == -torch.inf).all()
-    o, lse = merge(*merge(*merge(*parts[2], *parts[0]), *parts[1]), *parts[2])
+    o, lse = (x.detach().clone() for x in parts[2])
+    merge(o, lse, *parts[2])
+    assert not o.any() and (lse == -torch.inf).all()
+    merge(o, lse, *parts[0])
+    assert torch.equal(o, parts[0][0]) and torch.equal(lse, parts[0][1])  # not so much as rounded
+    merge(o, lse, *parts[1])
+    merge(o, lse, *parts[2])
     torch.testing.assert_close(o, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(lse, whole_lse, rtol=1e-13, atol=1e-13)
 
@@ -159,7 +164,8 @@ def test_auto_says_once_what_it_chose(caplog):
         run(*tensors, [(3, 3)])
         run(*tensors, [(3, 3)])
     assert [record.message for record in caplog.records] == [
-        "softmax attention: cpu backend, best for cpu, torch.float32, head width 8"
+        "softmax attention: cpu backend for cpu, torch.float32, head width 8 "
+        "(not flash_attn: the tensors are on cpu; not cuda: the tensors are on cpu)"
     ]
 
 
@@ -167,7 +173,7 @@ def test_auto_says_once_what_it_chose(caplog):
     ("change", "message"),
     [
         ({"backend": "cuda"}, "'cuda' cannot run here: the tensors are on cpu"),
-        ({"backend": "magic"}, "'magic' is not one of: auto, reference, cpu, cuda"),
+        ({"backend": "magic"}, "'magic' is not one of: auto, flash_attn, cuda, cpu, reference"),
         ({"window": 0}, "a window is of 1 token or more"),
         ({"window": 2, "causal": False}, "a window is of 1 token or more and causal"),
         ({"k": torch.zeros(4, 3, 8), "v": torch.zeros(4, 3, 8)}, "3 key heads do not divide 4 query heads"),
