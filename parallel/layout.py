@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Derived = TypeVar("Derived")
 
 
 class Segment(NamedTuple):
@@ -26,46 +27,74 @@ class Segment(NamedTuple):
         return self.start + self.length
 
 
-@dataclass(frozen=True)
+class SegmentTable(NamedTuple):
+    """Segments as columns, each int64 [segments].
+
+    Attributes:
+        rank: that holds the segment.
+        document, start, length: as in `Segment`.
+        begin: place in the stream of its first token.
+        row: of its first token among its rank's tokens.
+    """
+
+    rank: Tensor
+    document: Tensor
+    start: Tensor
+    length: Tensor
+    begin: Tensor
+    row: Tensor
+
+    @property
+    def end(self) -> Tensor:
+        """One past the place in the stream of the last token."""
+        return self.begin + self.length
+
+    def take(self, which: Tensor | slice) -> SegmentTable:
+        """The segments with these numbers, in their order."""
+        return SegmentTable(*(column[which] for column in self))
+
+
 class SequenceLayout:
     """A partition of packed documents over ranks.
 
     The T tokens of all documents, concatenated in order, are the *stream*; rank r holds T_r of them, in the order of
     its segments. Every token is on exactly one rank. Documents may be empty, and so may ranks. Segments of length zero
     are dropped and neighbours that continue each other on one rank are merged, so equal placements compare equal.
-    Index tensors are built once and kept, one copy per device that asks: do not write to them.
+    Layouts do not change. Index tensors are built once and kept, one copy per device that asks: do not write to them.
 
     Args:
         lengths: tokens of each document.
-        segments: for each rank, its segments in the order in which it holds them.
+        segments: for each rank, its segments in the order in which it holds them: (document, start, length).
 
     Raises:
         ValueError: a token is held twice or by no rank, or a segment leaves its document.
     """
 
-    lengths: tuple[int, ...]
-    segments: tuple[tuple[Segment, ...], ...]
+    def __init__(self, lengths: Iterable[int], segments: Iterable[Iterable[tuple[int, int, int]]]) -> None:
+        held = [tuple(rank) for rank in segments]
+        lengths = _checked(lengths, len(held))
+        rank = [number for number, rank in enumerate(held) for _ in rank]
+        columns = [*zip(*(segment for rank in held for segment in rank), strict=True)] or [()] * 3
+        table = torch.tensor([rank, *columns], dtype=torch.int64)
+        table = table[:, table[3] != 0]
+        _check_inside(lengths, table)
+        self._lay(lengths, len(held), _merged(table))
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", tuple(_merged(rank) for rank in self.segments))
-        object.__setattr__(self, "lengths", _checked(self.lengths, self.ranks))
-        self._check_partition()
+    @classmethod
+    def _of(cls, lengths: tuple[int, ...], ranks: int, table: Tensor) -> SequenceLayout:
+        """From segments that lie inside their documents, none of them empty, no neighbours to be merged."""
+        layout = cls.__new__(cls)
+        layout._lay(lengths, ranks, table)
+        return layout
 
-    def _check_partition(self) -> None:
-        rows = [segment for rank in self.segments for segment in rank]
-        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
-        document, start, length = table.unbind(1)
-        wrong = (document < 0) | (document >= len(self.lengths)) | (start < 0) | (length < 0)
-        if not wrong.any():
-            wrong = start + length > torch.tensor(self.lengths or (0,), dtype=torch.int64)[document]
-        if wrong.any():
-            raise ValueError(f"{rows[int(wrong.nonzero()[0])]} is outside its document; lengths are {self.lengths}")
-        begin = self.document_offsets[document] + start
-        begin, order = begin.sort()
-        end = begin + length[order]
-        edge = torch.tensor([self.total])
-        # Sorted by begin, an exact cover starts each segment where the one before it stopped.
-        gap = torch.cat([begin, edge]) - torch.cat([edge * 0, end])
+    def _lay(self, lengths: tuple[int, ...], ranks: int, table: Tensor) -> None:
+        """`table`: rank, document, start and length of each segment, the ranks in turn: int64 [4, segments]."""
+        self._lengths, self._ranks, self._table = lengths, ranks, table
+        _, document, start, length = table.unbind()
+        begin, self._stream_order = (self.document_offsets[document] + start).sort()
+        end = begin + length[self._stream_order]
+        # In the order of the stream, an exact cover starts each segment where the one before it stopped.
+        gap = torch.cat([begin, self.document_offsets[-1:]]) - torch.cat([self.document_offsets[:1], end])
         if gap.any():
             first = int(gap.nonzero()[0])
             at = int(end[first - 1]) if first else 0
@@ -74,15 +103,27 @@ class SequenceLayout:
             position = at - int(self.document_offsets[document_at])
             raise ValueError(f"token {position} of document {document_at} is {fault}; a layout holds each exactly once")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SequenceLayout):
+            return NotImplemented
+        if self is other:
+            return True
+        sizes_agree = (self.ranks, self.lengths) == (other.ranks, other.lengths)
+        return sizes_agree and torch.equal(self._table, other._table)
+
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.lengths, self.segments))
+        numbers = self._table.flatten()
+        return hash((self.lengths, self.ranks, int(numbers @ torch.arange(len(numbers)))))
+
+    def __repr__(self) -> str:
+        return f"SequenceLayout(lengths={self.lengths}, segments={self.segments})"
 
     def __reduce__(self) -> tuple:
-        return SequenceLayout, (self.lengths, self.segments)  # without the cached tensors
+        return _restored, (self.lengths, self.ranks, self._table.flatten().tolist())  # without the cached tensors
 
     # ---- constructors
 
@@ -90,20 +131,15 @@ class SequenceLayout:
     def contiguous(cls, lengths: Iterable[int], ranks: int) -> SequenceLayout:
         """The stream cut in `ranks` runs whose sizes differ by one at most, the longer ones first."""
         lengths = _checked(lengths, ranks)
+        documents = _places(lengths)
         base, longer = divmod(sum(lengths), ranks)
-        placed: list[list[Segment]] = [[] for _ in range(ranks)]
-        rank, room = 0, base + (longer > 0)
-        for document, length in enumerate(lengths):
-            start = 0
-            while start < length:
-                if room == 0:
-                    rank += 1
-                    room = base + (rank < longer)
-                    continue
-                take = min(room, length - start)
-                placed[rank].append(Segment(document, start, take))
-                start, room = start + take, room - take
-        return cls(lengths, tuple(map(tuple, placed)))
+        rank_begins = torch.tensor([base * rank + min(rank, longer) for rank in range(ranks)])
+        cuts = torch.cat([documents, rank_begins]).unique()
+        begin = cuts[:-1]
+        # The document that begins at or before a token; of those that begin together the last, which is not empty.
+        document = torch.searchsorted(documents, begin, right=True) - 1
+        rank = torch.searchsorted(rank_begins, begin, right=True) - 1
+        return cls._of(lengths, ranks, torch.stack([rank, document, begin - documents[document], cuts.diff()]))
 
     @classmethod
     def zigzag(cls, lengths: Iterable[int], ranks: int) -> SequenceLayout:
@@ -114,26 +150,31 @@ class SequenceLayout:
         x in [a, b) with x % ranks == r, split in two halves. Rank totals thus differ by one at most over the pack.
         """
         lengths = _checked(lengths, ranks)
-        placed: list[list[Segment]] = [[] for _ in range(ranks)]
-        begin = 0
-        for document, length in enumerate(lengths):
-            # Ranks with a quota: all of them, or those of the few tokens of a short document.
-            present = sorted({x % ranks for x in range(begin, begin + min(length, ranks))})
-            quota = {r: _multiples(begin + length - r, ranks) - _multiples(begin - r, ranks) for r in present}
-            chunks = [(r, (quota[r] + 1) // 2) for r in present] + [(r, quota[r] // 2) for r in reversed(present)]
-            start = 0
-            for rank, size in chunks:
-                placed[rank].append(Segment(document, start, size))
-                start += size
-            begin += length
-        return cls(lengths, tuple(map(tuple, placed)))
+        size, rank = torch.tensor(lengths, dtype=torch.int64)[:, None], torch.arange(ranks)
+        begin = size.cumsum(0) - size
+        # Of the last size % ranks tokens of a document, the first is for rank begin % ranks, and so on in a cycle.
+        quota = size // ranks + ((rank - begin) % ranks < size % ranks)  # [documents, ranks]
+        second = quota // 2
+        second[:, -1] = 0  # the two chunks of the last rank are one
+        chunk = torch.stack([quota - second, second.flip(1)], dim=1)  # [documents, 2, ranks], in order of positions
+        start = chunk.flatten(1).cumsum(1).view_as(chunk) - chunk
+        columns = torch.stack([torch.arange(len(lengths))[:, None, None].expand_as(chunk), start, chunk])
+        columns[:, :, 1] = columns[:, :, 1].flip(-1)  # now place r of the second half is that of rank r too
+        columns = columns.permute(0, 3, 1, 2).flatten(1)  # [3, documents, 2, ranks] -> [3, ranks * documents * 2]
+        table = torch.cat([rank.repeat_interleave(2 * len(lengths))[None], columns])
+        return cls._of(lengths, ranks, table[:, table[3] != 0])
 
     # ---- sizes
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens of each document."""
+        return self._lengths
+
+    @property
     def ranks(self) -> int:
         """How many ranks the stream is laid over."""
-        return len(self.segments)
+        return self._ranks
 
     @cached_property
     def total(self) -> int:
@@ -143,7 +184,7 @@ class SequenceLayout:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """T_r of every rank."""
-        return tuple(sum(segment.length for segment in rank) for rank in self.segments)
+        return tuple(offsets(self._table[3])[self._bounds].diff().tolist())
 
     def tokens(self, rank: int) -> int:
         """T_r, the tokens of one rank."""
@@ -152,48 +193,67 @@ class SequenceLayout:
     @cached_property
     def document_offsets(self) -> Tensor:
         """Where each document begins in the stream, then T: int64 [documents + 1]."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int64)
+        return _places(self.lengths)
+
+    # ---- segments
+
+    @cached_property
+    def segments(self) -> tuple[tuple[Segment, ...], ...]:
+        """The segments of every rank, in the order in which it holds them. Made when first wanted: `table` is faster."""
+        every = tuple(map(Segment, *self._table[1:].tolist()))
+        return tuple(every[first:stop] for first, stop in pairwise(self._bounds.tolist()))
+
+    def table(self, rank: int | None = None) -> SegmentTable:
+        """The segments of a rank, in the order in which it holds them; of all ranks in turn for None."""
+
+        def build() -> SegmentTable:
+            if rank is None:
+                return self._columns()
+            return self.table().take(slice(*self._bounds[self._rank(rank) : rank + 2].tolist()))
+
+        return self.derived(("table", rank), None, build)
+
+    def sorted(self, rank: int | None = None) -> SegmentTable:
+        """As `table`, but in the order of the stream."""
+
+        def build() -> SegmentTable:
+            held = self.table(rank)
+            return held.take(self._stream_order if rank is None else held.begin.argsort())
+
+        return self.derived(("sorted", rank), None, build)
+
+    def _columns(self) -> SegmentTable:
+        rank, document, start, length = self._table.unbind()
+        rows = offsets(length)  # of all ranks in turn
+        row = rows[:-1] - rows[self._bounds][rank]
+        return SegmentTable(rank, document, start, length, self.document_offsets[document] + start, row)
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        """Number of the first segment of each rank, then of segments: int64 [ranks + 1]."""
+        return torch.searchsorted(self._table[0], torch.arange(self.ranks + 1))
 
     # ---- index tensors
 
     def index(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """Place in the stream of each token of the rank: int64 [T_r]."""
-
-        def build() -> Tensor:
-            return self.document_offsets[self.documents(rank)] + self.positions(rank)
-
-        return self.derived(("index", self._rank(rank)), device, build)
+        return self._of_rank("index", rank, device, lambda held: runs(held.begin, held.length))
 
     def positions(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """Position in its document of each token of the rank: int64 [T_r]."""
-
-        def build() -> Tensor:
-            _, start, length = self._columns(rank)
-            first = start - (length.cumsum(0) - length)
-            return torch.repeat_interleave(first, length) + torch.arange(self.tokens(rank))
-
-        return self.derived(("positions", self._rank(rank)), device, build)
+        return self._of_rank("positions", rank, device, lambda held: runs(held.start, held.length))
 
     def documents(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """Document of each token of the rank: int64 [T_r]."""
-
-        def build() -> Tensor:
-            document, _, length = self._columns(rank)
-            return torch.repeat_interleave(document, length)
-
-        return self.derived(("documents", self._rank(rank)), device, build)
+        return self._of_rank("documents", rank, device, lambda held: held.document.repeat_interleave(held.length))
 
     def cu_seqlens(self, rank: int, device: torch.device | str | None = None) -> Tensor:
         """Where each segment of the rank begins among its tokens, then T_r: int64 [segments + 1]."""
-
-        def build() -> Tensor:
-            return torch.nn.functional.pad(self._columns(rank)[2].cumsum(0), (1, 0))
-
-        return self.derived(("cu_seqlens", self._rank(rank)), device, build)
+        return self._of_rank("cu_seqlens", rank, device, lambda held: offsets(held.length))
 
     def order(self, device: torch.device | str | None = None) -> Tensor:
         """Stream place of each row when the ranks' tokens are concatenated in rank order: int64 [T]."""
-        return self.derived("order", device, lambda: torch.cat([self.index(rank) for rank in range(self.ranks)]))
+        return self.derived("order", device, lambda: runs(self.table().begin, self.table().length))
 
     def inverse(self, device: torch.device | str | None = None) -> Tensor:
         """Row of each stream token when the ranks' tokens are concatenated in rank order: int64 [T]."""
@@ -203,13 +263,16 @@ class SequenceLayout:
 
         return self.derived("inverse", device, build)
 
-    def derived(self, name: Hashable, device: torch.device | str | None, build: Callable[[], Tensor]) -> Tensor:
-        """A tensor that depends on this layout alone: built on the host when first wanted, then kept as `name`."""
+    def derived(self, name: Hashable, device: torch.device | str | None, build: Callable[[], Derived]) -> Derived:
+        """What depends on this layout alone: built on the host when first wanted, then kept as `name`.
+
+        A tensor, or whatever else has a method `to(device)`.
+        """
         device = torch.device(device or "cpu")
-        if (name, device) not in self._tensors:
-            on_host = device.type == "cpu"
-            self._tensors[name, device] = build() if on_host else self.derived(name, None, build).to(device)
-        return self._tensors[name, device]
+        if (name, device) not in self._derived:
+            on_host: Any = build() if device.type == "cpu" else self.derived(name, None, build)
+            self._derived[name, device] = on_host if device.type == "cpu" else on_host.to(device)
+        return self._derived[name, device]
 
     # ---- moving tensors
 
@@ -236,37 +299,61 @@ class SequenceLayout:
             raise ValueError(f"rank {rank} is not in this layout; its ranks are 0 to {self.ranks - 1}")
         return rank
 
-    def _columns(self, rank: int) -> tuple[Tensor, ...]:
-        return torch.tensor(self.segments[rank], dtype=torch.int64).reshape(-1, 3).unbind(1)
+    def _of_rank(
+        self, name: str, rank: int, device: torch.device | str | None, build: Callable[[SegmentTable], Tensor]
+    ) -> Tensor:
+        return self.derived((name, rank), device, lambda: build(self.table(self._rank(rank))))
 
     @cached_property
-    def _tensors(self) -> dict[Hashable, Tensor]:
+    def _derived(self) -> dict[Hashable, Any]:
         return {}
 
 
-def _multiples(n: int, ranks: int) -> int:
-    """How many multiples of `ranks` are below n, up to a constant: differences count them in an interval."""
-    return -(-n // ranks)
+def runs(first: Tensor, length: Tensor) -> Tensor:
+    """first[i], first[i] + 1, ... of each i in turn, length[i] numbers: int64 [n], [n] -> [sum(length)]."""
+    place = torch.arange(int(length.sum()))
+    return place.add_((first - length.cumsum(0) + length).repeat_interleave(length))
+
+
+def offsets(length: Tensor) -> Tensor:
+    """Where each of several runs begins when they are put end to end, then their sum: int64 [n] -> [n + 1]."""
+    return torch.nn.functional.pad(length.cumsum(0), (1, 0))
 
 
 def _checked(lengths: Iterable[int], ranks: int) -> tuple[int, ...]:
     if ranks < 1:
         raise ValueError(f"a layout needs at least one rank; got {ranks}")
-    lengths = tuple(int(n) for n in lengths)
-    for document, length in enumerate(lengths):
-        if length < 0:
-            raise ValueError(f"document {document} has length {length}; lengths are 0 or more")
+    lengths = tuple(map(int, lengths))
+    if min(lengths, default=0) < 0:
+        document = next(d for d, length in enumerate(lengths) if length < 0)
+        raise ValueError(f"document {document} has length {lengths[document]}; lengths are 0 or more")
     return lengths
 
 
-def _merged(segments: Iterable[tuple[int, int, int]]) -> tuple[Segment, ...]:
-    merged: list[Segment] = []
-    for document, start, length in segments:
-        if length == 0:
-            continue
-        last = merged[-1] if merged else None
-        if last and last.document == document and last.stop == start:
-            merged[-1] = Segment(document, last.start, last.length + int(length))
-        else:
-            merged.append(Segment(int(document), int(start), int(length)))
-    return tuple(merged)
+def _places(lengths: Sequence[int]) -> Tensor:
+    """Where each document begins in the stream, then T: int64 [documents + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+
+
+def _check_inside(lengths: tuple[int, ...], table: Tensor) -> None:
+    _, document, start, length = table
+    sizes = torch.tensor(lengths or (0,), dtype=torch.int64)
+    wrong = (document < 0) | (document >= len(lengths)) | (start < 0) | (length < 0)
+    wrong |= start > sizes[document.clamp(0, len(sizes) - 1)] - length
+    if wrong.any():
+        segment = Segment(*table[1:, int(wrong.nonzero()[0])].tolist())
+        raise ValueError(f"{segment} is outside its document; lengths are {lengths}")
+
+
+def _merged(table: Tensor) -> Tensor:
+    """[4, segments] with neighbours that continue each other as one."""
+    rank, document, start, length = table
+    is_first = torch.ones_like(rank, dtype=torch.bool)
+    is_first[1:] = (rank[1:] != rank[:-1]) | (document[1:] != document[:-1]) | (start[1:] != (start + length)[:-1])
+    first = is_first.nonzero().squeeze(1)
+    rows = offsets(length)
+    return torch.cat([table[:3, first], torch.cat([rows[first], rows[-1:]]).diff()[None]])
+
+
+def _restored(lengths: tuple[int, ...], ranks: int, numbers: list[int]) -> SequenceLayout:
+    return SequenceLayout._of(lengths, ranks, torch.tensor(numbers, dtype=torch.int64).reshape(4, -1))

@@ -108,10 +108,86 @@ def test_zigzag_gives_each_rank_two_mirrored_chunks(lengths, ranks):
         assert owner == first + second
 
 
+@UNHURRIED
+@given(LENGTHS, RANKS)
+def test_zigzag_equals_its_definition(lengths, ranks):
+    """Token by token: which ranks a document's places in the stream count for, then up the ranks and down again."""
+    placed, begin = [[] for _ in range(ranks)], 0
+    for document, length in enumerate(lengths):
+        quota = [sum(place % ranks == rank for place in range(begin, begin + length)) for rank in range(ranks)]
+        up = [rank for rank in range(ranks) for _ in range(quota[rank] - quota[rank] // 2)]
+        down = [rank for rank in reversed(range(ranks)) for _ in range(quota[rank] // 2)]
+        for position, rank in enumerate(up + down):
+            placed[rank].append((document, position, 1))
+        begin += length
+    assert SequenceLayout.zigzag(lengths, ranks) == SequenceLayout(lengths, placed)
+
+
 def test_zigzag_matches_the_usual_chunks_where_they_divide():
     layout = SequenceLayout.zigzag([8, 16], 2)
     assert layout.segments[0] == (Segment(0, 0, 2), Segment(0, 6, 2), Segment(1, 0, 4), Segment(1, 12, 4))
     assert layout.segments[1] == (Segment(0, 2, 4), Segment(1, 4, 8))
+
+
+@UNHURRIED
+@given(ANY_LAYOUT)
+def test_tables_are_the_segments_as_columns(layout):
+    begins = layout.document_offsets.tolist()
+    rows = []
+    for rank, held in enumerate(layout.segments):
+        ends = layout.cu_seqlens(rank).tolist()
+        mine = [(rank, *segment, begins[segment.document] + segment.start, ends[i]) for i, segment in enumerate(held)]
+        in_order = sorted(mine, key=lambda row: row[1:3])
+        for table, expected in ((layout.table(rank), mine), (layout.sorted(rank), in_order)):
+            assert [*zip(*(column.tolist() for column in table), strict=True)] == expected
+            assert table.end.tolist() == [begin + length for _, _, _, length, begin, _ in expected]
+        rows += mine
+    assert [*zip(*(column.tolist() for column in layout.table()), strict=True)] == rows
+    in_order = sorted(rows, key=lambda row: row[1:3])
+    assert [*zip(*(column.tolist() for column in layout.sorted()), strict=True)] == in_order
+
+
+@UNHURRIED
+@given(ANY_LAYOUT, st.data())
+def test_a_token_dropped_doubled_or_out_of_range_is_named(layout, data):
+    places = [(rank, d, p) for rank, held in enumerate(layout.segments) for d, s, n in held for p in range(s, s + n)]
+    if not places:
+        return
+    at = data.draw(st.integers(0, len(places) - 1))
+    _, document, position = places[at]
+    other, where = data.draw(st.integers(0, layout.ranks - 1)), data.draw(st.integers(0, len(places)))
+    outside = (other, document, layout.lengths[document] + data.draw(st.integers(0, 3)))
+    cases = {
+        f"token {position} of document {document} is held by no rank": places[:at] + places[at + 1 :],
+        f"token {position} of document {document} is held twice": [
+            *places[:where],
+            (other, document, position),
+            *places[where:],
+        ],
+        r"is outside its document; lengths are \(": places[:at] + [outside] + places[at + 1 :],
+    }
+    for message, wrong in cases.items():
+        placed = [[(d, p, 1) for rank, d, p in wrong if rank == holder] for holder in range(layout.ranks)]
+        with pytest.raises(ValueError, match=message):
+            SequenceLayout(layout.lengths, placed)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_very_many_documents(make):
+    lengths = [(7 * document) % 53 for document in range(10_000)]
+    layout = make(lengths, 64)
+    assert max(layout.sizes) - min(layout.sizes) <= 1 and sum(layout.sizes) == sum(lengths)
+    assert torch.equal(layout.order()[layout.inverse()], torch.arange(layout.total))
+    assert pickle.loads(pickle.dumps(layout)) == layout
+
+
+def test_layouts_do_not_change_and_equal_layouts_only():
+    layout = SequenceLayout.contiguous([5, 3], 2)
+    with pytest.raises(AttributeError):
+        layout.lengths = (8,)
+    assert layout != SequenceLayout.contiguous([5, 3], 1) and layout != SequenceLayout.contiguous([8], 2)
+    assert layout != SequenceLayout([5, 3], layout.segments[::-1]) and layout != layout.segments
+    assert repr(layout) == f"SequenceLayout(lengths=(5, 3), segments={layout.segments})"
 
 
 def test_index_tensors_are_built_once():
