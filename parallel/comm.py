@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+Other = TypeVar("Other")
 
 
 class Pending(Generic[Result]):
@@ -18,7 +19,7 @@ class Pending(Generic[Result]):
     def __init__(self, finish: Callable[[], Result], *works: dist.Work) -> None:
         self._finish: Callable[[], Result] | None = finish
         self._works = works
-        self._value: Result | None = None
+        self._value: Result
 
     def wait(self) -> Result:
         """The result; blocks (CPU) or makes the current stream wait (CUDA) the first time."""
@@ -26,8 +27,11 @@ class Pending(Generic[Result]):
             for work in self._works:
                 work.wait()
             self._value, self._finish, self._works = self._finish(), None, ()  # frees the buffers of the transfer
-        assert self._value is not None
         return self._value
+
+    def then(self, change: Callable[[Result], Other]) -> Pending[Other]:
+        """The result of `change` once this one is there."""
+        return Pending(lambda: change(self.wait()))
 
 
 class SequenceComm:
@@ -69,15 +73,27 @@ class SequenceComm:
         """All ranks' tensors in rank order: [sizes[rank], ...] -> [sum(sizes), ...]; sizes None says all are equal."""
         return self.all_gather_async(x, sizes).wait()
 
-    def all_gather_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending[Tensor]:
-        """As `all_gather`, under way on return; leave `x` unchanged until `wait()`."""
+    def all_gather_async(
+        self, x: Tensor, sizes: Sequence[int] | None = None, *, exact: bool = False
+    ) -> Pending[Tensor]:
+        """As `all_gather`, under way on return; leave `x` unchanged until `wait()`.
+
+        The backends gather equal sizes only. Uneven ones are padded to the largest, in one collective; `exact` sends
+        them point to point if padding would add more than a quarter: P - 1 messages a rank, without padding.
+        """
         sizes = self._sizes(sizes, x.shape[0])
         if x.shape[0] != sizes[self.rank]:
             raise ValueError(f"rank {self.rank} gathers {x.shape[0]} rows; sizes says {sizes[self.rank]}")
         if self.size == 1:
             return Pending(lambda: x)
+        if exact and is_uneven(sizes):
+            out = x.new_empty(sum(sizes), *x.shape[1:])
+            parts = dict(enumerate(out.split(list(sizes))))
+            parts.pop(self.rank).copy_(x.detach())
+            sent = x.detach().contiguous()
+            return self.exchange(dict.fromkeys(parts, sent), parts).then(lambda _: out)
         slot = max(sizes)
-        padded = _padded(x.detach(), slot)  # [slot, ...]: the backends gather equal sizes only
+        padded = _padded(x.detach(), slot)  # [slot, ...]
         out = padded.new_empty(self.size * slot, *x.shape[1:])
         if out.numel() == 0:  # the same on all ranks
             return Pending(lambda: out)
@@ -89,7 +105,12 @@ class SequenceComm:
         return self.reduce_scatter_async(x, sizes).wait()
 
     def reduce_scatter_async(self, x: Tensor, sizes: Sequence[int] | None = None) -> Pending[Tensor]:
-        """As `reduce_scatter`, under way on return; leave `x` unchanged until `wait()`."""
+        """As `reduce_scatter`, under way on return; leave `x` unchanged until `wait()`.
+
+        Gloo's own reduces everything to everyone: twice the bytes (measured on the network interface). There, and where
+        padding would add more than a quarter, ranks exchange the parts and each sums its own, in fp32 or wider and in
+        rank order.
+        """
         if sizes is None and x.shape[0] % self.size:
             raise ValueError(f"{x.shape[0]} rows do not part equally over {self.size} ranks; give sizes")
         sizes = self._sizes(sizes, x.shape[0] // self.size)
@@ -98,6 +119,9 @@ class SequenceComm:
         if self.size == 1:
             return Pending(lambda: x)
         slot, own = max(sizes), sizes[self.rank]
+        if x.device.type == "cpu" or is_uneven(sizes):
+            parts = self.all_to_all_async(x, sizes, [own] * self.size)  # [ranks * own, ...]
+            return parts.then(lambda rows: _sum(rows.unflatten(0, (self.size, own))))
         padded = x.detach().contiguous()
         if min(sizes) < slot:
             padded = torch.cat([_padded(part, slot) for part in padded.split(list(sizes))])  # [ranks * slot, ...]
@@ -137,7 +161,8 @@ class SequenceComm:
         """Point to point: each tensor of `send` to its rank, each buffer of `receive` filled from its rank.
 
         Under way on return; touch neither until `wait()`, which gives `receive`. What a rank sends is what its peer
-        receives, in shape and dtype; empty tensors do not travel. Ranks that neither send nor receive need not call.
+        receives, in shape and dtype; empty tensors do not travel. Ranks that neither send nor receive need not call: on
+        NCCL a collective of the whole group must have made its communicator before.
 
         Args:
             send, receive: contiguous tensors by rank of this comm, at most one each way between two ranks.
@@ -164,6 +189,16 @@ class SequenceComm:
         if len(sizes) != self.size:
             raise ValueError(f"sizes names {len(sizes)} ranks; the {self.axis} group has {self.size}")
         return tuple(sizes)
+
+
+def is_uneven(sizes: Sequence[int]) -> bool:
+    """Whether padding all to the largest adds more than a quarter."""
+    return len(sizes) * max(sizes) > 1.25 * sum(sizes)
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """[ranks, ...] -> [...]; in fp32 at least."""
+    return parts.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32)).to(parts.dtype)
 
 
 def _padded(x: Tensor, slot: int) -> Tensor:

@@ -1,14 +1,17 @@
 """Softmax attention over a sequence that is laid over ranks."""
 
+import torch
 from torch import Tensor
 
-from lsys.parallel.attention import gather
+from lsys.parallel.attention import executor, gather, ring, ulysses, usp
+from lsys.parallel.attention.executor import Options
+from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 
 __all__ = ["METHODS", "softmax_attention"]
 
-METHODS = ("gather",)
+METHODS = ("ring", "gather", "ulysses", "usp")
 
 
 def softmax_attention(
@@ -18,7 +21,7 @@ def softmax_attention(
     layout: SequenceLayout,
     comm: SequenceComm | None,
     *,
-    method: str = "gather",
+    method: str = "ring",
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -26,14 +29,19 @@ def softmax_attention(
 ) -> Tensor:
     """Softmax attention inside each document, whichever ranks hold its tokens.
 
-    All ranks of `comm` must call it, and backpropagate through its result, those without tokens too.
+    All ranks of `comm` must call it, and backpropagate through its result, those without tokens too. Methods differ in
+    what they communicate (`lsys.parallel.attention.cost`), not in the result; nothing needs to divide anything.
 
     Args:
         q: [T_r, H, D], this rank's tokens in the layout's order.
         k, v: [T_r, H_kv, D]; query head h reads key head h // (H / H_kv).
-        layout: any placement of the documents over the ranks.
+        layout: any placement of the documents over the ranks; local work has the fewest pieces if each rank holds its
+            segments in the order of the stream.
         comm: the ranks; None is one rank.
-        method: "gather": each rank gathers all keys and values in one collective, and reduces their gradients in one.
+        method: "ring": blocks of keys and values pass from rank to rank while each attends to the one in its hand, no
+            further than they are needed. "gather": one collective brings each rank the keys and values that some other
+            rank needs. "ulysses": ranks exchange heads for tokens and attend to all tokens with their share of heads.
+            "usp": Ulysses inside a node (the comm's `node_of_rank`), a ring across nodes.
         causal: a query sees its document up to its own position; otherwise the whole document.
         window: w limits a causal query at position p to positions p - w + 1 to p.
         scale: of the scores; default D**-0.5.
@@ -43,8 +51,33 @@ def softmax_attention(
         [T_r, H, D], differentiable in q, k and v.
 
     Raises:
-        ValueError: tensors, layout, comm or options that do not fit together.
+        ValueError: tensors, layout, comm or options that do not fit together; or a NaN in q, k or v, before anything is
+            sent. A rank that raises alone leaves the others waiting for it until its process ends (gloo's connections
+            then break; a launcher such as torchrun ends the others) or the group's timeout passes. On CUDA, where
+            looking for a NaN would wait for the device, this is done in autograd's anomaly mode only.
     """
+    _check(q, k, v, layout, comm, method, causal, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(Mask(causal, window), scale, backend)
+    if method == "ring" or comm is None:
+        return executor.attention(q, k, v, layout, comm, ring.schedule, options)
+    if method == "gather":
+        return executor.attention(q, k, v, layout, comm, gather.schedule, options)
+    everyone = (tuple(range(comm.size)),)
+    groups = everyone if method == "ulysses" else usp.groups(comm.node_of_rank, q.shape[1])
+    return ulysses.attention(q, k, v, layout, comm, groups, options)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    comm: SequenceComm | None,
+    method: str,
+    causal: bool,
+    window: int | None,
+) -> None:
     if method not in METHODS:
         raise ValueError(f"attention method {method!r} is not one of: {', '.join(METHODS)}")
     if window is not None and (window < 1 or not causal):
@@ -53,15 +86,28 @@ def softmax_attention(
     if size != layout.ranks:
         remedy = "; comm=None is one rank" if comm is None else ""
         raise ValueError(f"the layout is over {layout.ranks} ranks and the comm has {size}{remedy}")
-    _check_tensors(q, k, v, layout.tokens(rank), rank)
-    return gather.attention(q, k, v, layout, comm, causal=causal, window=window, scale=scale, backend=backend)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tokens: int, rank: int) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
         shapes = f"{[*q.shape]}, {[*k.shape]} and {[*v.shape]}"
         raise ValueError(f"attention takes q [T_r, H, D] and k, v [T_r, H_kv, D]; got {shapes}")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must share dtype and device; got {found}")
+    tokens = layout.tokens(rank)
     if len(q) != tokens or len(k) != tokens:
         raise ValueError(f"the layout gives rank {rank} {tokens} tokens; q has {len(q)} and k has {len(k)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads")
+    if q.device.type == "cpu" or torch.is_anomaly_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_numbers(name, x.detach(), layout, rank)
+
+
+def _check_numbers(name: str, x: Tensor, layout: SequenceLayout, rank: int) -> None:
+    if not x.sum().isnan():  # one pass without a mask; infinities of both signs sum to nan as well
+        return
+    rows = x.isnan().flatten(1).any(1).nonzero()
+    if len(rows):
+        row = int(rows[0])
+        document, position = int(layout.documents(rank)[row]), int(layout.positions(rank)[row])
+        place = f"row {row} of rank {rank}, token {position} of document {document}"
+        raise ValueError(f"{name} has a NaN in {place}, and {len(rows) - 1} more rows; find its source upstream")

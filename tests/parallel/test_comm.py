@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,12 +24,37 @@ def _gather_and_scatter(rank: int, world_size: int) -> None:
             assert torch.equal(comm.all_gather(mine, sizes), gathered)
             pending = comm.all_gather_async(mine, sizes)
             assert torch.equal(pending.wait(), gathered) and pending.wait() is pending.wait()
+            exact = comm.all_gather_async(mine, sizes, exact=True).then(lambda rows: (rows, len(rows)))
+            assert torch.equal(exact.wait()[0], gathered) and exact.wait()[1] == sum(sizes)
             summed = sum(_values(r, sum(sizes), dtype) for r in range(world_size))
             part = comm.reduce_scatter(_values(rank, sum(sizes), dtype), sizes)
             assert torch.equal(part, summed.split(sizes)[rank])
     even = _values(rank, 2, torch.float32)
     assert torch.equal(comm.all_gather(even), torch.cat([_values(r, 2, torch.float32) for r in range(world_size)]))
     assert torch.equal(comm.reduce_scatter(comm.all_gather(even)), even * world_size)
+
+
+def _costs(rank: int, world_size: int) -> tuple:
+    """Of an exact gather and of a scatter: the backend's collectives that ran, and numbers received."""
+    comm, sizes, received = SequenceComm(None), [20, 1, 3], []
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as points,
+        mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanges,
+        mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers,
+        mock.patch.object(dist, "reduce_scatter_tensor") as scatters,
+    ):
+        comm.all_gather_async(torch.zeros(sizes[rank], 2), sizes, exact=True).wait()
+        received.append(sum(op.tensor.numel() for op in points.call_args.args[0] if op.op is dist.irecv))
+        comm.reduce_scatter(torch.zeros(24, 2), sizes)
+        received.append(exchanges.call_args.args[0].numel() - sizes[rank] * 2)
+        assert not gathers.called and not scatters.called
+        comm.all_gather_async(torch.zeros(4 + rank % 2), [4, 5, 4], exact=True).wait()
+        assert gathers.call_count == 1  # nearly equal: padded
+    return tuple(received)
+
+
+def _precise(rank: int, world_size: int) -> float:
+    return SequenceComm(None).reduce_scatter(torch.full((3, 1), [256.0, 1.0, 1.0][rank], dtype=torch.bfloat16)).item()
 
 
 def _exchange(rank: int, world_size: int) -> None:
@@ -94,6 +121,14 @@ def _misuse(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_gather_and_scatter_uneven_rows(gloo, world_size):
     gloo(world_size, _gather_and_scatter)
+
+
+def test_uneven_rows_are_not_padded_and_sums_not_reduced_for_all(gloo):
+    assert gloo(3, _costs) == [(4 * 2, 2 * 20 * 2), (23 * 2, 2 * 1 * 2), (21 * 2, 2 * 3 * 2)]
+
+
+def test_half_precision_is_summed_in_fp32(gloo):
+    assert gloo(3, _precise) == [258.0] * 3  # 256 + 1 is 256 in bfloat16
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -67,8 +67,10 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
 
 
-def train(rank: int, world_size: int, changes: dict[str, Any], fault: str | None = None) -> Outcome:
-    """Five steps; runs on every rank of a gloo group."""
+def train(
+    rank: int, world_size: int, changes: dict[str, Any], fault: str | None = None, ranks_per_node: int = 8
+) -> Outcome:
+    """Five steps; runs on every rank of a gloo group. Nodes matter to the methods that send less across them."""
     from lsys.runtime import install_megatron
 
     install_megatron()
@@ -80,7 +82,7 @@ def train(rank: int, world_size: int, changes: dict[str, Any], fault: str | None
 
     config = settings(**changes)
     parallel, outcome = config.parallel, Outcome()
-    with process_groups(parallel, Launch(rank=rank, world_size=world_size)) as groups:
+    with process_groups(parallel, Launch(rank=rank, world_size=world_size, node=rank // ranks_per_node)) as groups:
         from support import faults
 
         with faults.planted(fault):

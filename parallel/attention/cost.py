@@ -1,0 +1,233 @@
+"""What each method of attention communicates, to the byte, and which one is estimated to take the least time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lsys.parallel.attention import METHODS, gather, ring, usp
+from lsys.parallel.attention.heads import Share, pooled, shares
+from lsys.parallel.comm import is_uneven
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.schedule import Schedule, Transfer, count, returns
+
+# A method is not chosen if some rank computes so much more than the mean because of how heads fall.
+_MOST_IMBALANCE = 1.25
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one layer's attention on one rank (of tensor parallelism): heads, key heads, width and bytes of a number."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    itemsize: int = 2
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number of a sum of gradients: fp32, fp64 for fp64."""
+        return max(4, self.itemsize)
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes a second into and out of a rank, and seconds until a message's first byte arrives."""
+
+    same_node: float = 200e9
+    across_nodes: float = 25e9
+    latency: float = 10e-6
+
+
+class Messages(NamedTuple):
+    """Messages that are under way together: int64 [messages]."""
+
+    source: Tensor
+    destination: Tensor
+    bytes: Tensor
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The messages of one call of `softmax_attention`, in the phases that follow one another."""
+
+    forward: tuple[Messages, ...]
+    backward: tuple[Messages, ...]
+
+    def received(self, node_of_rank: Sequence[int]) -> Tensor:
+        """Bytes received in a forward and a backward pass: int64 [2, ranks, 2], (forward, backward), (same node, across)."""
+        total = torch.zeros(2, len(node_of_rank), 2, dtype=torch.int64)
+        for sums, phases in zip(total, (self.forward, self.backward), strict=True):
+            for messages in phases:
+                sums += _by_rank(messages, messages.destination, node_of_rank)
+        return total
+
+    def seconds(self, node_of_rank: Sequence[int], links: Links) -> float:
+        """How long it takes if nothing else happens: each phase as long as the rank that sends or receives longest."""
+        speed, total = torch.tensor([links.same_node, links.across_nodes], dtype=torch.float64), 0.0
+        for messages in (*self.forward, *self.backward):
+            sent, received = (_by_rank(messages, end, node_of_rank) for end in messages[:2])
+            busy = torch.maximum(sent, received) / speed  # both kinds of links work at the same time
+            total += links.latency + float(busy.max()) if busy.any() else 0.0
+        return total
+
+
+def traffic(
+    method: str,
+    layout: SequenceLayout,
+    shape: Shape,
+    node_of_rank: Sequence[int],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+) -> Traffic:
+    """What `softmax_attention(..., method=method)` communicates.
+
+    As on gloo: of a gather of nearly equal parts the padding counts; on NCCL a reduce-scatter of these is padded too.
+    """
+    if method == "gather":
+        return _gather(gather.schedule(layout, causal, window), layout.ranks, shape)
+    groups = _groups(method, layout.ranks, shape, node_of_rank)
+    split = shares(shape.heads, shape.kv_heads, len(groups[0]))
+    forward, backward = _ring(ring.schedule(pooled(layout, groups), causal, window), groups, split, shape)
+    if len(groups[0]) > 1:
+        sizes, unit = layout.sizes, shape.width * shape.itemsize
+        everything, queries = [share.width for share in split], [_queries(share) for share in split]
+        before = _messages(_heads(groups, lambda i, j, m, n: sizes[i] * everything[n] * unit))
+        after = _messages(_heads(groups, lambda i, j, m, n: sizes[j] * queries[m] * unit))
+        d_after = _messages(_heads(groups, lambda i, j, m, n: sizes[i] * queries[n] * unit))
+        d_before = _messages(_heads(groups, lambda i, j, m, n: sizes[j] * everything[m] * unit))
+        forward, backward = [before, *forward, after], [d_after, *backward, d_before]
+    return Traffic(tuple(forward), tuple(backward))
+
+
+def _groups(method: str, ranks: int, shape: Shape, node_of_rank: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    if method == "usp":
+        return usp.groups(node_of_rank, shape.heads)
+    everyone = tuple(range(ranks))
+    return (everyone,) if method == "ulysses" else tuple((rank,) for rank in everyone)
+
+
+def _queries(share: Share) -> int:
+    return share.query.stop - share.query.start
+
+
+def _heads(
+    groups: Iterable[Sequence[int]], size: Callable[[int, int, int, int], int]
+) -> Iterator[tuple[int, int, int]]:
+    """Messages inside groups; size(source, destination, and their places in the group) in bytes."""
+    for group in groups:
+        for m, i in enumerate(group):
+            yield from ((i, j, size(i, j, m, n)) for n, j in enumerate(group) if j != i)
+
+
+def _ring(
+    schedule: Schedule, groups: Sequence[Sequence[int]], split: Sequence[Share], shape: Shape
+) -> tuple[list[Messages], list[Messages]]:
+    """Forward, and backward, where the sums of gradients return beside the blocks of the next step."""
+    rows = [2 * (share.key.stop - share.key.start) * shape.width for share in split]
+
+    def messages(transfers: Iterable[Transfer], itemsize: int) -> Iterator[tuple[int, int, int]]:
+        for source, destination, parts in transfers:
+            tokens = count(parts)
+            for member, numbers in enumerate(rows):
+                yield groups[source][member], groups[destination][member], tokens * numbers * itemsize
+
+    blocks = [[*messages(step.transfers, shape.itemsize)] for step in schedule.steps]
+    sums = [[*messages(entry, shape.wide)] for entry in returns(schedule)]
+    forward = [_messages(sent) for sent in blocks if sent]
+    together = [a + b for a, b in zip([*blocks, []], sums, strict=True)]
+    return forward, [_messages(sent) for sent in together if sent]
+
+
+def _gather(schedule: Schedule, ranks: int, shape: Shape) -> Traffic:
+    offered = {source: count(parts) for source, _, parts in schedule.steps[0].transfers}
+    if not offered:
+        return Traffic((), ())
+    sizes = [offered.get(rank, 0) for rank in range(ranks)]
+    padded = sizes if is_uneven(sizes) else [max(sizes)] * ranks
+    row = 2 * shape.kv_heads * shape.width
+    pairs = [(i, j) for i in range(ranks) for j in range(ranks) if i != j]
+    blocks = _messages((i, j, padded[i] * row * shape.itemsize) for i, j in pairs)
+    return Traffic((blocks,), (blocks, _messages((i, j, sizes[j] * row * shape.wide) for i, j in pairs)))
+
+
+def _messages(sent: Iterable[tuple[int, int, int]]) -> Messages:
+    return Messages(*torch.tensor([*sent], dtype=torch.int64).reshape(-1, 3).unbind(1))
+
+
+def _by_rank(messages: Messages, end: Tensor, node_of_rank: Sequence[int]) -> Tensor:
+    """Bytes at one end of the messages: int64 [ranks, 2], (same node, across)."""
+    node = torch.tensor(node_of_rank)
+    across = (node[messages.source] != node[messages.destination]).long()
+    total = torch.zeros(len(node_of_rank) * 2, dtype=torch.int64)
+    return total.index_add_(0, end * 2 + across, messages.bytes).view(-1, 2)
+
+
+# ---- the choice
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One method in the table of `choose`, for a forward and a backward pass of one layer.
+
+    Attributes:
+        same_node, across_nodes: bytes received by all ranks together.
+        most: bytes received by the rank that receives most.
+        steps: phases that follow one another.
+        seconds: of communication, none of it hidden.
+        chosen: whether this is the method to take.
+        note: why it is not, or is the same as another.
+    """
+
+    method: str
+    same_node: int
+    across_nodes: int
+    most: int
+    steps: int
+    seconds: float
+    chosen: bool = False
+    note: str = ""
+
+
+def choose(
+    layout: SequenceLayout,
+    shape: Shape,
+    node_of_rank: Sequence[int],
+    links: Links = Links(),  # noqa: B008  (it cannot be changed)
+    *,
+    causal: bool = True,
+    window: int | None = None,
+) -> tuple[Estimate, ...]:
+    """All methods, one of them chosen: the least time of those that keep all ranks busy, in doubt the one named first.
+
+    Args:
+        layout: of a typical pack.
+        shape: of the layer.
+        node_of_rank: node of each rank of the layout.
+        links: their speed.
+        causal, window: as for `softmax_attention`.
+    """
+    rows = []
+    for method in METHODS:
+        sent = traffic(method, layout, shape, node_of_rank, causal=causal, window=window)
+        received = sent.received(node_of_rank).sum(0)
+        same, across = received.sum(0).tolist()
+        most, steps = int(received.sum(1).max()), len(sent.forward) + len(sent.backward)
+        note = _note(method, layout.ranks, shape, node_of_rank)
+        rows.append(Estimate(method, same, across, most, steps, sent.seconds(node_of_rank, links), note=note))
+    best = min((row for row in rows if not row.note), key=lambda row: row.seconds)
+    return tuple(Estimate(**{**vars(row), "chosen": row is best}) for row in rows)
+
+
+def _note(method: str, ranks: int, shape: Shape, node_of_rank: Sequence[int]) -> str:
+    members = 1 if method == "gather" else len(_groups(method, ranks, shape, node_of_rank)[0])
+    if method == "usp" and members in (1, ranks):
+        return f"here the same as {'ring' if members == 1 else 'ulysses'}"
+    if -(-shape.heads // members) * members > _MOST_IMBALANCE * shape.heads:
+        return f"{shape.heads} heads do not keep {members} ranks equally busy"
+    return ""

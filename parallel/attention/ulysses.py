@@ -1,0 +1,53 @@
+"""Attention by exchanging heads for tokens (DeepSpeed-Ulysses, Jacobs et al., 2023) around another way of attention.
+
+In each group of ranks, every member gets all the group's tokens for its share of the heads; members with the same share
+then attend across groups by a ring. One group of all ranks is Ulysses; groups of one rank each are the ring; between
+them it is the 2-D scheme of USP (Fang and Zhao, 2024).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from lsys.parallel.attention import executor, ring
+from lsys.parallel.attention.heads import HeadExchange, HeadsIn, HeadsOut, pieces, pooled, shares
+from lsys.parallel.comm import SequenceComm
+from lsys.parallel.layout import SequenceLayout
+
+Groups = tuple[tuple[int, ...], ...]
+
+_pooled = lru_cache(maxsize=32)(pooled)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    comm: SequenceComm | None,
+    groups: Groups,
+    options: executor.Options,
+) -> Tensor:
+    """q [T_r, H, D], k, v [T_r, H_kv, D] -> [T_r, H, D]; `groups` of equally many ranks, each in ascending order."""
+    members = len(groups[0])
+    if comm is None or members == 1:
+        return executor.attention(q, k, v, layout, comm, ring.schedule, options)
+    number = next(number for number, group in enumerate(groups) if comm.rank in group)
+    exchange = HeadExchange(comm, layout, groups[number], shares(q.shape[1], k.shape[1], members))
+    place = groups[number].index(comm.rank)
+    q_, k_, v_ = HeadsIn.apply(q, k, v, exchange)  # [T_r, H, D] -> [T_g, H_share, D]
+    o = executor.attention(
+        q_,
+        k_,
+        v_,
+        _pooled(layout, groups),
+        comm,
+        ring.schedule,
+        options,
+        rank=number,
+        peers=tuple(group[place] for group in groups),
+        heads=pieces(exchange.share, q.shape[1] // k.shape[1]),
+    )
+    return HeadsOut.apply(o, exchange)  # [T_g, H_share, D] -> [T_r, H, D]
