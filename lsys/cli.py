@@ -108,7 +108,7 @@ def _check(words: list[str]) -> int:
     def rules(config: "Config") -> "list[Mistake]":
         return check(config, options.world_size) + (file_mistakes(config) if options.files else [])
 
-    print_check(load(options.config, overrides, rules), options.world_size)
+    print_check(load(options.config, overrides, rules), options.world_size, options.ranks_per_node)
     return 0
 
 

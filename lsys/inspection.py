@@ -1,11 +1,12 @@
 """What `lsys check` and `lsys topology` print."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from lsys.config.load import config_hash, dump
+from lsys.config.methods import attention_costs, attention_methods
 from lsys.config.notices import notices
 from lsys.config.schema import Config
 from lsys.observe.flops import flops_per_token, parameters, recompute_flops_per_token
@@ -17,7 +18,7 @@ def mesh_of(config: Config, world_size: int) -> Mesh:
     return Mesh(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
 
 
-def print_check(config: Config, world_size: int) -> None:
+def print_check(config: Config, world_size: int, ranks_per_node: int) -> None:
     """The resolved configuration and what follows from it. The configuration passes `lsys.config.rules.check`."""
     console = _console()
     mesh = mesh_of(config, world_size)
@@ -26,6 +27,9 @@ def print_check(config: Config, world_size: int) -> None:
     for notice in notices(config, world_size):
         console.print(f"notice: {notice}")
     console.print(_grid(mesh), _parameters(config), _flops(config), _batches(config, mesh), sep="\n")
+    if mesh.context > 1 and {*"SW"} & {*config.model.kinds}:  # torch is imported only here
+        nodes = mesh.nodes(ranks_per_node)
+        console.print(*_attention(config, [nodes[rank] for rank in mesh.peers(0, "context")]), sep="\n")
 
 
 def print_topology(config: Config, world_size: int, ranks_per_node: int) -> None:
@@ -102,6 +106,22 @@ def _flops(config: Config) -> Table:
             [recompute_flops_per_token(config.model, length, recompute) for length in lengths],
         )
     return table
+
+
+def _attention(config: Config, node_of_rank: list[int]) -> Iterator[Table]:
+    """What one layer of softmax attention communicates by each method, and which is taken."""
+    taken = attention_methods(config, node_of_rank)
+    for kind, rows in attention_costs(config, node_of_rank).items():
+        title = f"{kind} layers over {len(node_of_rank)} context ranks on {len(set(node_of_rank))} nodes: received in one layer"
+        title += f", forward and backward, by a document of {config.train.micro_batch_tokens:,}"
+        headings = ["MB inside nodes", "MB across nodes", "MB of the busiest rank", "steps", "estimated ms", "note"]
+        table = Table("method", *headings, title=title, title_justify="left")
+        for row in rows:
+            sizes = (f"{size / 1e6:,.2f}" for size in (row.same_node, row.across_nodes, row.most))
+            note = "taken" + ("" if row.chosen else f" as configured; {row.note}".rstrip("; "))
+            note = note if row.method == taken[kind] else row.note
+            table.add_row(row.method, *sizes, str(row.steps), f"{1e3 * row.seconds:,.3f}", note)
+        yield table
 
 
 def _batches(config: Config, mesh: Mesh) -> Table:

@@ -22,6 +22,8 @@ class CheckOptions:
     """YAML file of the run."""
     world_size: int
     """Number of ranks that the run is to have."""
+    ranks_per_node: int = 8
+    """Ranks of one node; nodes are filled one after the other."""
     files: bool = False
     """Look whether the corpora and the checkpoint to resume from are on this machine, too."""
 

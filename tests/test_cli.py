@@ -101,6 +101,17 @@ def test_check_prints_what_the_configuration_resolves_to(capsys: pytest.CaptureF
     assert "│ data     │ 2      │ 4      │ 0 4 " in out
 
 
+def test_check_prints_what_each_way_of_attention_costs(capsys: pytest.CaptureFixture) -> None:
+    words = ["check", QUICKSTART, "--world-size", "4", "--parallel.context", "4", "--ranks-per-node", "2"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "S layers over 4 context ranks on 2 nodes" in out and "W layers" not in out
+    assert [line.split()[1] for line in out.splitlines() if "taken" in line] == ["ulysses"]
+    assert main([*words, "--parallel.attention", "ring"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[1] for line in out.splitlines() if "taken as configured" in line] == ["ring"]
+
+
 def test_check_refuses_with_all_mistakes_and_without_traceback() -> None:
     words = ["check", QUICKSTART, "--world-size", "6", "--parallel.tensor", "4", "--parallel.context", "2"]
     words += ["--optimizer.min_lr", "1"]

@@ -19,6 +19,9 @@ def _parallel(config: Config, world_size: int | None) -> list[str]:
         found.append(
             f"parallel.layout {parallel.layout} has no effect: context is 1, one rank holds all tokens of a micro-batch"
         )
+    if _changed(parallel, "attention") and (parallel.context == 1 or not {*"SW"} & {*config.model.kinds}):
+        why = "context is 1" if parallel.context == 1 else f"no layer of pattern {config.model.pattern!r} is S or W"
+        found.append(f"parallel.attention {parallel.attention} has no effect: {why}")
     product = parallel.tensor * parallel.context * parallel.pipeline
     if world_size and world_size % product == 0:
         each = config.micro_batches // (world_size // product)

@@ -31,7 +31,9 @@ def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
         if letter not in MIXERS:
             yield Mistake("model.pattern", f"{letter!r} in {pattern!r} is no token mixer", f"there are {known}")
     if "W" in pattern and config.model.window is None:
-        yield Mistake("model.window", f"it is empty, and pattern {pattern!r} has W layers", "give the tokens of the window")
+        yield Mistake(
+            "model.window", f"it is empty, and pattern {pattern!r} has W layers", "give the tokens of the window"
+        )
 
 
 def _heads(config: Config, world_size: int) -> Iterator[Mistake]:

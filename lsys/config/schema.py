@@ -36,7 +36,8 @@ class Model(Section):
     """The hybrid decoder: `pattern` repeated over `layers`."""
 
     pattern: str = Field(
-        "LLLS", description="One letter a layer, repeated: `S` softmax attention, `W` softmax attention in a sliding window, `L` Lightning linear attention."
+        "LLLS",
+        description="One letter a layer, repeated: `S` softmax attention, `W` softmax attention in a sliding window, `L` Lightning linear attention.",
     )
     layers: PositiveInt = Field(description="Number of layers.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
@@ -60,7 +61,9 @@ class Model(Section):
     )
     tied: bool = Field(True, description="Share the embedding with the output layer.")
     qk_norm: bool = Field(True, description="RMSNorm of queries and keys per head (softmax and window layers).")
-    rope_base: PositiveFloat = Field(10_000.0, description="Base of rotary position embedding (softmax and window layers).")
+    rope_base: PositiveFloat = Field(
+        10_000.0, description="Base of rotary position embedding (softmax and window layers)."
+    )
     norm_eps: PositiveFloat = Field(1e-6, description="Epsilon of RMSNorm.")
     init_std: PositiveFloat = Field(
         0.02, description="Standard deviation of initial weights; output projections divide it by sqrt(2 layers)."
@@ -115,8 +118,11 @@ class Parallel(Section):
     layout: Literal["contiguous", "zigzag"] = Field(
         "zigzag", description="How the documents of a micro-batch are laid over the context ranks."
     )
-    attention: Literal["gather"] = Field(
-        "gather", description="How softmax attention crosses context ranks: `gather` gathers keys and values."
+    attention: Literal["auto", "ring", "gather", "ulysses", "usp"] = Field(
+        "auto",
+        description="How softmax and window layers cross context ranks: `ring` passes keys and values from rank to rank, `gather` gathers them, "
+        "`ulysses` exchanges heads for tokens, `usp` is `ulysses` inside nodes and `ring` across; `auto`: the cheapest for each kind of layer, "
+        "which `lsys check` prints.",
     )
     linear: Literal["lasp2"] = Field(
         "lasp2", description="How linear attention crosses context ranks: `lasp2` gathers states once."

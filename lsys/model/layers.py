@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from lsys.config import Config
+from lsys.config.methods import attention_methods
 from lsys.model.lightning import LightningMixer
 from lsys.model.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
@@ -43,7 +44,9 @@ def block_spec(
     settings: Config, config: TransformerConfig, comm: SequenceComm, *, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk: the whole model's list, sliced by Megatron's own offset and count."""
-    options = MixerOptions(settings.model, settings.parallel, comm, recompute=settings.train.recompute == "selective")
+    methods = attention_methods(settings, comm.node_of_rank)
+    recompute = settings.train.recompute == "selective"
+    options = MixerOptions(settings.model, settings.parallel, comm, methods, recompute)
     specs = [layer_spec(kind, options) for kind in settings.model.kinds]
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)

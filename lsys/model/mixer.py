@@ -20,11 +20,17 @@ from lsys.parallel.comm import SequenceComm
 
 @dataclass(frozen=True)
 class MixerOptions:
-    """What a mixer takes from the configuration beside Megatron's own."""
+    """What a mixer takes from the configuration beside Megatron's own.
+
+    Attributes:
+        comm: the context ranks.
+        attention: how each kind of softmax layer crosses them.
+    """
 
     model: Model
     parallel: Parallel
     comm: SequenceComm
+    attention: dict[str, str]
     recompute: bool = False
 
 

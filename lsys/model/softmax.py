@@ -19,6 +19,7 @@ class SoftmaxMixer(Mixer):
     whatever a tensor rank owns: whole groups.
     """
 
+    kind = "S"
     window: int | None = None  # tokens that a query sees, itself included; None: all before it
 
     def __init__(
@@ -48,13 +49,15 @@ class SoftmaxMixer(Mixer):
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         rotary = packed.rotary(self.options.model.rope_base, self.head_dim)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        method = self.options.parallel.attention
+        method = self.options.attention[self.kind]
         o = softmax_attention(q, k, v, packed.layout, self.comm, method=method, window=self.window)
         return o.reshape(tokens, -1)
 
 
 class WindowMixer(SoftmaxMixer):
     """Softmax attention to the last `model.window` tokens of the document (Beltagy et al., Longformer, 2020; Jiang et al., Mistral 7B, 2023)."""
+
+    kind = "W"
 
     def __init__(self, *arguments: Any, options: MixerOptions, **named: Any) -> None:
         super().__init__(*arguments, options=options, **named)

@@ -210,6 +210,12 @@ NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (dict(optimizer__schedule="constant", optimizer__min_lr=1e-5), None, "optimizer.min_lr has no effect"),
     (dict(model__pattern="S", model__linear__decay=False), None, "model.linear.decay has no effect"),
     (dict(model__pattern="L", model__groups=2), None, "model.groups has no effect"),
+    (dict(parallel__attention="ring"), None, "parallel.attention ring has no effect: context is 1"),
+    (
+        dict(parallel__attention="ring", parallel__context=2, model__pattern="L"),
+        None,
+        "parallel.attention ring has no effect: no layer of pattern 'L' is S or W",
+    ),
     (dict(model__window=64), None, "model.window has no effect: no layer of pattern 'LLLS' is W"),
     (dict(model__layers=3), None, "S in model.pattern 'LLLS' has no effect: there are only 3 layers"),
     (dict(train__validate_every=3), None, "train.validate_every has no effect"),

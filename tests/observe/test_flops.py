@@ -10,7 +10,12 @@ from lsys.observe.flops import CHUNK, flops_per_token, parameters, recompute_flo
 from lsys.observe.hardware import cpu_peak, gpu_peak, peak, peak_of_ranks
 
 BASE = dict(layers=5, hidden=48, heads=6, groups=2, head_dim=10, ffn=80, vocab=61, vocab_multiple=8)
-VARIANTS = [{}, dict(pattern="S", qk_norm=False, tied=False), dict(pattern="LS", linear=dict(heads=3, head_dim=16)), dict(pattern="WLS", window=9)]
+VARIANTS = [
+    {},
+    dict(pattern="S", qk_norm=False, tied=False),
+    dict(pattern="LS", linear=dict(heads=3, head_dim=16)),
+    dict(pattern="WLS", window=9),
+]
 
 
 def built(rank: int, world_size: int, changes: dict) -> tuple[int, int]:

@@ -8,15 +8,14 @@ from support import faults, parity
 TOLERANCE = 1e-5  # fp32, relative
 
 
-def outcome(rank: int, world_size: int, changes: dict[str, Any], fault: str | None = None) -> Any:
-    result = parity.train(rank, world_size, changes, fault)
-    return result.__dict__
+def outcome(rank: int, world_size: int, changes: dict[str, Any], *more: Any) -> Any:
+    return parity.train(rank, world_size, changes, *more).__dict__
 
 
-def differences(gloo: Any, ranks: int, changes: dict[str, Any], fault: str | None = None) -> dict[str, float]:
+def differences(gloo: Any, ranks: int, changes: dict[str, Any], *more: Any) -> dict[str, float]:
     shared = {key: value for key, value in changes.items() if not key.startswith("parallel__")}
     one = _reference(gloo, tuple(sorted(shared.items())))
-    many = [parity.Outcome(**each) for each in gloo(ranks, outcome, changes, fault)]
+    many = [parity.Outcome(**each) for each in gloo(ranks, outcome, changes, *more)]
     return parity.difference(one, many)
 
 
@@ -70,6 +69,15 @@ SLOW = {
 }
 
 
+METHODS = {
+    "CP2": (2, degrees(context=2)),
+    "CP3 window": (3, degrees(context=3, model__pattern="WS", model__window=50)),
+    "TP2xCP2 contiguous": (4, degrees(tensor=2, context=2, parallel__layout="contiguous")),
+    "CP4 selective recompute": (4, degrees(context=4, train__recompute="selective")),
+    "PP2xCP2xDP2": (8, degrees(pipeline=2, context=2)),
+}
+
+
 def check(measured: dict[str, float]) -> None:
     assert max(measured.values()) <= TOLERANCE, measured
 
@@ -83,6 +91,15 @@ def test_equals_one_process(gloo: Any, case: str) -> None:
 @pytest.mark.parametrize("case", SLOW)
 def test_equals_one_process_more(gloo: Any, case: str) -> None:
     check(differences(gloo, *SLOW[case]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("method", ["ring", "gather", "ulysses", "usp"])
+def test_each_way_of_attention_equals_one_process(gloo: Any, method: str, case: str) -> None:
+    ranks, changes = METHODS[case]
+    more = None, 2  # no fault, two ranks on each node
+    check(differences(gloo, ranks, changes | {"parallel__attention": method}, *more))
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS)
