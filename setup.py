@@ -40,6 +40,7 @@ setup(
     ],
     extras_require={
         "data": ["pyarrow"],
+        "bench": ["matplotlib"],
         "dev": ["hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["lsys = lsys.__main__:main"]},

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lsys.parallel.ledger import label
+
 Result = TypeVar("Result")
 Other = TypeVar("Other")
 
@@ -65,6 +67,7 @@ class SequenceComm:
         self.node_of_rank = (0,) * self.size if node_of_rank is None else tuple(node_of_rank)
         if len(self.node_of_rank) != self.size:
             raise ValueError(f"node_of_rank names {len(self.node_of_rank)} ranks; the {axis} group has {self.size}")
+        label(self.group, axis, node_of_rank)
 
     def __repr__(self) -> str:
         return f"SequenceComm(rank={self.rank}, size={self.size}, axis={self.axis!r})"
@@ -173,12 +176,13 @@ class SequenceComm:
                 raise ValueError(f"rank {rank} is no peer; peers are {others}")
             if not tensor.is_contiguous():
                 raise ValueError(f"the tensor for rank {rank}, {[*tensor.shape]}, is not contiguous")
-        order = sorted({*send, *receive})  # by peer, sends before receives: one order on all ranks
+        # By peer, in one order on all ranks. Receives first: gloo tells the sender of each, in line behind its own sends
+        # to that peer, and a sender waits to be told, so the two ways would take turns.
         operations = [
             dist.P2POp(kind, tensors[peer].detach(), self.ranks[peer], self.group)
-            for peer in order
-            for kind, tensors in ((dist.isend, send), (dist.irecv, receive))
-            if peer in tensors and tensors[peer].numel()
+            for kind, tensors in ((dist.irecv, receive), (dist.isend, send))
+            for peer in sorted(tensors)
+            if tensors[peer].numel()
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
         return Pending(lambda: receive, *works)

@@ -11,8 +11,14 @@ import torch.distributed as dist
 
 from lsys.config.schema import Parallel
 from lsys.parallel.comm import SequenceComm
+from lsys.parallel.ledger import WORLD, label
 from lsys.runtime.environment import Launch
 from lsys.runtime.megatron import install_megatron
+
+# What Megatron's groups are accounted to, by their names in ProcessGroupCollection. Norms and found infinities are summed
+# over all ranks that share out the model.
+AXES = {"tp": "tensor", "cp": "context", "pp": "pipeline", "embd": "pipeline", "pos_embd": "pipeline", "dp": "data"}
+AXES |= {"dp_cp": "data", "intra_dp_cp": "data", "mp": "model", "intra_dist_opt": "model"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,14 @@ def process_groups(parallel: Parallel, launch: Launch, *, timeout_minutes: float
 
 
 def _context(collection: Any, launch: Launch, device: torch.device) -> SequenceComm:
-    nodes = SequenceComm(collection.cp).all_gather(torch.tensor([launch.node], device=device))
-    return SequenceComm(collection.cp, node_of_rank=nodes.tolist())
+    """The context ranks and their nodes; the ledger learns which axis each of Megatron's groups belongs to."""
+    node = torch.tensor([launch.node], device=device)
+    nodes = SequenceComm(None, axis=WORLD).all_gather(node).tolist()
+    for name, axis in AXES.items():
+        if (group := getattr(collection, name, None)) is not None:
+            label(group, axis, [nodes[rank] for rank in dist.get_process_group_ranks(group)])
+    # On the group itself: NCCL's point-to-point operations want a collective of all its ranks before.
+    return SequenceComm(collection.cp, node_of_rank=SequenceComm(collection.cp).all_gather(node).tolist())
 
 
 def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:

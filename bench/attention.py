@@ -1,0 +1,231 @@
+"""Attention across ranks: every method in one run, against its controls.
+
+    python bench/attention.py [SECTION ...] [--tokens 16384] [--out docs/benchmarks/attention.json]
+
+Sections (all if none is named):
+  methods   wall-clock at 2 ranks of one thread, bytes by the ledger and by formula; zigzag against contiguous
+  replay    the same at 4, 8 and 64 ranks, replayed with a device for each rank, over fast and slow links
+  overlap   2 ranks over a link as slow as the computation: overlapped against serial (network namespaces, root)
+  memory    peak live tensor bytes of a rank against the number of ranks, with the fitted curve
+  long      128K tokens exact on 4 ranks, and 1M tokens with a window
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from attention_worker import Case, attend
+
+from lsys.kernels.softmax_attention import softmax_attention as one_device
+from lsys.parallel.attention import METHODS
+from lsys.parallel.attention.cost import Links as CostLinks
+from lsys.parallel.attention.cost import Shape, traffic
+from lsys.parallel.ledger import NETWORK, NODE
+from lsys.parallel.replay import Link, Links, Program, SoloComm, fastest, simulate
+
+ROOT = Path(__file__).parents[1]
+WORKER = str(ROOT / "bench" / "attention_worker.py")
+LAB = str(ROOT / "launch" / "lab.sh")
+LAYOUTS = ("contiguous", "zigzag")
+RANKS_PER_NODE = 8
+# A CPU core computes some 10,000 times slower than a GPU; so are these links slower than NVLink and InfiniBand.
+LINKS: dict[str, Links] = {
+    "fast": {NODE: Link(5e-6, 5e9), NETWORK: Link(20e-6, 1e9)},
+    "slow": {NODE: Link(5e-6, 100e6), NETWORK: Link(20e-6, 12.5e6)},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Attention across ranks, every method in one run."""
+
+    sections: tyro.conf.Positional[tuple[str, ...]] = ()
+    """methods, replay, overlap, memory, long; all if none is named."""
+    tokens: Annotated[int, tyro.conf.arg(help="Tokens of the one causal document.")] = 16384
+    heads: int = 4
+    width: int = 64
+    out: Path | None = None
+    """Where the figures go, as JSON; sections that were not run keep theirs."""
+
+    def case(self, **changes: Any) -> Case:
+        case = Case("ring", "zigzag", (self.tokens,), self.heads, self.heads, self.width)
+        return replace(case, **changes)
+
+
+def launch(cases: list[Case], ranks: int, rate: str | None = None) -> list[dict[str, Any]]:
+    """The worker's results; with a rate, every rank is a node of the lab behind a link of that rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/cases.json", f"{folder}/results.json"]
+        Path(paths[0]).write_text(json.dumps([asdict(case) for case in cases]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "LAB": f"bench-{os.getpid()}"}
+        torchrun = str(Path(sys.executable).parent / "torchrun")
+        if rate is None:
+            command = [torchrun, "--standalone", "--nproc-per-node", str(ranks), WORKER, *paths]
+        else:
+            command = [LAB, "torchrun", folder, WORKER, *paths]
+            environment |= {"TORCHRUN": torchrun, "RANKS": "1"}
+            subprocess.run([LAB, "up", str(ranks), rate], env=environment, check=True)
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                logs = "".join(log.read_text() for log in Path(folder).glob("*.log"))
+                raise SystemExit(f"{done.stdout}{done.stderr}{logs}")
+        finally:
+            if rate is not None:
+                subprocess.run([LAB, "down"], env=environment, check=True)
+        return json.loads(Path(paths[1]).read_text())
+
+
+def show(title: str, heads: list[str], rows: list[list[Any]]) -> None:
+    print(f"\n{title}")
+    for row in [heads, *rows]:
+        print(" | ".join(f"{cell:>12.4g}" if isinstance(cell, float) else f"{cell!s:>12}" for cell in row), flush=True)
+
+
+def methods(options: Options) -> dict[str, Any]:
+    cases = [options.case(method=method, layout=layout) for method in METHODS for layout in LAYOUTS]
+    found = launch(cases, 2)
+    rows = [
+        [case.method, case.layout, result["seconds"], sum(result["received"]) / 1e6, sum(result["formula"]) / 1e6]
+        for case, result in zip(cases, found, strict=True)
+    ]
+    show(f"2 ranks, {options.tokens} tokens", ["method", "layout", "seconds", "MB ledger", "MB formula"], rows)
+    for case, result in zip(cases, found, strict=True):
+        if result["received"] != result["formula"]:
+            raise SystemExit(f"{case}: the ledger saw {result['received']} bytes, the formula says {result['formula']}")
+    ratio = found[0]["seconds"] / found[1]["seconds"]
+    print(f"ring, contiguous over zigzag: {ratio:.3f} (at least 1.35, ceiling 1.5)")
+    return {"rows": rows, "contiguous over zigzag": ratio}
+
+
+def programs(case: Case, ranks: int, runs: int = 2) -> list[Program]:
+    """What each rank does, measured alone, one rank after the other."""
+    nodes = [rank // RANKS_PER_NODE for rank in range(ranks)]
+    layout, made = case.make_layout(ranks), []
+    for rank in range(ranks):
+        comm, tensors, seen = SoloComm(rank, ranks, nodes), case.tensors(layout.tokens(rank)), []
+        attend(case, layout, comm, tensors)
+        for _ in range(runs):
+            comm.restart()
+            attend(case, layout, comm, tensors)
+            seen.append(comm.program)
+        made.append(fastest(seen))
+    return made
+
+
+def replay(options: Options) -> dict[str, Any]:
+    rows: list[list[Any]] = []
+    for ranks in (4, 8, 64):
+        for method in METHODS:
+            for layout in LAYOUTS:
+                made = programs(options.case(method=method, layout=layout), ranks)
+                lines = [simulate(made, links) for links in LINKS.values()]
+                rows.append([ranks, method, layout, *(x for line in lines for x in (line.seconds, line.efficiency))])
+    heads = ["ranks", "method", "layout", *(f"{name} {what}" for name in LINKS for what in ("s", "efficiency"))]
+    show(f"replay, {options.tokens} tokens", heads, rows)
+    seconds = {tuple(row[:3]): row[3] for row in rows}
+    ratio = seconds[8, "ring", "contiguous"] / seconds[8, "ring", "zigzag"]
+    print(f"ring at 8 ranks, contiguous over zigzag: {ratio:.3f} (at least 1.7, ceiling 1.875)")
+    return {"heads": heads, "rows": rows, "contiguous over zigzag at 8": ratio}
+
+
+def overlap(options: Options) -> dict[str, Any]:
+    kinds = {name: options.case(comm=name) for name in ("none", "serial", "overlapped")}
+    alone = launch([kinds["none"]], 2)[0]["seconds"]
+    shape = Shape(options.heads, options.heads, options.width, 4)
+    sent = traffic("ring", options.case().make_layout(2), shape, (0, 1))
+    # Bytes that follow one another: in each step those of the direction that has more. TCP's payload is 95.5% of a link.
+    serial_bytes = sent.seconds((0, 1), CostLinks(1.0, 1.0, 0.0))
+    rate = round(8 * serial_bytes / alone / 0.955 / 1e3)  # kbit/s
+    serial, overlapped = (r["seconds"] for r in launch([kinds["serial"], kinds["overlapped"]], 2, f"{rate}kbit"))
+    rows = [["computation alone", alone, 1.0], ["serial", serial, serial / alone]]
+    rows.append(["overlapped", overlapped, overlapped / alone])
+    show(
+        f"ring over a link of {rate / 1e3:.0f} Mbit/s: {serial_bytes / 1e6:.1f} MB in as long as the computation takes",
+        ["", "seconds", "ratio"],
+        rows,
+    )
+    print("serial at least 1.8, overlapped at most 1.25")
+    return {"mbit": rate / 1e3, "rows": rows}
+
+
+def memory(options: Options) -> dict[str, Any]:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    rows: list[list[Any]] = []
+    for ranks in (8, 16, 32, 64):  # one round of blocks; fewer ranks hold parts of blocks, and less
+        case, peaks = options.case(), []
+        layout = case.make_layout(ranks)
+        for rank in (0, ranks // 2, ranks - 1):
+            tensors, comm = case.tensors(layout.tokens(rank)), SoloComm(rank, ranks)
+            attend(case, layout, comm, tensors)
+            with MemTracker() as tracker:
+                tracker.track_external(*tensors)
+                attend(case, layout, comm, tensors)
+            peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+        rows.append([ranks, max(peaks) / 1e6])
+    shares = torch.tensor([[1.0, 1 / ranks] for ranks, _ in rows], dtype=torch.float64)
+    peaks_ = torch.tensor([[peak] for _, peak in rows], dtype=torch.float64)
+    fixed, shared = torch.linalg.lstsq(shares, peaks_).solution.flatten().tolist()
+    for row in rows:
+        row += [fixed + shared / row[0]]
+    show(f"peak live tensors of a rank in MB, ring, {options.tokens} tokens", ["ranks", "MB", "fit"], rows)
+    print(f"fit: {fixed:.2f} + {shared:.2f} / ranks")
+    return {"rows": rows, "fixed": fixed, "shared": shared}
+
+
+def long(options: Options) -> dict[str, Any]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for tokens, window in ((128 * 1024, None), (1024 * 1024, 1024)):
+            case = Case("ring", "zigzag", (tokens,), 1, 1, 32, window, repeats=0, reference=f"{folder}/{tokens}.pt")
+            started = time.perf_counter()
+            *leaves, do = case.tensors(tokens)
+            for x in leaves:
+                x.requires_grad_()
+            ends = torch.tensor([0, tokens])
+            o, _ = one_device(*leaves, cu_seqlens_q=ends, cu_seqlens_k=ends, window=window)
+            gradients = torch.autograd.grad(o, leaves, do)
+            torch.save([x.detach() for x in (*leaves, do, o, *gradients)], case.reference)
+            alone = time.perf_counter() - started
+            started = time.perf_counter()
+            cases = [case, replace(case, layout="contiguous")] if window else [case]
+            for each, result in zip(cases, launch(cases, 4), strict=True):
+                rows.append(
+                    [tokens, window or "none", each.layout, alone, time.perf_counter() - started, *result["errors"]]
+                )
+    heads = ["tokens", "window", "layout", "one device s", "4 ranks s", "o", "dq", "dk", "dv"]
+    show("largest difference from one device, fp32, relative", heads, rows)
+    if max(max(row[5:]) for row in rows) > 1e-5:
+        raise SystemExit("the result differs from one device by more than 1e-5")
+    return {"heads": heads, "rows": rows}
+
+
+SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "methods": methods, "replay": replay, "overlap": overlap, "memory": memory, "long": long,
+}  # fmt: skip
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    unknown = set(options.sections) - SECTIONS.keys()
+    if unknown:
+        raise SystemExit(f"{', '.join(unknown)}: no section; there are {', '.join(SECTIONS)}")
+    figures = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    for name in options.sections or SECTIONS:
+        figures[name] = SECTIONS[name](options)
+        if options.out:
+            options.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

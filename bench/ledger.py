@@ -1,0 +1,222 @@
+"""What the ledger costs, and how replay compares with wall-clock, on two ranks.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 bench/ledger.py overhead --parallel.context 2
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 bench/ledger.py replay
+
+overhead: training steps of configs/quickstart.yaml (`make train` prepares its corpus), with and without the recorder in
+turn, in one run; any --parallel.NAME. replay: exchanges, attention and training steps, measured, and replayed from their
+programs over links that are measured in the same run. The latter also in a lab of two nodes:
+
+    launch/lab.sh up 2 1gbit; launch/lab.sh torchrun /tmp/logs bench/ledger.py replay; launch/lab.sh down
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from lsys.config.load import load
+from lsys.config.overrides import Override
+from lsys.config.schema import Config
+from lsys.data.corpus import Corpus
+from lsys.data.plan import Planner
+from lsys.data.stream import TokenStream
+from lsys.parallel.attention import softmax_attention
+from lsys.parallel.comm import Pending, SequenceComm
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.ledger import NETWORK, NODE, record
+from lsys.parallel.replay import Link, fastest, gather_programs, recorded_program, simulate
+from lsys.runtime.environment import launch_from_environment
+from lsys.runtime.groups import Groups, process_groups
+
+
+@contextlib.contextmanager
+def training(settings: Config) -> Iterator[Callable[[int], None]]:
+    """A function that runs the training step of a number."""
+    corpora = [Corpus.open(str(corpus.path)) for corpus in settings.data.corpora]
+    stream = TokenStream(corpora, [1.0] * len(corpora), seed=0, split="train", validation_fraction=0.01)
+    parallel, train = settings.parallel, settings.train
+    planner = Planner(stream, train.batch_tokens, train.micro_batch_tokens, parallel.context, parallel.tensor)
+    with process_groups(parallel, launch_from_environment()) as groups:
+        from lsys.train.engine import Engine  # imports megatron, which `process_groups` prepares
+
+        engine = Engine(settings, groups)
+
+        def step(number: int) -> None:
+            engine.forward_backward(batches(planner, number, groups))
+            engine.step()
+
+        yield step
+
+
+def batches(planner: Planner, number: int, groups: Groups):
+    plan = planner.step(number, groups.data_rank, groups.data_size)
+    return plan.on_rank(groups.context_rank, groups.device)
+
+
+def overhead(settings: Config, pairs: int) -> None:
+    """Pairs of the same step, with the recorder first and second in turn."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    cpu = {False: 0.0, True: 0.0}
+    calls = 0
+    with training(settings) as step:
+        for number in range(3):
+            step(number)
+        for number in range(pairs):
+            for on in (False, True) if number % 2 else (True, False):
+                with record() if on else contextlib.nullcontext() as ledger:
+                    dist.barrier()
+                    began, used = time.perf_counter(), time.process_time()
+                    step(number)
+                    times[on].append(time.perf_counter() - began)
+                    cpu[on] += time.process_time() - used
+                calls = ledger.calls() if ledger else calls
+        cost = cost_of_a_call()
+        if dist.get_rank() == 0:
+            ratios = [on / off for on, off in zip(times[True], times[False], strict=True)]
+            off, on = (statistics.median(times[key]) for key in (False, True))
+            print(
+                f"{pairs} pairs of steps: off {off * 1e3:.1f} ms, on {on * 1e3:.1f} ms, medians; {calls} operations a step"
+            )
+            print(f"ratio of the medians {on / off:.4f}, of the sums {sum(times[True]) / sum(times[False]):.4f}")
+            print(f"median of the pairs' ratios {statistics.median(ratios):.4f}; CPU time {cpu[True] / cpu[False]:.4f}")
+            share = calls * cost / off
+            print(f"an operation costs {cost * 1e6:.1f} us more to issue and wait for: {share:.2%} of a step")
+
+
+def cost_of_a_call(count: int = 2000) -> float:
+    """Seconds by which recording makes an operation slower, on a group of this rank alone: best of several turns."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    group, x = groups[dist.get_rank()], torch.ones(1)
+    best = {False: float("inf"), True: float("inf")}
+    for turn in range(10):
+        with record() if turn % 2 else contextlib.nullcontext():
+            began = time.perf_counter()
+            for _ in range(count):
+                dist.all_reduce(x, group=group)
+            best[bool(turn % 2)] = min(best[bool(turn % 2)], (time.perf_counter() - began) / count)
+    return best[True] - best[False]
+
+
+# ---- replay
+
+
+def measured_link(comm: SequenceComm, *, both_ways: bool, large: int = 1 << 20) -> Link:
+    """Latency and bandwidth between two ranks: rank 0 sends to rank 1, or each to the other at the same time.
+
+    Gloo sends and receives on one thread, so that what two large messages get of the link is not twice what one gets.
+    """
+
+    def seconds(elements: int, repeats: int) -> float:
+        tensors = torch.ones(2, elements)
+        times = []
+        for _ in range(repeats):
+            dist.barrier()
+            began = time.perf_counter()
+            exchange(comm, tensors, both_ways).wait()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    seconds(large, 2)
+    small = seconds(1, 200)
+    slower = torch.tensor([small, seconds(large, 9) - small], dtype=torch.float64)
+    dist.all_reduce(slower, op=dist.ReduceOp.MAX)
+    return Link(float(slower[0]), 4 * large / float(slower[1]))
+
+
+def exchange(comm: SequenceComm, tensors: torch.Tensor, both_ways: bool) -> Pending:
+    """Send the first tensor to the other rank, receive into the second."""
+    peer = 1 - comm.rank
+    send, receive = (
+        {peer: tensor} if both_ways or comm.rank == sender else {} for sender, tensor in enumerate(tensors)
+    )
+    return comm.exchange(send, receive)
+
+
+def compare(name: str, run: Callable[[], None], link: Link, repeats: int) -> None:
+    """Wall-clock of `run`, from a barrier to the last rank's end, beside the replay of its programs."""
+    walls, programs = [], []
+    run()
+    for _ in range(repeats):
+        dist.barrier()
+        began = time.perf_counter()
+        with record(programs=True) as ledger:
+            run()
+        wall = torch.tensor([time.perf_counter() - began])
+        dist.all_reduce(wall, op=dist.ReduceOp.MAX)
+        walls.append(wall.item())
+        programs.append(gather_programs(recorded_program(ledger)))
+    if dist.get_rank() == 0:
+        links = {NODE: link, NETWORK: link}
+        best = simulate([fastest(runs) for runs in zip(*programs, strict=True)], links, backend="gloo").seconds
+        usual = statistics.median(simulate(each, links, backend="gloo").seconds for each in programs)
+        ratio = f"{usual / statistics.median(walls):.3f}"
+        print(
+            f"{name:36} {statistics.median(walls):9.4f} {usual:9.4f} {ratio:>7}  {min(walls):9.4f} {best:9.4f} {best / min(walls):7.3f}"
+        )
+
+
+def replay(settings: Config, repeats: int) -> None:
+    dist.init_process_group("gloo")
+    comm = SequenceComm(None)
+    one_way, link = (measured_link(comm, both_ways=both) for both in (False, True))
+    if comm.rank == 0:
+        for name, each in (("one way", one_way), ("both ways", link)):
+            print(f"link, {name}: {each.latency * 1e6:.0f} us, {each.bandwidth / 1e6:.0f} MB/s")
+        print(
+            f"{'seconds: medians, and the least':36} {'wall':>9} {'replay':>9} {'ratio':>7}  {'wall':>9} {'replay':>9} {'ratio':>7}"
+        )
+    tensors, x = torch.ones(2, 1 << 20), torch.randn(512, 512)
+
+    def products(*, overlap: bool) -> None:
+        for _ in range(10):
+            pending = exchange(comm, tensors, both_ways=False)
+            if not overlap:
+                pending.wait()
+            x @ x @ x @ x
+            pending.wait()
+
+    compare("10 products, messages of 4 MB", lambda: products(overlap=False), one_way, repeats)
+    compare("the same, overlapped", lambda: products(overlap=True), one_way, repeats)
+    generator = torch.Generator().manual_seed(0)
+    for method, kind in (("ring", "contiguous"), ("ring", "zigzag"), ("gather", "zigzag"), ("ulysses", "contiguous")):
+        layout = getattr(SequenceLayout, kind)([4096], 2)
+        leaves = [
+            torch.randn(layout.tokens(comm.rank), 4, 64, generator=generator, requires_grad=True) for _ in range(3)
+        ]
+
+        def attention(method=method, layout=layout, leaves=leaves) -> None:
+            softmax_attention(*leaves, layout, comm, method=method).sum().backward()
+
+        compare(f"{method}, {kind}, 4,096 tokens", attention, link, repeats)
+    for axis in ("context", "tensor"):
+        with training(with_degree(settings, axis)) as step:
+            compare(f"training step, {axis} 2", lambda step=step: step(0), link, repeats)
+
+
+def with_degree(settings: Config, axis: str) -> Config:
+    return settings.model_copy(update=dict(parallel=settings.parallel.model_copy(update={axis: 2})))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["overhead", "replay"])
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--repeats", type=int, default=30, help="pairs of steps, or runs of each case")
+    arguments, others = parser.parse_known_args()
+    torch.set_num_threads(1)
+    overrides = [
+        Override(tuple(k.removeprefix("--").split(".")), v) for k, v in zip(others[::2], others[1::2], strict=True)
+    ]
+    settings = load(arguments.config, [Override(("train", "precision"), "fp32"), *overrides])
+    {"overhead": overhead, "replay": replay}[arguments.part](settings, arguments.repeats)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
