@@ -5,6 +5,7 @@ the values of file and command line are checked alike and together.
 """
 
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -59,7 +60,7 @@ def _options_of(section: type[BaseModel], words: Sequence[str], above: str = "")
     made: list[tuple[str, Any, Any]] = []
     for name, field in section.model_fields.items():
         inner, path = held_section(field.annotation), f"{above}{name}"
-        if inner is not None and inner == field.annotation:
+        if inner is not None and not typing.get_args(field.annotation):
             made.append(_group(name, name, _options_of(inner, words, f"{path}.")))
             continue
         kind = "list" if inner else kind_in_words(schema["properties"][name], schema)

@@ -59,6 +59,6 @@ class WindowMixer(SoftmaxMixer):
 
     kind = "W"
 
-    def __init__(self, *arguments: Any, options: MixerOptions, **named: Any) -> None:
-        super().__init__(*arguments, options=options, **named)
-        self.window = options.model.window
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.window = self.options.model.window
