@@ -8,12 +8,13 @@
 #   lab.sh bytes                      a line per node: its number, bytes sent, bytes received, by its interface
 #   lab.sh down                       end what still runs on the nodes, and remove them
 #
-# Nodes have the addresses NET.1, NET.2, ... on eth0 (variables LAB, a prefix of names, and NET). No address, route or
+# Nodes have the addresses NET.1, NET.2, ... on eth0 (variables LAB, a prefix of names, NET and MTU). No address, route or
 # firewall rule changes outside these namespaces, so that nothing in them reaches another machine. Linux, root, iproute2.
 set -Eeuo pipefail
 
 LAB=${LAB:-lsys-lab}
 NET=${NET:-10.91.0}
+MTU=${MTU:-9000}  # jumbo frames, as clusters have: each packet costs CPU time of the cores that compute
 SWITCH=$LAB-switch
 
 fail() { echo "lab.sh: $*" >&2; exit 1; }
@@ -40,7 +41,7 @@ up() {
     for ((node = 0; node < count; node++)); do
         ip netns add "$LAB-$node"
         on "$node" sh -c 'echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6' 2>/dev/null || true  # IPv6 talks unasked
-        ip link add eth0 netns "$LAB-$node" type veth peer name "port$node" netns "$SWITCH"
+        ip link add eth0 mtu "$MTU" netns "$LAB-$node" type veth peer name "port$node" mtu "$MTU" netns "$SWITCH"
         ip -n "$SWITCH" link set "port$node" master bridge up
         ip -n "$LAB-$node" address add "$NET.$((node + 1))/24" dev eth0
         ip -n "$LAB-$node" link set lo up
