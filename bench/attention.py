@@ -27,7 +27,6 @@ from attention_worker import Case, attend
 
 from lsys.kernels.softmax_attention import softmax_attention as one_device
 from lsys.parallel.attention import METHODS
-from lsys.parallel.attention.cost import Links as CostLinks
 from lsys.parallel.attention.cost import Shape, traffic
 from lsys.parallel.ledger import NETWORK, NODE
 from lsys.parallel.replay import Link, Links, Program, SoloComm, fastest, simulate
@@ -144,7 +143,7 @@ def overlap(options: Options) -> dict[str, Any]:
     shape = Shape(options.heads, options.heads, options.width, 4)
     sent = traffic("ring", options.case().make_layout(2), shape, (0, 1))
     # Bytes that follow one another: in each step those of the direction that has more. TCP's payload is 99.3% of jumbo frames.
-    serial_bytes = sent.seconds((0, 1), CostLinks(1.0, 1.0, 0.0))
+    serial_bytes = sent.seconds((0, 1), dict.fromkeys((NODE, NETWORK), Link(0.0, 1.0)))  # at 1 byte/s
     rate = round(8 * serial_bytes / alone / 0.993 / 1e3)  # kbit/s
     serial, overlapped = (r["seconds"] for r in launch([kinds["serial"], kinds["overlapped"]], 2, f"{rate}kbit"))
     rows = [["computation alone", alone, 1.0], ["serial", serial, serial / alone]]

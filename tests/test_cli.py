@@ -106,7 +106,7 @@ def test_check_prints_what_each_way_of_attention_costs(capsys: pytest.CaptureFix
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "S layers over 4 context ranks on 2 nodes" in out and "W layers" not in out
-    assert [line.split()[1] for line in out.splitlines() if "taken" in line] == ["ulysses"]
+    assert [line.split()[1] for line in out.splitlines() if "taken" in line] == ["usp"]
     assert main([*words, "--parallel.attention", "ring"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[1] for line in out.splitlines() if "taken as configured" in line] == ["ring"]

@@ -13,6 +13,8 @@ from lsys.parallel.attention import METHODS, gather, ring, usp
 from lsys.parallel.attention.heads import Share, pooled, shares
 from lsys.parallel.comm import is_uneven
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.ledger import NETWORK, NODE
+from lsys.parallel.replay import HARDWARE, Links
 from lsys.parallel.schedule import Schedule, Transfer, count, returns
 
 # A method is not chosen if some rank computes so much more than the mean because of how heads fall.
@@ -32,15 +34,6 @@ class Shape:
     def wide(self) -> int:
         """Bytes of a number of a sum of gradients: fp32, fp64 for fp64."""
         return max(4, self.itemsize)
-
-
-@dataclass(frozen=True)
-class Links:
-    """Bytes a second into and out of a rank, and seconds until a message's first byte arrives."""
-
-    same_node: float = 200e9
-    across_nodes: float = 25e9
-    latency: float = 10e-6
 
 
 class Messages(NamedTuple):
@@ -68,11 +61,16 @@ class Traffic:
 
     def seconds(self, node_of_rank: Sequence[int], links: Links) -> float:
         """How long it takes if nothing else happens: each phase as long as the rank that sends or receives longest."""
-        speed, total = torch.tensor([links.same_node, links.across_nodes], dtype=torch.float64), 0.0
+        classes = links[NODE], links[NETWORK]
+        speed, total = torch.tensor([link.bandwidth for link in classes], dtype=torch.float64), 0.0
         for messages in (*self.forward, *self.backward):
             sent, received = (_by_rank(messages, end, node_of_rank) for end in messages[:2])
             busy = torch.maximum(sent, received) / speed  # both kinds of links work at the same time
-            total += links.latency + float(busy.max()) if busy.any() else 0.0
+            taken = (busy > 0).any(0).tolist()
+            latency = max(
+                (link.latency for link, is_taken in zip(classes, taken, strict=True) if is_taken), default=0.0
+            )
+            total += latency + float(busy.max())
         return total
 
 
@@ -198,7 +196,7 @@ def choose(
     layout: SequenceLayout,
     shape: Shape,
     node_of_rank: Sequence[int],
-    links: Links = Links(),  # noqa: B008  (it cannot be changed)
+    links: Links = HARDWARE["h100"],
     *,
     causal: bool = True,
     window: int | None = None,

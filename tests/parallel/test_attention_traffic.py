@@ -11,10 +11,12 @@ from support.layouts import layouts
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lsys.parallel.attention import METHODS, executor, softmax_attention, usp
-from lsys.parallel.attention.cost import Links, Shape, choose, traffic
+from lsys.parallel.attention.cost import Shape, choose, traffic
 from lsys.parallel.attention.heads import pieces, shares
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.ledger import NETWORK, NODE
+from lsys.parallel.replay import Link
 
 
 class Watch:
@@ -239,7 +241,7 @@ def test_choice_of_a_method():
     assert table["ring"].same_node > table["usp"].same_node and table["ring"].steps == 16 - 1 + 16 + 1
     assert [row.method for row in choose(short, Shape(32, 4, 128), nodes) if row.chosen] == ["ring"]  # nothing crosses
     assert all(row.seconds == 0 and row.steps == 0 for row in choose(short, Shape(32, 4, 128), nodes)[:2])
-    slow = Links(latency=1.0)
+    slow = {NODE: Link(1.0, 200e9), NETWORK: Link(1.0, 25e9)}
     assert min(choose(long, Shape(32, 4, 128), nodes, slow), key=lambda row: row.seconds).method == "gather"
     table = {row.method: row for row in choose(long, Shape(2, 2, 128), [0] * 16)}
     assert table["ulysses"].note == "2 heads do not keep 16 ranks equally busy" and not table["ulysses"].chosen
