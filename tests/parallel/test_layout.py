@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.layouts import drawn_layouts
 
 from lsys.parallel.layout import Segment, SequenceLayout
 
@@ -14,20 +15,9 @@ UNHURRIED = settings(deadline=None, max_examples=60)  # the machine may be busy:
 MAKERS = [SequenceLayout.contiguous, SequenceLayout.zigzag]
 
 
-@st.composite
-def random_layouts(draw: st.DrawFn) -> SequenceLayout:
-    """Documents cut anywhere, pieces on any rank, in any order."""
-    lengths, ranks = draw(LENGTHS), draw(RANKS)
-    placed = [[] for _ in range(ranks)]
-    for document, length in enumerate(lengths):
-        cuts = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=5))})
-        for start, stop in zip(cuts, cuts[1:], strict=False):
-            rank = placed[draw(st.integers(0, ranks - 1))]
-            rank.insert(draw(st.integers(0, len(rank))), (document, start, stop - start))
-    return SequenceLayout(tuple(lengths), tuple(map(tuple, placed)))
-
-
-ANY_LAYOUT = random_layouts() | st.builds(lambda make, n, p: make(n, p), st.sampled_from(MAKERS), LENGTHS, RANKS)
+ANY_LAYOUT = RANKS.flatmap(drawn_layouts) | st.builds(
+    lambda make, n, p: make(n, p), st.sampled_from(MAKERS), LENGTHS, RANKS
+)
 
 
 @UNHURRIED
