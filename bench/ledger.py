@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from lsys.config.load import load
-from lsys.config.overrides import Override
+from lsys.config.overrides import parse_overrides
 from lsys.config.schema import Config
 from lsys.data.corpus import Corpus
 from lsys.data.plan import Planner
@@ -209,10 +209,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="pairs of steps, or runs of each case")
     arguments, others = parser.parse_known_args()
     torch.set_num_threads(1)
-    overrides = [
-        Override(tuple(k.removeprefix("--").split(".")), v) for k, v in zip(others[::2], others[1::2], strict=True)
-    ]
-    settings = load(arguments.config, [Override(("train", "precision"), "fp32"), *overrides])
+    settings = load(arguments.config, parse_overrides(["--train.precision", "fp32", *others]))
     {"overhead": overhead, "replay": replay}[arguments.part](settings, arguments.repeats)
     if dist.is_initialized():
         dist.destroy_process_group()

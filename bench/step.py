@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsys.config.load import load
-from lsys.config.overrides import Override
+from lsys.config.overrides import parse_overrides
 from lsys.config.schema import Config, Model
 from lsys.data.corpus import Corpus
 from lsys.data.plan import Planner, RankBatch
@@ -144,7 +144,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from lsys.train.engine import Engine
 
-    settings = load(arguments.config, [Override(("train", "precision"), "fp32"), Override(("train", "z_loss"), "0")])
+    settings = load(arguments.config, parse_overrides(["--train.precision", "fp32", "--train.z-loss", "0"]))
     corpora = [Corpus.open(str(corpus.path)) for corpus in settings.data.corpora]
     stream = TokenStream(corpora, [1.0] * len(corpora), seed=0, split="train", validation_fraction=0.01)
     planner = Planner(stream, settings.train.batch_tokens, settings.train.micro_batch_tokens)
