@@ -118,8 +118,8 @@ def _attention(config: Config, node_of_rank: list[int]) -> Iterator[Table]:
         table = Table("method", *headings, title=title, title_justify="left")
         for row in rows:
             sizes = (f"{size / 1e6:,.2f}" for size in (row.same_node, row.across_nodes, row.most))
-            note = "taken" + ("" if row.chosen else f" as configured; {row.note}".rstrip("; "))
-            note = note if row.method == taken[kind] else row.note
+            how = "" if row.method != taken[kind] else "taken" if row.chosen else "taken as configured"
+            note = "; ".join(filter(None, (how, row.note)))
             table.add_row(row.method, *sizes, str(row.steps), f"{1e3 * row.seconds:,.3f}", note)
         yield table
 
