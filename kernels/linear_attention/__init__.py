@@ -1,16 +1,22 @@
-"""Linear attention with or without decay, of packed sequences, on one device."""
+"""Linear attention, of packed sequences, on one device: without decay, with fixed or gated decay, with the delta rule."""
 
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.chunked import ChunkedSegments, SegmentMap
+from lsys.kernels.linear_attention.channel import ChannelSegments
+from lsys.kernels.linear_attention.checks import check_direction, check_tensors, sequence_lengths
+from lsys.kernels.linear_attention.chunked import SegmentMap
+from lsys.kernels.linear_attention.delta import DeltaSegments
 from lsys.kernels.linear_attention.reference import ReferenceSegments
+from lsys.kernels.linear_attention.scalar import ScalarSegments
+from lsys.kernels.linear_attention.transition import carry
 
-__all__ = ["BACKENDS", "SegmentMap", "Segments", "check_options", "linear_attention", "segments"]
+__all__ = ["BACKENDS", "SegmentMap", "Segments", "diagonal", "linear_attention", "segments"]
 
 BACKENDS = ("auto", "reference", "chunked")
 
@@ -46,47 +52,58 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = e^(g_t) S_(t-1) + k_t v_t^T, o_t = scale q_t S_t, anew in each sequence.
 
+    With beta, the delta rule (Schlag et al., 2021; Yang et al., 2024): what S says of k_t is replaced by v_t in part,
+    S_t = (1 - beta_t k_t k_t^T) e^(g_t) S_(t-1) + beta_t k_t v_t^T. Keys are taken as given: normalise them before.
     Conventions of flash-linear-attention (Yang & Zhang, 2024). Differentiable in all tensors.
 
     Args:
         q, k: [B, T, H_k, K]; head h reads key head h // (H / H_k).
         v: [B, T, H, V].
-        log_decay: g, natural logarithms of at most 0 (checked on CPU): None, [H] fixed per head, or [B, T, H] per token.
-        beta: of the delta rule, which is not offered: None.
+        log_decay: g, natural logarithms of at most 0 (checked on CPU): None, [H] fixed per head (Lightning, retention),
+            [B, T, H] per token (Mamba-2), or [B, T, H, K] per token and key channel (GLA).
+        beta: of the delta rule, [B, T, H] in [0, 2] (checked on CPU); None without.
         initial_state: [N, H, K, V], the states before the sequences; default zero.
         output_final_state: whether to return the states after the sequences.
         cu_seqlens: integers [N + 1], where each of N packed sequences begins, then T; needs B = 1. Best on the host.
             None: N = B sequences of T tokens.
         scale: default K**-0.5.
-        causal: True.
+        causal: False also lets each token see those after it, by the same recurrence from the end: the mixing matrix is
+            the causal one plus that of the reversed sequence, with the diagonal once (quasiseparable: Hydra, Hwang et
+            al., 2024). There are no initial and final states then.
         backend: "reference" (token by token), "chunked" (matrix products), or "auto", which logs its choice.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final states [N, H, K, V] in fp32 (fp64 for fp64) or None.
 
     Raises:
-        ValueError: shapes or options that do not fit together or do not exist.
+        ValueError: shapes, values or options that do not fit together or do not exist.
     """
-    check_options(log_decay, beta, causal)
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
             f"linear attention takes q, k [B, T, H_k, K], v [B, T, H, V]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
         )
     if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
         raise ValueError(f"q, k and v must share B and T; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    if log_decay is not None and log_decay.dim() > 1 and log_decay.shape != v.shape[:-1]:
-        raise ValueError(f"log_decay is {[*log_decay.shape]}; [H] or [B, T, H] make it {[*v.shape[:-1]]}")
     batch, tokens, heads, width = v.shape
-    lengths = [tokens] * batch if cu_seqlens is None else _lengths(cu_seqlens, batch, tokens)
+    for name, x in (("log_decay", log_decay), ("beta", beta)):
+        if x is not None and x.dim() > 1 and x.shape[:3] != v.shape[:3]:
+            raise ValueError(f"{name} is {[*x.shape]}; per token and head it begins {[*v.shape[:3]]}")
+    check_direction(causal, initial_state, output_final_state)
+    lengths = [tokens] * batch if cu_seqlens is None else sequence_lengths(cu_seqlens, batch, tokens)
     wanted = [len(lengths), heads, k.shape[-1], width]
     if initial_state is not None and [*initial_state.shape] != wanted:
         raise ValueError(f"initial_state is {[*initial_state.shape]}; [N, H, K, V] makes it {wanted}")
-    decay = log_decay.flatten(0, 1) if log_decay is not None and log_decay.dim() == 3 else log_decay
+    flat = [x if x is None or x.dim() == 1 else x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]  # [B T, H ...]
     linked = range(len(lengths)) if output_final_state or initial_state is not None else ()
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B, T, H, D] -> [B T, H, D]
-    parts = segments(q, k, v, decay, lengths, linked, scale=scale, backend=backend)
+    parts = segments(*flat, lengths, linked, scale=scale, backend=backend)  # type: ignore[arg-type]
     segment_map = parts.segment_map()
-    o = parts.apply(segment_map, parts.intra(), initial_state).unflatten(0, (batch, tokens))
+    o = parts.apply(segment_map, parts.intra(), initial_state)
+    if not causal:
+        back = [x if x is None or x.dim() == 1 else x.flip(0) for x in flat]
+        parts = segments(*back, lengths[::-1], (), scale=scale, backend=backend)  # type: ignore[arg-type]
+        o = o + parts.apply(parts.segment_map(), parts.intra(), None).flip(0)
+        o = o - diagonal(flat[0], flat[1], flat[2], flat[4], scale)  # type: ignore[arg-type]
+    o = o.unflatten(0, (batch, tokens))
     return o, _final_state(segment_map, initial_state) if output_final_state else None
 
 
@@ -95,6 +112,7 @@ def segments(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
+    beta: Tensor | None,
     lengths: Sequence[int],
     linked: Sequence[int],
     *,
@@ -106,78 +124,45 @@ def segments(
     Args:
         q, k: [T, H_k, K].
         v: [T, H, V].
-        log_decay: None, [H] or [T, H], at most 0 (checked on CPU).
+        log_decay: None, [H], [T, H] or [T, H, K], at most 0 (checked on CPU).
+        beta: None or [T, H], in [0, 2] (checked on CPU).
         lengths: tokens of each segment, zero allowed; their sum is T.
         linked: the L segments, ascending, whose maps are wanted or which receive a state.
         scale, backend: as in `linear_attention`.
 
     Raises:
-        ValueError: shapes that do not fit together, a positive decay, or a backend that does not exist.
+        ValueError: shapes or values that do not fit together, or a backend that does not exist.
     """
-    if q.shape != k.shape:
-        raise ValueError(f"q and k must have one shape; got {[*q.shape]} and {[*k.shape]}")
-    if k.shape[1] == 0 or v.shape[1] % k.shape[1]:
-        raise ValueError(f"{k.shape[1]} key heads do not divide {v.shape[1]} value heads")
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"q, k and v must share dtype and device; got {found}")
-    if log_decay is not None:
-        _check_decay(log_decay, v)
+    check_tensors(q, k, v, log_decay, beta)
     if backend not in BACKENDS:
         raise ValueError(f"linear attention backend {backend!r} is not one of: {', '.join(BACKENDS)}")
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return ReferenceSegments(q, k, v, log_decay, lengths, linked, scale)
+        return ReferenceSegments(q, k, v, log_decay, beta, lengths, linked, scale)
     if backend == "auto":
         _log_choice(v.device.type)
-    return ChunkedSegments(q, k, v, log_decay, lengths, linked, scale)
+    return _chunked(log_decay, beta)(q, k, v, log_decay, beta, lengths, linked, scale)
 
 
-def check_options(log_decay: Tensor | None, beta: Tensor | None, causal: bool) -> None:
-    """Refuse what does not exist, whatever the layout of the tensors."""
-    if not causal:
-        raise ValueError("causal=False is not offered by linear attention; causal=True is")
+def _chunked(log_decay: Tensor | None, beta: Tensor | None) -> type[Segments]:
     if beta is not None:
-        raise ValueError(
-            "beta (the delta rule) is not offered by linear attention; no decay, fixed and gated decay are"
-        )
-    if log_decay is not None and log_decay.dim() == 4:
-        raise ValueError(f"log_decay {[*log_decay.shape]} is per channel; offered are [H] and one per token and head")
+        return DeltaSegments
+    return ChannelSegments if log_decay is not None and log_decay.dim() == 3 else ScalarSegments
 
 
-def _check_decay(log_decay: Tensor, v: Tensor) -> None:
-    heads = v.shape[1]
-    if log_decay.shape not in (v.shape[:2], v.shape[1:2]):
-        raise ValueError(
-            f"log_decay is {[*log_decay.shape]}; offered are per head, [{heads}], and per token and head, {[*v.shape[:2]]}"
-        )
-    # On other devices the check would stall the stream.
-    if log_decay.device.type == "cpu" and (log_decay > 0).any():
-        raise ValueError(f"log_decay reaches {log_decay.max():.3g}; a decay has a logarithm of at most 0")
-
-
-def _lengths(cu_seqlens: Tensor, batch: int, tokens: int) -> list[int]:
-    if batch != 1:
-        raise ValueError(f"cu_seqlens packs sequences along T and needs B = 1; got B = {batch}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens is [N + 1] with N >= 0; got {[*cu_seqlens.shape]}")
-    bounds = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != tokens:
-        raise ValueError(f"cu_seqlens goes from {bounds[0]} to {bounds[-1]}; it must go from 0 to T = {tokens}")
-    if min(lengths, default=0) < 0:
-        at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise ValueError(f"cu_seqlens must not decrease; it does from {bounds[at]} to {bounds[at + 1]}")
-    return lengths
+def diagonal(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, scale: float | None = None) -> Tensor:
+    """What each token gets from itself: scale (beta_t) (q_t k_t) v_t, [T, H, V] in v's dtype."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    own = (q.to(wide) * k.to(wide)).sum(-1) * (k.shape[-1] ** -0.5 if scale is None else scale)  # [T, H_k]
+    own = own.repeat_interleave(v.shape[1] // k.shape[1], dim=1)
+    own = own if beta is None else own * beta.to(wide)
+    return (own.unsqueeze(-1) * v.to(wide)).to(v.dtype)
 
 
 def _final_state(segment_map: SegmentMap, initial_state: Tensor | None) -> Tensor:
     if initial_state is None:
         return segment_map.state
-    initial = initial_state.to(segment_map.state.dtype)
-    if segment_map.log_decay is not None:
-        initial = initial * segment_map.log_decay.exp()[..., None, None]
-    return segment_map.state + initial
+    return segment_map.state + carry(segment_map.transition, initial_state.to(segment_map.state.dtype))
 
 
 @lru_cache

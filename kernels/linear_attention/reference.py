@@ -1,4 +1,4 @@
-"""Linear attention token by token: the definition."""
+"""Linear attention token by token: the definition of every member of the family."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
+from lsys.kernels.linear_attention.transition import identity
 
 
 def recurrence(
@@ -14,22 +15,29 @@ def recurrence(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
+    beta: Tensor | None,
     lengths: Sequence[int],
     scale: float,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = e^(g_t) S_(t-1) + k_t v_t^T and o_t = scale q_t S_t in each segment, from its `initial` state or zero.
+    """S = e^(g_t) S_(t-1); S_t = S + k_t v_t^T, or S + beta_t k_t (v_t - S^T k_t)^T with beta; o_t = scale S_t^T q_t.
 
-    q, k [T, H_k, K], v [T, H, V], log_decay g [H] or [T, H], initial [N, H, K, V] -> o [T, H, V], states [N, H, K, V].
+    In each segment, from its `initial` state or zero. q, k [T, H_k, K], v [T, H, V], log_decay g [H], [T, H] or
+    [T, H, K], beta [T, H], initial [N, H, K, V] -> o [T, H, V], states [N, H, K, V].
     """
     dtype, (tokens, heads, width) = torch.promote_types(v.dtype, torch.float32), v.shape
     q, k = (x.to(dtype).repeat_interleave(heads // k.shape[1], dim=1) for x in (q, k))  # [T, H, K]
-    decay = torch.zeros_like(v[..., 0], dtype=dtype) if log_decay is None else log_decay.to(dtype).expand(tokens, heads)
+    keep = v.new_ones(1, 1, 1, dtype=dtype) if log_decay is None else log_decay.to(dtype).exp()
+    keep = keep if keep.dim() == 3 else keep.expand(tokens, heads).unsqueeze(-1)
+    keep = keep.expand(tokens, heads, k.shape[-1])  # [T, H, K]
     outputs, states, stops = [v[:0].to(dtype)], [], accumulate(lengths)
     for segment, (length, stop) in enumerate(zip(lengths, stops, strict=True)):
         state = v.new_zeros(heads, k.shape[-1], width, dtype=dtype) if initial is None else initial[segment].to(dtype)
         for t in range(stop - length, stop):
-            state = decay[t].exp()[:, None, None] * state + k[t, :, :, None] * v[t, :, None].to(dtype)
+            state, written = keep[t, :, :, None] * state, v[t].to(dtype)
+            if beta is not None:
+                written = beta[t, :, None].to(dtype) * (written - torch.einsum("hk,hkv->hv", k[t], state))
+            state = state + k[t, :, :, None] * written[:, None]
             outputs.append(scale * torch.einsum("hk,hkv->hv", q[t], state)[None])
         states.append(state)
     final = torch.stack(states) if states else v.new_zeros(0, heads, k.shape[-1], width, dtype=dtype)
@@ -45,23 +53,33 @@ class ReferenceSegments:
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
+        beta: Tensor | None,
         lengths: Sequence[int],
         linked: Sequence[int],
         scale: float,
     ) -> None:
-        self.inputs = (q, k, v, log_decay, lengths, scale)
+        self.inputs = (q, k, v, log_decay, beta, lengths, scale)
         self.linked = torch.tensor(linked, dtype=torch.int64, device=v.device)
 
     def segment_map(self) -> SegmentMap:
         """The maps of the linked segments."""
-        _, _, v, log_decay, lengths, _ = self.inputs
         _, state = recurrence(*self.inputs)
-        state = state.index_select(0, self.linked)
+        transition = self._transition(state)
+        transition = None if transition is None else transition.index_select(0, self.linked)
+        return SegmentMap(transition, state.index_select(0, self.linked))
+
+    def _transition(self, state: Tensor) -> Tensor | None:
+        """Of each segment: [N, H], [N, H, K] or, of the delta rule, what becomes of 1 without values, [N, H, K, K]."""
+        q, k, v, log_decay, beta, lengths, scale = self.inputs
+        if beta is not None:
+            start = identity(state.new_zeros(0, state.shape[1], k.shape[-1], k.shape[-1]), len(lengths))
+            nothing = v.new_zeros(*v.shape[:2], k.shape[-1])
+            return recurrence(q, k, nothing, log_decay, beta, lengths, scale, start)[1]
         if log_decay is None:
-            return SegmentMap(None, state)
-        parts = log_decay.to(state.dtype).expand(*v.shape[:2]).split(list(lengths))
-        totals = torch.stack([part.sum(0) for part in parts]) if parts else state.new_zeros(0, v.shape[1])
-        return SegmentMap(totals.index_select(0, self.linked), state)
+            return None
+        each = log_decay.to(state.dtype).expand(*v.shape[:2]) if log_decay.dim() == 1 else log_decay.to(state.dtype)
+        parts = each.split(list(lengths))
+        return torch.stack([part.sum(0) for part in parts]) if parts else each.new_zeros(0, *each.shape[1:])
 
     def intra(self) -> Tensor:
         """Nothing can be had before the states."""
@@ -69,9 +87,9 @@ class ReferenceSegments:
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
         """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
-        q, k, v, log_decay, lengths, scale = self.inputs
+        lengths = self.inputs[5]
         if state is not None:
             zero = state.new_zeros(len(lengths), *state.shape[1:])
             state = zero.index_copy(0, self.linked, state)
-        o, _ = recurrence(q, k, v, log_decay, lengths, scale, state)
+        o, _ = recurrence(*self.inputs, state)
         return intra + o

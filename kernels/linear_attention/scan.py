@@ -1,6 +1,7 @@
-"""The recurrence over maps of states, S -> e^a S + B, for many sequences of any lengths at once.
+"""The recurrence over maps of states, S -> A S + B, for many sequences of any lengths at once.
 
-Serves twice: over the chunks of each segment, and over the segments of each document.
+Serves over the chunks of each segment, over the segments of each document, and over what ranks hold of it. The forms of
+A, a transition, are in `transition.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lsys.kernels.linear_attention.transition import act, gradient, identity, is_matrix, operator, transposed
 
 
 @dataclass(frozen=True)
@@ -58,70 +61,72 @@ def scan_plan(counts: Sequence[int], device: torch.device) -> ScanPlan:
 
 
 class Scanned(NamedTuple):
-    """States and log-decays before each map, and after the last map of each sequence."""
+    """States and transitions before each map, and after the last map of each sequence.
+
+    Transitions are those from the start of the sequence; None is 1.
+    """
 
     before: Tensor  # [n, H, K, V]
-    reach: Tensor | None  # [n, H], log-decay from the start of the sequence to this map
+    reach: Tensor | None  # [n, H ...]
     total: Tensor  # [sequences, H, K, V]
-    total_reach: Tensor | None  # [sequences, H]
+    total_reach: Tensor | None  # [sequences, H ...]
 
 
-def compose(update: Tensor, log_decay: Tensor | None, plan: ScanPlan, initial: Tensor | None = None) -> Scanned:
-    """Compose the maps S -> e^log_decay S + update of each sequence, from `initial` (default zero). No autograd.
+def compose(update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None) -> Scanned:
+    """Compose the maps S -> A S + update of each sequence, from `initial` (default zero). No autograd.
 
-    update [n, H, K, V], log_decay [n, H] (None is 0), initial [sequences, H, K, V].
+    update [n, H, K, V], transition [n, H ...], initial [sequences, H, K, V]. Of matrices, `reach` is not made: see `scan`.
     """
     sequences = len(plan.counts)
     running = update.new_zeros(sequences, *update.shape[1:]) if initial is None else plan.sorted(initial)
     before = torch.empty_like(update, memory_format=torch.contiguous_format)
-    if log_decay is None:
+    if transition is None or is_matrix(transition):
         for rows, active in plan.steps:
             before[rows] = running[:active]
+            if transition is not None:
+                running[:active] = transition[rows] @ running[:active]
             running[:active] += update[rows]
         return Scanned(before, None, plan.restored(running), None)
-    decay = log_decay.exp()[..., None, None]
-    reach = torch.empty_like(log_decay, memory_format=torch.contiguous_format)
-    running_reach = log_decay.new_zeros(sequences, log_decay.shape[1])
+    reach = torch.empty_like(transition, memory_format=torch.contiguous_format)
+    running_reach = transition.new_zeros(sequences, *transition.shape[1:])
+    decay = operator(transition)
     for rows, active in plan.steps:
         before[rows], reach[rows] = running[:active], running_reach[:active]
         running[:active].mul_(decay[rows]).add_(update[rows])
-        running_reach[:active] += log_decay[rows]
+        running_reach[:active] += transition[rows]
     return Scanned(before, reach, plan.restored(running), plan.restored(running_reach))
 
 
 def adjoint(
-    d_before: Tensor, d_total: Tensor | None, log_decay: Tensor | None, plan: ScanPlan
+    d_before: Tensor, d_total: Tensor | None, transition: Tensor | None, plan: ScanPlan
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `update` [n, H, K, V] and `initial` [sequences, H, K, V] from those of `before` and `total`.
 
-    The gradient of map i's log-decay is e^log_decay_i <d_update_i, before_i>.
+    That of a map's update is that of the state after it, of which `transition.gradient` makes that of its transition.
     """
     sequences = len(plan.counts)
     running = d_before.new_zeros(sequences, *d_before.shape[1:]) if d_total is None else plan.sorted(d_total)
     d_update = torch.empty_like(d_before, memory_format=torch.contiguous_format)
-    decay = None if log_decay is None else log_decay.exp()[..., None, None]
+    back = None if transition is None else transposed(operator(transition))
     for rows, active in reversed(plan.steps):
         d_update[rows] = running[:active]
-        if decay is not None:
-            running[:active] *= decay[rows]
+        if back is not None:
+            running[:active] = act(back[rows], running[:active])
         running[:active] += d_before[rows]
     return d_update, plan.restored(running)
 
 
-def inner(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y> of states: [n, H, K, V] twice -> [n, H]."""
-    return (x.flatten(2).unsqueeze(2) @ y.flatten(2).unsqueeze(3))[..., 0, 0]
-
-
 class _Scan(torch.autograd.Function):
-    """`compose` from zero. A loop of recorded operations would keep every running state twice."""
+    """`compose`. A loop of recorded operations would keep every running state twice."""
 
     @staticmethod
-    def forward(ctx: Any, update: Tensor, log_decay: Tensor | None, plan: ScanPlan) -> tuple[Tensor | None, ...]:
-        scanned = compose(update, log_decay, plan)
+    def forward(
+        ctx: Any, update: Tensor, transition: Tensor | None, initial: Tensor | None, plan: ScanPlan
+    ) -> tuple[Tensor | None, ...]:
+        scanned = compose(update, transition, plan, initial)
         ctx.plan = plan
-        wanted = log_decay is not None and ctx.needs_input_grad[1]
-        ctx.save_for_backward(log_decay, scanned.before if wanted else None)
+        wanted = transition is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(transition, scanned.before if wanted else None)
         return tuple(scanned)
 
     @staticmethod
@@ -129,19 +134,28 @@ class _Scan(torch.autograd.Function):
     def backward(
         ctx: Any, d_before: Tensor, d_reach: Tensor | None, d_total: Tensor, d_total_reach: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        log_decay, before = ctx.saved_tensors
-        d_update, _ = adjoint(d_before, d_total, log_decay, ctx.plan)
+        transition, before = ctx.saved_tensors
+        d_update, d_initial = adjoint(d_before, d_total, transition, ctx.plan)
+        d_initial = d_initial if ctx.needs_input_grad[2] else None
         if before is None:
-            return d_update, None, None
-        assert d_reach is not None and d_total_reach is not None  # autograd fills in zeros
-        d_log_decay = inner(d_update, before) * log_decay.exp()
-        running = ctx.plan.sorted(d_total_reach)
-        for rows, active in reversed(ctx.plan.steps):
-            d_log_decay[rows] += running[:active]
-            running[:active] += d_reach[rows]
-        return d_update, d_log_decay, None
+            return d_update, None, d_initial, None
+        d_transition = gradient(transition, d_update, before)
+        if d_reach is not None and d_total_reach is not None:  # of logarithms, which add up
+            running = ctx.plan.sorted(d_total_reach)
+            for rows, active in reversed(ctx.plan.steps):
+                d_transition[rows] += running[:active]
+                running[:active] += d_reach[rows]
+        return d_update, d_transition, d_initial, None
 
 
-def scan(update: Tensor, log_decay: Tensor | None, plan: ScanPlan) -> Scanned:
-    """`compose` from zero states; differentiable."""
-    return Scanned(*_Scan.apply(update, log_decay, plan))
+def scan(update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None) -> Scanned:
+    """`compose`, differentiable, and with the reach of matrices: they are what the maps without update make of 1."""
+    if not is_matrix(transition):
+        return Scanned(*_Scan.apply(update, transition, initial, plan))
+    assert transition is not None
+    sequences, width = len(plan.counts), update.shape[-1]
+    start = update.new_zeros(sequences, *update.shape[1:]) if initial is None else initial
+    start = torch.cat([start, identity(transition, sequences)], dim=-1)
+    update = torch.cat([update, torch.zeros_like(transition)], dim=-1)
+    before, _, total, _ = _Scan.apply(update, transition, start, plan)
+    return Scanned(before[..., :width], before[..., width:], total[..., :width], total[..., width:])

@@ -39,8 +39,9 @@ def linear_attention(
         v: [T_r, H, Dv].
         layout: any placement of the documents over the ranks.
         comm: the ranks; None is one rank.
-        log_decay: natural logarithms of at most 0: None, [H] fixed per head, or [T_r, H] per token.
-        beta: of the delta rule, which is not offered: None.
+        log_decay: natural logarithms of at most 0: None, [H] fixed per head, [T_r, H] per token, or [T_r, H, Dk] per key
+            channel.
+        beta: of the delta rule, [T_r, H] in [0, 2]; None without.
         initial_state: [documents, H, Dk, Dv], alike on all ranks; default zero.
         output_final_state: whether to return the states after all documents, on all ranks.
         causal: True.
@@ -58,7 +59,8 @@ def linear_attention(
     """
     if method not in METHODS:
         raise ValueError(f"linear attention method {method!r} is not one of: {', '.join(METHODS)}")
-    kernel.check_options(log_decay, beta, causal)
+    if not causal:
+        raise ValueError("causal=False is not offered across ranks; causal=True is")
     rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
     if size != layout.ranks:
         remedy = "; comm=None is one rank" if comm is None else ""
@@ -67,7 +69,7 @@ def linear_attention(
     has_initial = initial_state is not None
     exchange = links(layout, rank, has_initial, output_final_state, v.device)
     lengths = [segment.length for segment in layout.segments[rank]]
-    parts = kernel.segments(q, k, v, log_decay, lengths, exchange.linked, scale=scale, backend=backend)
+    parts = kernel.segments(q, k, v, log_decay, beta, lengths, exchange.linked, scale=scale, backend=backend)
     if not (any(exchange.sizes) or exchange.linked or output_final_state):  # a collective needs all ranks or none
         return parts.apply(parts.segment_map(), parts.intra(), None), None
     return lasp2.attention(parts, exchange, comm, initial_state, output_final_state)

@@ -1,6 +1,6 @@
 """LASP-2 (Sun et al., 2025): every rank gathers the maps of all segments that share a document with other ranks.
 
-One all-gather each way, of H K V (+ H with decay) numbers a segment. Forward it carries the segments' maps while ranks
+One all-gather each way, of a state, H K V numbers, and its transition a segment. Forward it carries the segments' maps while ranks
 compute what tokens get from their own chunk; backward it carries the gradients of the states before segments while
 ranks compute the gradients of that part. Each rank then composes them in the order of positions, backward in reverse.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention import Segments
-from lsys.kernels.linear_attention.scan import adjoint, compose, inner
+from lsys.kernels.linear_attention.scan import adjoint, compose
+from lsys.kernels.linear_attention.transition import gradient
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.linear.links import Links
 
@@ -25,7 +26,7 @@ def attention(
     maps = parts.segment_map()
     exchange = _Exchange(links, comm, final)
     initial = None if initial is None else initial.to(maps.state.dtype)
-    ticket = _Send.apply(maps.state, maps.log_decay, initial, exchange)
+    ticket = _Send.apply(maps.state, maps.transition, initial, exchange)
     intra, state, final_state = _Receive.apply(ticket, parts.intra(), exchange)
     return parts.apply(maps, intra, state), final_state
 
@@ -65,24 +66,25 @@ class _Exchange:
 
 
 class _Send(torch.autograd.Function):
-    """Maps [L, H, K, V], [L, H] of the linked segments -> a ticket that `_Receive` takes."""
+    """Maps [L, H, K, V], [L, H ...] of the linked segments -> a ticket that `_Receive` takes."""
 
     @staticmethod
     def forward(
-        ctx: Any, state: Tensor, log_decay: Tensor | None, initial: Tensor | None, exchange: _Exchange
+        ctx: Any, state: Tensor, transition: Tensor | None, initial: Tensor | None, exchange: _Exchange
     ) -> Tensor:
-        ctx.exchange, ctx.has_decay = exchange, log_decay is not None
+        ctx.exchange = exchange
         ctx.initial_rows = None if initial is None else len(initial)
-        width = state.shape[2:]
+        width, form = state.shape[2:], None if transition is None else transition.shape[2:]
         packed = state.flatten(2)  # [L, H, K V]
-        if log_decay is not None:
-            packed = torch.cat([packed, log_decay.unsqueeze(-1)], dim=-1)
+        if transition is not None:
+            packed = torch.cat([packed, transition.reshape(*packed.shape[:2], transition.shape[2:].numel())], dim=-1)
         finish_gather = exchange.gather(packed)
 
         def finish() -> tuple[Tensor, Tensor | None, Tensor | None]:
             table, _ = finish_gather()
-            decay = table[..., -1].contiguous() if ctx.has_decay else None
-            return table[..., : width.numel()].unflatten(-1, width), decay, initial
+            states, others = table.split([width.numel(), table.shape[-1] - width.numel()], dim=-1)
+            transitions = None if form is None else others.reshape(*others.shape[:2], *form)
+            return states.unflatten(-1, width), transitions, initial
 
         exchange.finish = finish
         return state.new_empty(0)
@@ -91,17 +93,17 @@ class _Send(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         links: Links = ctx.exchange.links
-        d_before, d_final, log_decay, before = ctx.exchange.finish()
+        d_before, d_final, transition, before = ctx.exchange.finish()
         ctx.exchange.finish = _nothing_sent
-        d_update, d_start = adjoint(d_before, d_final, log_decay, links.plan)
-        d_state, d_log_decay, d_initial = d_update.index_select(0, links.own), None, None
-        if log_decay is not None:
-            d_log_decay = inner(d_state, before) * log_decay.index_select(0, links.own).exp()
+        d_update, d_start = adjoint(d_before, d_final, transition, links.plan)
+        d_state, d_transition, d_initial = d_update.index_select(0, links.own), None, None
+        if transition is not None:
+            d_transition = gradient(transition.index_select(0, links.own), d_state, before)
         if ctx.needs_input_grad[2]:
             # Every rank has the whole gradient; the one that holds a document's start reports it.
             d_initial = d_start.new_zeros(ctx.initial_rows, *d_start.shape[1:])
             d_initial[links.documents[links.mine]] = d_start[links.mine]
-        return d_state, d_log_decay, d_initial, None
+        return d_state, d_transition, d_initial, None
 
 
 class _Receive(torch.autograd.Function):
@@ -113,13 +115,13 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, intra: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor, Tensor | None]:
         links = exchange.links
-        update, log_decay, initial = exchange.finish()
+        update, transition, initial = exchange.finish()
         exchange.finish = _nothing_sent
         initial = None if initial is None else initial.index_select(0, links.documents)
-        composed = compose(update, log_decay, links.plan, initial)
+        composed = compose(update, transition, links.plan, initial)
         state = composed.before.index_select(0, links.own)
         ctx.exchange = exchange
-        ctx.save_for_backward(log_decay, state)
+        ctx.save_for_backward(transition, state)
         return intra.view_as(intra), state, composed.total if exchange.final else None
 
     @staticmethod

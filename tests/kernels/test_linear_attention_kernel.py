@@ -175,10 +175,10 @@ def test_many_short_documents_are_quick():
 
 def test_unlinked_segments_have_no_states():
     (q, k, v, _, log_decay), _, _ = tensors(1, 75, 1, "head", torch.float64)
-    parts = segments(q[0], k[0], v[0], log_decay, [5] * 15, [2, 7])
+    parts = segments(q[0], k[0], v[0], log_decay, None, [5] * 15, [2, 7])
     segment_map = parts.segment_map()
     assert segment_map.before.shape[0] == 2 and segment_map.state.shape == (2, 4, 8, 6)
-    assert torch.allclose(segment_map.log_decay, 5 * log_decay.expand(2, 4))
+    assert torch.allclose(segment_map.transition, 5 * log_decay.expand(2, 4))
 
 
 def test_chunk_size_follows_the_lengths():
@@ -191,11 +191,17 @@ def test_wrong_uses_are_refused():
     q, v = torch.randn(2, 6, 2, 8), torch.randn(2, 6, 4, 8)
     one, one_v = q[:1], v[:1]
     refused = [
-        ((q, q, v), {"causal": False}, "causal=False is not offered"),
-        ((q, q, v, None, v[..., 0]), {}, "the delta rule.* is not offered"),
-        ((q, q, v, -torch.ones(2, 6, 4, 8)), {}, "per channel; offered are"),
+        ((q, q, v), {"causal": False, "output_final_state": True}, "output_final_state needs causal=True"),
+        ((q, q, v, None, v[..., 0] * 0 - 1), {}, "beta goes from -1 to -1; it lies in .0, 2."),
+        ((q, q, v, None, torch.ones(2, 6, 2)), {}, "beta is .2, 6, 2.; per token and head it begins .2, 6, 4."),
+        (
+            (q, q, v, -torch.ones(2, 6, 4, 7)),
+            {},
+            "log_decay is .12, 4, 7.; offered are per head, .4., token, .12, 4., key",
+        ),
         ((q, q, v, -torch.ones(3)), {}, "log_decay is .3.; offered are per head, .4."),
-        ((q, q, v, -torch.ones(6, 2, 4)), {}, "log_decay is .6, 2, 4.; .* make it .2, 6, 4."),
+        ((q, q, v, -torch.ones(6, 2, 4)), {}, "log_decay is .6, 2, 4.; .* it begins .2, 6, 4."),
+        ((q, q, v * torch.nan), {}, "v has NaN, first at .0, 0, 0."),
         ((q, q, v, torch.ones(4)), {}, "log_decay reaches 1; a decay has a logarithm of at most 0"),
         ((q, q, v), {"cu_seqlens": torch.tensor([0, 6])}, "needs B = 1; got B = 2"),
         ((one, one, one_v), {"cu_seqlens": torch.tensor([0, 5])}, "it must go from 0 to T = 6"),

@@ -231,9 +231,9 @@ def test_wrong_uses_are_refused():
     layout, (q, k, v, *_) = SequenceLayout.contiguous([6], 1), tensors([6], "none")
     refused = [
         ({"method": "magic"}, "linear attention method 'magic' is not one of: lasp2"),
-        ({"causal": False}, "causal=False is not offered"),
-        ({"beta": q[..., 0]}, "the delta rule.* is not offered"),
-        ({"log_decay": -torch.ones(6, 4, 8)}, "log_decay is .6, 4, 8.; offered are per head, .4., and per token"),
+        ({"causal": False}, "causal=False is not offered across ranks"),
+        ({"beta": q[..., 0]}, "beta is .6, 2.; it is per token and head, .6, 4."),
+        ({"log_decay": -torch.ones(6, 4, 7)}, "log_decay is .6, 4, 7.; offered are per head, .4., token"),
         ({"log_decay": torch.ones(4)}, "log_decay reaches 1; a decay has a logarithm of at most 0"),
         ({"initial_state": torch.zeros(2, 4, 8, 6)}, "initial_state is .2, 4, 8, 6.; .* makes it .1, 4, 8, 6."),
         ({"backend": "triton"}, "linear attention backend 'triton' is not one of: auto, reference, chunked"),

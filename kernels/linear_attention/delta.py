@@ -1,0 +1,7 @@
+"""Chunks of the delta rule."""
+
+from lsys.kernels.linear_attention.reference import ReferenceSegments
+
+
+class DeltaSegments(ReferenceSegments):
+    pass
