@@ -11,20 +11,17 @@ Sections (all if none is named):
   long      128K tokens exact on 4 ranks, and 1M tokens with a window
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 from attention_worker import Case, attend
+from tools import launch, run_sections, show
 
 from lsys.kernels.softmax_attention import softmax_attention as one_device
 from lsys.parallel.attention import METHODS
@@ -32,9 +29,7 @@ from lsys.parallel.attention.cost import Shape, traffic
 from lsys.parallel.ledger import NETWORK, NODE
 from lsys.parallel.replay import Link, Links, Program, SoloComm, fastest, simulate
 
-ROOT = Path(__file__).parents[1]
-WORKER = str(ROOT / "bench" / "attention_worker.py")
-LAB = str(ROOT / "launch" / "lab.sh")
+WORKER = "attention_worker.py"
 LAYOUTS = ("contiguous", "zigzag")
 RANKS_PER_NODE = 8
 SHAPED = "118mbit"  # about where this machine's transfers take as long as its computation
@@ -62,39 +57,9 @@ class Options:
         return replace(case, **changes)
 
 
-def launch(cases: list[Case], ranks: int, rate: str | None = None) -> list[dict[str, Any]]:
-    """The worker's results; with a rate, every rank is a node of the lab behind a link of that rate."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/cases.json", f"{folder}/results.json"]
-        Path(paths[0]).write_text(json.dumps([asdict(case) for case in cases]))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "LAB": f"bench-{os.getpid()}"}
-        torchrun = str(Path(sys.executable).parent / "torchrun")
-        if rate is None:
-            command = [torchrun, "--standalone", "--nproc-per-node", str(ranks), WORKER, *paths]
-        else:
-            command = [LAB, "torchrun", folder, WORKER, *paths]
-            environment |= {"TORCHRUN": torchrun, "RANKS": "1"}
-            subprocess.run([LAB, "up", str(ranks), rate], env=environment, check=True)
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                logs = "".join(log.read_text() for log in Path(folder).glob("*.log"))
-                raise SystemExit(f"{done.stdout}{done.stderr}{logs}")
-        finally:
-            if rate is not None:
-                subprocess.run([LAB, "down"], env=environment, check=True)
-        return json.loads(Path(paths[1]).read_text())
-
-
-def show(title: str, heads: list[str], rows: list[list[Any]]) -> None:
-    print(f"\n{title}")
-    for row in [heads, *rows]:
-        print(" | ".join(f"{cell:>12.4g}" if isinstance(cell, float) else f"{cell!s:>12}" for cell in row), flush=True)
-
-
 def methods(options: Options) -> dict[str, Any]:
     cases = [options.case(method=method, layout=layout) for method in METHODS for layout in LAYOUTS]
-    found, slow = launch(cases, 2), launch(cases, 2, SHAPED)
+    found, slow = launch(WORKER, cases, 2), launch(WORKER, cases, 2, SHAPED)
     rows = [
         [
             case.method,
@@ -151,13 +116,15 @@ def replay(options: Options) -> dict[str, Any]:
 
 def overlap(options: Options) -> dict[str, Any]:
     kinds = {name: options.case(comm=name) for name in ("none", "serial", "overlapped")}
-    alone = launch([kinds["none"]], 2)[0]["seconds"]
+    alone = launch(WORKER, [kinds["none"]], 2)[0]["seconds"]
     shape = Shape(options.heads, options.heads, options.width, 4)
     sent = traffic("ring", options.case().make_layout(2), shape, (0, 1))
     # Bytes that follow one another: in each step those of the direction that has more. TCP's payload is 99.3% of jumbo frames.
     serial_bytes = sent.seconds((0, 1), dict.fromkeys((NODE, NETWORK), Link(0.0, 1.0)))  # at 1 byte/s
     rate = round(8 * serial_bytes / alone / 0.993 / 1e3)  # kbit/s
-    serial, overlapped = (r["seconds"] for r in launch([kinds["serial"], kinds["overlapped"]], 2, f"{rate}kbit"))
+    serial, overlapped = (
+        r["seconds"] for r in launch(WORKER, [kinds["serial"], kinds["overlapped"]], 2, f"{rate}kbit")
+    )
     rows = [["computation alone", alone, 1.0], ["serial", serial, serial / alone]]
     rows.append(["overlapped", overlapped, overlapped / alone])
     show(
@@ -210,7 +177,7 @@ def long(options: Options) -> dict[str, Any]:
             alone = time.perf_counter() - started
             started = time.perf_counter()
             cases = [case, replace(case, layout="contiguous")] if window else [case]
-            for each, result in zip(cases, launch(cases, 4), strict=True):
+            for each, result in zip(cases, launch(WORKER, cases, 4), strict=True):
                 rows.append(
                     [tokens, window or "none", each.layout, alone, time.perf_counter() - started, *result["errors"]]
                 )
@@ -226,17 +193,6 @@ SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def main(options: Options) -> None:
-    torch.set_num_threads(1)
-    unknown = set(options.sections) - SECTIONS.keys()
-    if unknown:
-        raise SystemExit(f"{', '.join(unknown)}: no section; there are {', '.join(SECTIONS)}")
-    figures = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    for name in options.sections or SECTIONS:
-        figures[name] = SECTIONS[name](options)
-        if options.out:
-            options.out.write_text(json.dumps(figures, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    chosen = tyro.cli(Options)
+    run_sections(SECTIONS, chosen.sections, chosen, chosen.out)
