@@ -49,10 +49,12 @@ def model(pattern: str, ffn: int | None = None) -> Model:
 
 def equal_width(pattern: str, wanted: int) -> int:
     """The inner width of the MLP, a multiple of 8, that brings the parameters next to the wanted number."""
-    return min(
-        range(8, 4096, 8),
-        key=lambda ffn: abs(sum(parameters(model(pattern).model_copy(update={"ffn": ffn})).values()) - wanted),
-    )
+    base = model(pattern)
+
+    def distance(ffn: int) -> int:
+        return abs(sum(parameters(base.model_copy(update={"ffn": ffn})).values()) - wanted)
+
+    return min(range(8, 4096, 8), key=distance)
 
 
 def train(pattern: str, ffn: int, options: Options, folder: str) -> float:
