@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.parallel.comm import Pending, SequenceComm
-from lsys.parallel.layout import SegmentTable, SequenceLayout, offsets, runs
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.segments import SegmentTable, offsets, runs
 
 
 class Extended(NamedTuple):

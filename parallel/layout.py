@@ -6,52 +6,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lsys.parallel.segments import Segment, SegmentTable, offsets, runs
+
+__all__ = ["Segment", "SequenceLayout"]
+
 Derived = TypeVar("Derived")
-
-
-class Segment(NamedTuple):
-    """Tokens [start, start + length) of one document."""
-
-    document: int
-    start: int
-    length: int
-
-    @property
-    def stop(self) -> int:
-        """One past the last position of the segment in its document."""
-        return self.start + self.length
-
-
-class SegmentTable(NamedTuple):
-    """Segments as columns, each int64 [segments].
-
-    Attributes:
-        rank: that holds the segment.
-        document, start, length: as in `Segment`.
-        begin: place in the stream of its first token.
-        row: of its first token among its rank's tokens.
-    """
-
-    rank: Tensor
-    document: Tensor
-    start: Tensor
-    length: Tensor
-    begin: Tensor
-    row: Tensor
-
-    @property
-    def end(self) -> Tensor:
-        """One past the place in the stream of the last token."""
-        return self.begin + self.length
-
-    def take(self, which: Tensor | slice) -> SegmentTable:
-        """The segments with these numbers, in their order."""
-        return SegmentTable(*(column[which] for column in self))
 
 
 class SequenceLayout:
@@ -163,6 +127,19 @@ class SequenceLayout:
         columns = columns.permute(0, 3, 1, 2).flatten(1)  # [3, documents, 2, ranks] -> [3, ranks * documents * 2]
         table = torch.cat([rank.repeat_interleave(2 * len(lengths))[None], columns])
         return cls._of(lengths, ranks, table[:, table[3] != 0])
+
+    def pooled(self, groups: Sequence[Sequence[int]]) -> SequenceLayout:
+        """The layout over groups of ranks: each holds the tokens of its members, in the order of the stream."""
+
+        def build() -> SequenceLayout:
+            group = torch.empty(self.ranks, dtype=torch.int64)
+            for number, ranks in enumerate(groups):
+                group[list(ranks)] = number
+            _, document, start, length = self._table[:, self._stream_order]
+            table = _merged(torch.stack([group[self._table[0, self._stream_order]], document, start, length]))
+            return self._of(self.lengths, len(groups), table[:, table[0].argsort(stable=True)])
+
+        return self.derived(("pooled", tuple(map(tuple, groups))), None, build)
 
     # ---- sizes
 
@@ -307,17 +284,6 @@ class SequenceLayout:
     @cached_property
     def _derived(self) -> dict[Hashable, Any]:
         return {}
-
-
-def runs(first: Tensor, length: Tensor) -> Tensor:
-    """first[i], first[i] + 1, ... of each i in turn, length[i] numbers: int64 [n], [n] -> [sum(length)]."""
-    place = torch.arange(int(length.sum()))
-    return place.add_((first - length.cumsum(0) + length).repeat_interleave(length))
-
-
-def offsets(length: Tensor) -> Tensor:
-    """Where each of several runs begins when they are put end to end, then their sum: int64 [n] -> [n + 1]."""
-    return torch.nn.functional.pad(length.cumsum(0), (1, 0))
 
 
 def _checked(lengths: Iterable[int], ranks: int) -> tuple[int, ...]:

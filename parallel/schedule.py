@@ -7,25 +7,32 @@ forward and adjoint (`lsys.parallel.attention.executor`). Nothing here assumes a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from lsys.parallel.layout import Segment, SegmentTable, SequenceLayout
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.segments import Segment, SegmentTable, cut, find, is_prefix, joined
 
 
 class Transfer(NamedTuple):
-    """Rows of tokens from one rank to another, in the order of `parts`.
+    """Rows of tokens from one rank to another, in the order of `parts`: the first `number` of a block, all for None.
 
-    Each part is (a part of) one segment of the layout; its columns `rank` and `row` are those of its owner.
+    Each part is (a part of) one segment of the layout; its columns `rank` and `row` are those of its owner. A ring
+    passes on fewer and fewer of one block.
     """
 
     source: int
     destination: int
-    parts: SegmentTable
+    block: SegmentTable
+    number: int | None = None
+
+    @property
+    def parts(self) -> SegmentTable:
+        """What is sent."""
+        return self.block if self.number in (None, len(self.block.begin)) else self.block.take(slice(self.number))
 
 
 class Step(NamedTuple):
@@ -52,11 +59,12 @@ class Schedule:
     ranks: int
     steps: tuple[Step, ...]
 
-    def received(self, step: int) -> dict[int, SegmentTable]:
-        """What each rank that received something in the step before has in hand, in the order of its rows."""
+    def received(self, step: int, ranks: Collection[int] | None = None) -> dict[int, SegmentTable]:
+        """What ranks (all, or these) that received something in the step before have in hand, in the order of its rows."""
         parts: dict[int, list[SegmentTable]] = defaultdict(list)
         for transfer in self.steps[step - 1].transfers if step > 0 else ():
-            parts[transfer.destination].append(transfer.parts)
+            if ranks is None or transfer.destination in ranks:
+                parts[transfer.destination].append(transfer.parts)
         return {rank: joined(tables) for rank, tables in parts.items()}
 
 
@@ -80,76 +88,59 @@ def parts_of(layout: SequenceLayout, segments: Iterable[tuple[int, int, int]]) -
     return cut(every.take(at), begin, length)
 
 
-def cut(table: SegmentTable, begin: Tensor, length: Tensor) -> SegmentTable:
-    """Of each segment the part that begins at this place in the stream and has this length; empty ones are dropped."""
-    shift = begin - table.begin
-    parts = SegmentTable(table.rank, table.document, table.start + shift, length, begin, table.row + shift)
-    return parts if bool((length > 0).all()) else parts.take(length > 0)
-
-
-def joined(tables: Sequence[SegmentTable]) -> SegmentTable:
-    """The tables, one after the other."""
-    if len(tables) == 1:
-        return tables[0]
-    return SegmentTable(*(torch.cat(columns) for columns in zip(*tables, strict=True)))
-
-
-def count(table: SegmentTable) -> int:
-    """Tokens of all parts."""
-    return int(table.length.sum())
-
-
 def crossing(layout: SequenceLayout) -> SegmentTable:
     """The segments of documents of which several ranks hold tokens, in the order of the stream."""
-    every, documents = layout.sorted(), len(layout.lengths)
-    lowest = torch.full((documents,), layout.ranks).scatter_reduce(0, every.document, every.rank, "amin")
-    highest = torch.full((documents,), -1).scatter_reduce(0, every.document, every.rank, "amax")
-    return every.take((lowest < highest)[every.document])
-
-
-def find(parts: SegmentTable, among: SegmentTable) -> Tensor:
-    """The number in `among` of each part, -1 if it is not there, whole and alone: int64 [parts]."""
-    if len(among.begin) == 0:
-        return torch.full_like(parts.begin, -1)
-    begin, order = among.begin.sort()
-    at = order[torch.searchsorted(begin, parts.begin).clamp(max=len(begin) - 1)]
-    same = (among.begin[at] == parts.begin) & (among.length[at] == parts.length)
-    return at.where(same, -1)
-
-
-def is_prefix(parts: SegmentTable, of: SegmentTable) -> bool:
-    """Whether `of` begins with these parts."""
-    n = len(parts.begin)
-    return parts is of or (torch.equal(parts.begin, of.begin[:n]) and torch.equal(parts.length, of.length[:n]))
+    every = layout.sorted()
+    changes = (every.rank.diff() != 0) & (every.document.diff() == 0)
+    crosses = torch.zeros(len(layout.lengths), dtype=torch.bool)
+    crosses[every.document[1:][changes]] = True
+    wanted = crosses.index_select(0, every.document)
+    return every if bool(wanted.all()) else every.take(wanted)
 
 
 # ---- the adjoint
 
 
-def returns(schedule: Schedule) -> tuple[tuple[Transfer, ...], ...]:
+def returns(schedule: Schedule, rank: int | None = None) -> tuple[tuple[Transfer, ...], ...]:
     """The way back of sums (gradients) over the ranks that worked on a row: entry s is under way during step s.
 
     What a rank added up for a row in step s - 1 goes where it passed the row on to, to be added there to what that rank
     adds up in step s (the first of several such ranks), or, where the row's way ended, to its owner. There is one entry
     more than the schedule has steps. A collective step has none: its adjoint is a reduce-scatter.
+
+    Args:
+        schedule: the way there.
+        rank: only what this rank sends or receives.
     """
     entries: list[tuple[Transfer, ...]] = [()]
+    holders: set[int] = set()  # others that have some of the rank's own tokens in hand
     for number, step in enumerate(schedule.steps):
-        outgoing: dict[int, list[Transfer]] = defaultdict(list)
-        for transfer in step.transfers:
-            outgoing[transfer.source].append(transfer)
+        concerned = None
+        if rank is not None:
+            concerned = {rank, *holders, *(t.source for t in step.transfers if t.destination == rank)}
         after_collective = number > 0 and schedule.steps[number - 1].collective
-        entry: list[Transfer] = []
-        for rank, held in ({} if after_collective else schedule.received(number)).items():
-            messages: dict[int, list[SegmentTable]] = defaultdict(list)
-            for transfer in outgoing[rank]:
-                passed, held = _taken(held, transfer.parts)
-                messages[transfer.destination] += [passed] if len(passed.begin) else []
-            for owner in held.rank.unique().tolist() if len(held.begin) else ():
-                messages[owner].append(held.take(held.rank == owner))
-            entry += [Transfer(rank, other, joined(tables)) for other, tables in messages.items() if tables]
-        entries.append(tuple(entry))
+        held = {} if after_collective else schedule.received(number, concerned)
+        entry = [transfer for other in held for transfer in _passed_back(other, held[other], step)]
+        entries.append(tuple(t for t in entry if rank in (None, t.source, t.destination)))
+        if rank is not None:
+            holders = {
+                t.destination
+                for t in step.transfers
+                if t.source in (rank, *holders) and bool((t.parts.rank == rank).any())
+            }
     return tuple(entries)
+
+
+def _passed_back(rank: int, held: SegmentTable, step: Step) -> list[Transfer]:
+    """Where the sums over what a rank has in hand during a step go in the step after."""
+    messages: dict[int, list[SegmentTable]] = defaultdict(list)
+    for transfer in step.transfers:
+        if transfer.source == rank:
+            passed, held = _taken(held, transfer.parts)
+            messages[transfer.destination] += [passed] if len(passed.begin) else []
+    for owner in held.rank.unique().tolist() if len(held.begin) else ():
+        messages[owner].append(held.take(held.rank == owner))
+    return [Transfer(rank, other, joined(tables)) for other, tables in messages.items() if tables]
 
 
 def _taken(held: SegmentTable, wanted: SegmentTable) -> tuple[SegmentTable, SegmentTable]:
@@ -197,7 +188,8 @@ def _check_transfers(at: str, step: Step, layout: SequenceLayout, held: dict[int
     pairs: set[tuple[int, int]] = set()
     offered: dict[int, SegmentTable] = {}
     nothing = parts_of(layout, [])
-    for source, destination, parts in step.transfers:
+    for transfer in step.transfers:
+        source, destination, parts = transfer.source, transfer.destination, transfer.parts
         if source == destination or (source, destination) in pairs:
             raise ValueError(f"{at}: rank {source} sends to rank {destination}, itself or a second time")
         pairs.add((source, destination))

@@ -8,12 +8,23 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.softmax_attention import cpu, cuda, reference
-from lsys.kernels.softmax_attention.core import Attention, Backend, dense
+from lsys.kernels.softmax_attention.core import Attention, Backend, dense, planned
 from lsys.kernels.softmax_attention.merge import merge
 from lsys.kernels.softmax_attention.rows import add, put, take
-from lsys.kernels.softmax_attention.tile import Tile, sequences
+from lsys.kernels.softmax_attention.tile import FAR, Tile, Tiles, sequences
 
-__all__ = ["BACKENDS", "Tile", "attend", "attend_backward", "empty_result", "softmax_attention"]
+__all__ = [
+    "BACKENDS",
+    "FAR",
+    "Tile",
+    "Tiles",
+    "attend",
+    "attend_backward",
+    "attend_sequences",
+    "empty_result",
+    "sequences",
+    "softmax_attention",
+]
 
 # In the order in which "auto" tries them.
 _BACKENDS: dict[str, Backend] = {"flash_attn": cuda.PACKAGE, "cuda": cuda.ATEN, "cpu": cpu, "reference": reference}
@@ -57,7 +68,29 @@ def softmax_attention(
     lengths_q, lengths_k = _lengths("q", cu_seqlens_q, len(q)), _lengths("k", cu_seqlens_k, len(k))
     _check_mask(lengths_q, lengths_k, causal, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Attention.apply(q, k, v, sequences(lengths_q, lengths_k, causal, window), scale, _backend(backend, q))
+    return attend_sequences(q, k, v, sequences(lengths_q, lengths_k, causal, window), scale=scale, backend=backend)
+
+
+def attend_sequences(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *, scale: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`softmax_attention` over tiles of which no two share a query: those of `sequences`, planned once for many calls.
+
+    Args:
+        q: [Tq, H, D].
+        k, v: [Tk, H_kv, D].
+        tiles: which queries see which keys.
+        scale, backend: as for `softmax_attention`.
+
+    Returns:
+        As `softmax_attention`; o = 0 and log-sum-exp -inf where a query is in no tile.
+
+    Raises:
+        ValueError: sizes that do not fit together, or a chosen backend that cannot run on these tensors.
+    """
+    _check_tensors(q, k, v)
+    tiles.check(len(q), len(k))
+    return Attention.apply(q, k, v, tiles, scale, _backend(backend, q))
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +107,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tiles: Iterable[Tile],
+    tiles: Tiles | Iterable[Tile],
     o: Tensor,
     lse: Tensor,
     *,
@@ -88,7 +121,7 @@ def attend(
     Args:
         q: [Tq, H, D].
         k, v: [Tk, H_kv, D]; query head h reads key head h // (H / H_kv).
-        tiles: which queries see which keys.
+        tiles: which queries see which keys. A `Tiles` is checked and planned once, however many calls it serves.
         o, lse: [Tq, H, D] and [Tq, H], from `empty_result` or earlier calls.
         scale: of the scores.
         backend: see `softmax_attention`.
@@ -98,9 +131,10 @@ def attend(
     """
     _check_tensors(q, k, v)
     _check_accumulators(q.dtype, o=(o, q.shape), lse=(lse, q.shape[:2]))
-    tiles, chosen = _checked(tiles, len(q), len(k)), _backend(backend, q)
+    tiles, chosen = Tiles.of(tiles), _backend(backend, q)
+    tiles.check(len(q), len(k))
     q, k, v = dense(q), dense(k), dense(v)
-    for launch in chosen.plan(tiles, q):
+    for launch in planned(chosen, tiles, q):
         part, part_lse = chosen.forward(launch, q, k, v, scale)
         total, total_lse = take(o, launch.q), take(lse, launch.q)
         merge(total, total_lse, part, part_lse)
@@ -117,7 +151,7 @@ def attend_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    tiles: Iterable[Tile],
+    tiles: Tiles | Iterable[Tile],
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -142,9 +176,10 @@ def attend_backward(
     if do.shape != q.shape or o.shape != q.shape or do.dtype != q.dtype:
         found = ", ".join(f"{[*x.shape]} {x.dtype}" for x in (do, o, q))
         raise ValueError(f"do and o must have q's shape, and do its dtype; got do, o, q of {found}")
-    tiles, chosen = _checked(tiles, len(q), len(k)), _backend(backend, q)
+    tiles, chosen = Tiles.of(tiles), _backend(backend, q)
+    tiles.check(len(q), len(k))
     tensors = dense(do), dense(q), dense(k), dense(v), dense(o), lse
-    for launch in chosen.plan(tiles, q):
+    for launch in planned(chosen, tiles, q):
         parts = chosen.backward(launch, *tensors, scale)
         for total, rows, part in zip((dq, dk, dv), (launch.q, launch.k, launch.k), parts, strict=True):
             add(total, rows, part)
@@ -169,34 +204,28 @@ def _check_accumulators(dtype: torch.dtype, **accumulators: tuple[Tensor, torch.
             raise ValueError(f"{name} must be {[*shape]} in {wide}; got {[*x.shape]} in {x.dtype}")
 
 
-def _checked(tiles: Iterable[Tile], rows_q: int, rows_k: int) -> list[Tile]:
-    tiles = list(tiles)
-    for tile in tiles:
-        for name, rows, total in (("q", tile.q, rows_q), ("k", tile.k, rows_k)):
-            if rows.step is not None or None in (rows.start, rows.stop) or not 0 <= rows.start <= rows.stop <= total:
-                raise ValueError(f"rows {rows} of a tile are no range of the {total} rows of {name}")
-    return tiles
-
-
-def _lengths(name: str, cu_seqlens: Tensor, rows: int) -> list[int]:
-    lengths = cu_seqlens.diff().tolist()
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
-        raise ValueError(f"cu_seqlens_{name} must go from 0 to the {rows} rows of {name}; got {cu_seqlens.tolist()}")
-    if any(length < 0 for length in lengths):
-        raise ValueError(f"cu_seqlens_{name} must not decrease; got {cu_seqlens.tolist()}")
+def _lengths(name: str, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Of the sequences, on the host: int64 [sequences]."""
+    bounds = cu_seqlens.to("cpu", torch.int64)
+    if bounds.dim() != 1 or len(bounds) == 0 or int(bounds[0]) != 0 or int(bounds[-1]) != rows:
+        raise ValueError(f"cu_seqlens_{name} must go from 0 to the {rows} rows of {name}; got {bounds.tolist()}")
+    lengths = bounds.diff()
+    if (lengths < 0).any():
+        raise ValueError(f"cu_seqlens_{name} must not decrease; got {bounds.tolist()}")
     return lengths
 
 
-def _check_mask(lengths_q: list[int], lengths_k: list[int], causal: bool, window: int | None) -> None:
+def _check_mask(lengths_q: Tensor, lengths_k: Tensor, causal: bool, window: int | None) -> None:
     if len(lengths_q) != len(lengths_k):
         raise ValueError(
             f"cu_seqlens_q is of {len(lengths_q)} sequences, cu_seqlens_k of {len(lengths_k)}; they must agree"
         )
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window is of 1 token or more and causal; got window={window}, causal={causal}")
-    for i, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        if causal and n > m:
-            raise ValueError(f"sequence {i} has {n} causal queries and {m} keys; each query stands at one of the keys")
+    if causal and (lengths_q > lengths_k).any():
+        i = int((lengths_q > lengths_k).nonzero()[0])
+        counts = f"{int(lengths_q[i])} causal queries and {int(lengths_k[i])} keys"
+        raise ValueError(f"sequence {i} has {counts}; each query stands at one of the keys")
 
 
 def _backend(backend: str, q: Tensor) -> Backend:

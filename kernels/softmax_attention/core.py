@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.softmax_attention.rows import Rows, add, put
-from lsys.kernels.softmax_attention.tile import Tile
+from lsys.kernels.softmax_attention.tile import Tiles
 
 
 class Backend(Protocol):
@@ -21,8 +21,8 @@ class Backend(Protocol):
     def obstacle(self, q: Tensor) -> str | None:
         """Why this backend cannot take q; None if it can."""
 
-    def plan(self, tiles: list[Tile], q: Tensor) -> Sequence[Any]:
-        """The launches that compute the tiles."""
+    def plan(self, tiles: Tiles, q: Tensor) -> Sequence[Any]:
+        """The launches that compute the tiles: they depend on q's device and dtype only."""
 
     def forward(self, launch: Any, /, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """o [rows, H, D] and lse [rows, H] of the launch's queries over its keys."""
@@ -33,15 +33,20 @@ class Backend(Protocol):
         """The launch's share of dq [rows, H, D], dk and dv [rows, H_kv, D], given o and lse over all keys."""
 
 
+def planned(backend: Backend, tiles: Tiles, q: Tensor) -> Sequence[Any]:
+    """The launches that compute the tiles: planned once, kept with them."""
+    return tiles.derived((backend, q.device, q.dtype), lambda: backend.plan(tiles, q))
+
+
 class Attention(torch.autograd.Function):
     """(q, k, v, tiles, scale, backend) -> (o in q's dtype, lse). No query is in two tiles: nothing needs merging."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile], scale: float, backend: Backend
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, backend: Backend
     ) -> tuple[Tensor, Tensor]:
         q, k, v = dense(q), dense(k), dense(v)
-        launches = backend.plan(tiles, q)
+        launches = planned(backend, tiles, q)
         if len(launches) == 1 and _is_all(launches[0].q, q):
             o, lse = backend.forward(launches[0], q, k, v, scale)
             o = o.to(q.dtype)
@@ -54,7 +59,7 @@ class Attention(torch.autograd.Function):
                 put(lse, launch.q, part_lse)
         ctx.save_for_backward(q, k, v, o, lse)
         # Only a tile with a lower bound may be cut into launches that share keys: their sum is then in fp32.
-        ctx.shared = any(tile.first is not None for tile in tiles)
+        ctx.shared = tiles.has_lower_bound
         ctx.launches, ctx.scale, ctx.backend = launches, scale, backend
         ctx.mark_non_differentiable(lse)
         return o, lse

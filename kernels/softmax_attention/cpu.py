@@ -4,9 +4,7 @@ A band becomes blocks of queries, each with a few adjacent ranges of keys, its p
 or a full past and a causal end, or the few keys around a window under a mask. Small blocks of equal shape are one call.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from lsys.kernels.softmax_attention.merge import merge
 from lsys.kernels.softmax_attention.rows import Rows, rows_of, take
-from lsys.kernels.softmax_attention.tile import Tile, trim, waves
+from lsys.kernels.softmax_attention.tile import FAR, Tiles, batches
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -52,20 +50,17 @@ def obstacle(q: Tensor) -> str | None:
     return None if q.is_floating_point() else f"{q.dtype} is no floating-point type"
 
 
-def plan(tiles: list[Tile], q: Tensor) -> list[Block]:
+def plan(tiles: Tiles, q: Tensor) -> list[Block]:
     """The launches that compute the tiles."""
-    shapes: dict[tuple[int, int, int | None, int | None], list[Tile]] = defaultdict(list)
-    for tile in _cut(trim(tiles)):
-        shapes[tile.q.stop - tile.q.start, tile.k.stop - tile.k.start, tile.first, tile.last].append(tile)
-    blocks = []
-    for (n, m, first, last), same in shapes.items():
-        pieces = _pieces(n, m, first, last, q.dtype)
-        count = max(1, _MAX_ROWS // max(n, m)) if n * m <= _SMALL else 1
-        for wave in waves(same):
-            for chunk in (wave[i : i + count] for i in range(0, len(wave), count)):
-                where = rows_of([tile.q for tile in chunk], q.device), rows_of([tile.k for tile in chunk], q.device)
-                blocks.append(Block(*where, len(chunk), pieces))
-    return blocks
+    tiles = _cut(tiles.trimmed())
+    most = (_MAX_ROWS // torch.maximum(tiles.n, tiles.m)).clamp(min=1).masked_fill(tiles.n * tiles.m > _SMALL, 1)
+    tiles, bounds = batches(tiles, (tiles.n, tiles.m, tiles.first, tiles.last), most)
+    rows_q = rows_of(tiles.q, tiles.n, bounds, q.device)
+    rows_k = rows_of(tiles.k, tiles.m, bounds, q.device)
+    shapes = zip(*(column[bounds[:-1]].tolist() for column in (tiles.n, tiles.m, tiles.first, tiles.last)), strict=True)
+    pieces = cache(partial(_pieces, dtype=q.dtype))  # batches of a shape share them
+    parts = zip(rows_q, rows_k, bounds.diff().tolist(), shapes, strict=True)
+    return [Block(q_, k_, number, pieces(*shape)) for q_, k_, number, shape in parts]
 
 
 def forward(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -104,27 +99,26 @@ def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> t
     return reduce(torch.add, (x.to(dtype) for x in dq)), torch.cat(dk, dim=2), torch.cat(dv, dim=2)
 
 
-def _cut(tiles: list[Tile]) -> Iterator[Tile]:
+def _cut(tiles: Tiles) -> Tiles:
     """Trimmed tiles; those with a lower bound in blocks of few queries, each with the keys that these see."""
-    for tile in tiles:
-        q, k, first, last = tile
-        window = _MAX_MASK if first is None or last is None else last - first + 1
-        step = min(max(window // 2, _MIN_BLOCK), _MAX_BLOCK)
-        if first is None or q.stop - q.start <= step:
-            yield tile
-            continue
-        for start in range(q.start, q.stop, step):
-            queries, shift = slice(start, min(start + step, q.stop)), start - q.start
-            yield from trim([Tile(queries, k, first + shift, None if last is None else last + shift)])
+    if not tiles.has_lower_bound:
+        return tiles
+    window = (tiles.last - tiles.first + 1).clamp(max=_MAX_MASK)
+    step = (window // 2).clamp(_MIN_BLOCK, _MAX_BLOCK).where(tiles.first > -FAR, tiles.n)
+    blocks = (tiles.n + step - 1) // step
+    tile = torch.arange(len(tiles)).repeat_interleave(blocks)
+    shift = (torch.arange(len(tile)) - (blocks.cumsum(0) - blocks)[tile]) * step[tile]
+    q, n, k, m, first, last = (column[tile] for column in tiles.columns)
+    return Tiles(q + shift, torch.minimum(n - shift, step[tile]), k, m, first + shift, last + shift).trimmed()
 
 
-def _pieces(n: int, m: int, first: int | None, last: int | None, dtype: torch.dtype) -> list[Piece]:
+def _pieces(n: int, m: int, first: int, last: int, dtype: torch.dtype) -> list[Piece]:
     """Of a trimmed tile. They are adjacent, and every query sees a key of each: seeing nothing, it would become nan."""
-    if first is not None and m <= _MAX_MASK:
-        width = None if last is None else last - first
+    if first > -FAR and m <= _MAX_MASK:
+        width = None if last == FAR else last - first
         return [Piece(slice(0, m), mask=_mask(width, dtype)[:n, -first : m - first])]
-    pieces, edge, past = [], 0, m if last is None else last  # from `edge` to `past` all queries see all keys
-    if first is not None:
+    pieces, edge, past = [], 0, min(m, last)  # from `edge` to `past` all queries see all keys
+    if first > -FAR:
         edge = n + first
         pieces.append(Piece(slice(0, edge), mask=_mask(None, dtype)[:n, -first:n]))
     if edge < past:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lsys.kernels.softmax_attention.tile import Tile, trim
+from lsys.kernels.softmax_attention.tile import Tile, Tiles
 
 
 def obstacle(q: Tensor) -> str | None:
@@ -11,9 +11,9 @@ def obstacle(q: Tensor) -> str | None:
     return None if q.is_floating_point() else f"{q.dtype} is no floating-point type"
 
 
-def plan(tiles: list[Tile], q: Tensor) -> list[Tile]:
+def plan(tiles: Tiles, q: Tensor) -> list[Tile]:
     """The launches that compute the tiles."""
-    return trim(tiles)
+    return list(tiles.trimmed())
 
 
 def forward(tile: Tile, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Rows of a tensor that several tiles own: a slice if they are back to back, else an index tensor, int64."""
 
-from itertools import pairwise
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,15 +8,28 @@ from torch import Tensor
 Rows = slice | Tensor
 
 
-def rows_of(spans: list[slice], device: torch.device) -> Rows:
-    """The rows of all spans, one span after the other."""
-    if all(a.stop == b.start for a, b in pairwise(spans)):
-        return slice(spans[0].start, spans[-1].stop)
-    starts, stops = torch.tensor([(span.start, span.stop) for span in spans]).unbind(1)
-    lengths = stops - starts
-    shifts = stops - lengths.cumsum(0)  # of each span, from its place among the rows to its place in the tensor
-    shifts = shifts.repeat_interleave(lengths)
-    return move(torch.arange(len(shifts)) + shifts, device)
+def rows_of(begin: Tensor, number: Tensor, bounds: Tensor, device: torch.device) -> list[Rows]:
+    """Of each batch the rows of its spans, one span after the other.
+
+    Args:
+        begin, number: first row of each span and how many there are, int64 [spans].
+        bounds: batch b is the spans bounds[b] to bounds[b + 1], one at least: int64 [batches + 1].
+        device: where the index tensors are wanted.
+    """
+    end, firsts = begin + number, bounds[:-1]
+    apart = torch.zeros_like(begin)
+    apart[1:] = begin[1:] != end[:-1]
+    apart[firsts] = 0
+    gaps, places = (torch.nn.functional.pad(x.cumsum(0), (1, 0))[bounds].diff() for x in (apart, number))
+    scattered = gaps > 0
+    views: Iterator[Tensor] = iter(())
+    if scattered.any():
+        spans = scattered.repeat_interleave(bounds.diff()).nonzero().flatten()
+        lengths = number[spans]
+        shift = (end[spans] - lengths.cumsum(0)).repeat_interleave(lengths)  # from the place among all rows to the row
+        views = iter(move(shift.add_(torch.arange(len(shift))), device).split(places[scattered].tolist()))
+    edges = zip(begin[firsts].tolist(), end[bounds[1:] - 1].tolist(), scattered.tolist(), strict=True)
+    return [next(views) if is_scattered else slice(first, stop) for first, stop, is_scattered in edges]
 
 
 def move(x: Tensor, device: torch.device) -> Tensor:

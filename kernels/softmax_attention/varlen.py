@@ -4,10 +4,9 @@ Such a kernel takes many sequences, each as rows of q and of k, and one band for
 those from i + m - n - left to i + m - n + right, where -1 is no bound.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsys.kernels.softmax_attention.rows import Rows, move, rows_of, take
-from lsys.kernels.softmax_attention.tile import Tile, trim, waves
+from lsys.kernels.softmax_attention.tile import FAR, Batches, Tiles, batches
 
 
 class Launch(NamedTuple):
@@ -45,12 +44,10 @@ class Varlen:
     run_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     granularity: int = 8
 
-    def plan(self, tiles: list[Tile], q: Tensor) -> list[Launch]:
+    def plan(self, tiles: Tiles, q: Tensor) -> list[Launch]:
         """The launches that compute the tiles: one for each band, unless its tiles share queries."""
-        bands: dict[tuple[int, int], list[Tile]] = defaultdict(list)
-        for tile in _aligned(trim(tiles)):
-            bands[_band(tile)].append(tile)
-        return [_launch(wave, *band, q.device) for band, same in bands.items() for wave in waves(same)]
+        tiles = _aligned(tiles.trimmed())
+        return _launches(batches(tiles, _bands(tiles)), q.device)
 
     def forward(self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """o [rows, H, D] and lse [rows, H] of the launch's queries over its keys."""
@@ -76,47 +73,40 @@ class Varlen:
         return F.pad(x, (0, missing)) if missing else x
 
 
-def _aligned(tiles: list[Tile]) -> Iterator[Tile]:
+def _aligned(tiles: Tiles) -> Tiles:
     """Trimmed tiles, split by queries so that `last` is m - n if at all, and m >= n if there is any bound.
 
     All tiles of a causal kind then share one band; besides, the kernels replace a missing bound by the greatest length,
     which hides keys from the first of n > m queries, and take a bound of that length for none.
     """
-    for tile in tiles:
-        (q, k, first, last), n, m = tile, tile.q.stop - tile.q.start, tile.k.stop - tile.k.start
-        split = n
-        if last is not None:
-            split = m - last  # queries from it on reach the last key
-        elif first is not None and n > m:
-            split = 1 - first  # queries before it reach the first key
-        if split >= n:
-            yield tile
-            continue
-        middle = q.start + split
-        head, tail = slice(q.start, middle), slice(middle, q.stop)
-        shifted = None if first is None else first + split
-        yield from trim([Tile(head, k, first, last)])
-        yield from _aligned(trim([Tile(tail, k, shifted, None)]))
+    done = []
+    while len(tiles):
+        _, n, _, m, first, last = tiles.columns
+        split = n.where((first == -FAR) | (n <= m), 1 - first)  # queries before it reach the first key
+        split = split.where(last == FAR, m - last)  # queries from it on reach the last key
+        is_cut = split < n
+        cut, split = tiles.take(is_cut), split[is_cut]
+        done += [tiles.take(~is_cut), replace(cut, n=split).trimmed()]
+        none = torch.full_like(split, FAR)
+        tiles = replace(cut, q=cut.q + split, n=cut.n - split, first=cut.first + split, last=none).trimmed()
+    return Tiles.joined(done) if done else tiles
 
 
-def _band(tile: Tile) -> tuple[int, int]:
-    """(left, right) of an aligned tile."""
-    past = (tile.k.stop - tile.k.start) - (tile.q.stop - tile.q.start)
-    return -1 if tile.first is None else past - tile.first, -1 if tile.last is None else tile.last - past
+def _bands(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """(left, right) of aligned tiles."""
+    past = tiles.m - tiles.n
+    left = (past - tiles.first).masked_fill(tiles.first == -FAR, -1)
+    return left, (tiles.last - past).masked_fill(tiles.last == FAR, -1)
 
 
-def _launch(tiles: list[Tile], left: int, right: int, device: torch.device) -> Launch:
-    spans_q, spans_k = [tile.q for tile in tiles], [tile.k for tile in tiles]
-    lengths_q, lengths_k = ([x.stop - x.start for x in spans] for spans in (spans_q, spans_k))
-    bounds = torch.tensor([[0, *accumulate(lengths)] for lengths in (lengths_q, lengths_k)], dtype=torch.int32)
-    bounds_q, bounds_k = move(bounds, device)
-    return Launch(
-        rows_of(spans_q, device),
-        rows_of(spans_k, device),
-        bounds_q,
-        bounds_k,
-        max(lengths_q),
-        max(lengths_k),
-        left,
-        right,
-    )
+def _launches(found: Batches, device: torch.device) -> list[Launch]:
+    tiles, bounds = found
+    rows = zip(*(rows_of(*spans, bounds, device) for spans in ((tiles.q, tiles.n), (tiles.k, tiles.m))), strict=True)
+    bands = zip(*(band.tolist() for band in _bands(tiles.take(bounds[:-1]))), strict=True)
+    lengths = torch.stack((tiles.n, tiles.m))
+    ends = F.pad(lengths.cumsum(1), (1, 0))
+    launches = []
+    for (a, b), where, band in zip(pairwise(bounds.tolist()), rows, bands, strict=True):
+        cu_seqlens = (ends[:, a : b + 1] - ends[:, a : a + 1]).int()
+        launches.append(Launch(*where, *move(cu_seqlens, device), *lengths[:, a:b].amax(1).tolist(), *band))
+    return launches

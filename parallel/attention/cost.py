@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lsys.parallel.attention import METHODS, gather, ring, usp
-from lsys.parallel.attention.heads import Share, pooled, shares
+from lsys.parallel.attention.heads import Share, shares
 from lsys.parallel.comm import is_uneven
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import NETWORK, NODE
 from lsys.parallel.replay import HARDWARE, Links
-from lsys.parallel.schedule import Schedule, Transfer, count, returns
+from lsys.parallel.schedule import Schedule, Transfer, returns
+from lsys.parallel.segments import count
 
 # A method is not chosen if some rank computes so much more than the mean because of how heads fall.
 _MOST_IMBALANCE = 1.25
@@ -91,7 +92,7 @@ def traffic(
         return _gather(gather.schedule(layout, causal, window), layout.ranks, shape)
     groups = _groups(method, layout.ranks, shape, node_of_rank)
     split = shares(shape.heads, shape.kv_heads, len(groups[0]))
-    forward, backward = _ring(ring.schedule(pooled(layout, groups), causal, window), groups, split, shape)
+    forward, backward = _ring(ring.schedule(layout.pooled(groups), causal, window), groups, split, shape)
     if len(groups[0]) > 1:
         sizes, unit = layout.sizes, shape.width * shape.itemsize
         everything, queries = [share.width for share in split], [_queries(share) for share in split]
@@ -130,10 +131,10 @@ def _ring(
     rows = [2 * (share.key.stop - share.key.start) * shape.width for share in split]
 
     def messages(transfers: Iterable[Transfer], itemsize: int) -> Iterator[tuple[int, int, int]]:
-        for source, destination, parts in transfers:
-            tokens = count(parts)
+        for transfer in transfers:
+            source, destination, tokens = groups[transfer.source], groups[transfer.destination], count(transfer.parts)
             for member, numbers in enumerate(rows):
-                yield groups[source][member], groups[destination][member], tokens * numbers * itemsize
+                yield source[member], destination[member], tokens * numbers * itemsize
 
     blocks = [[*messages(step.transfers, shape.itemsize)] for step in schedule.steps]
     sums = [[*messages(entry, shape.wide)] for entry in returns(schedule)]
@@ -143,7 +144,7 @@ def _ring(
 
 
 def _gather(schedule: Schedule, ranks: int, shape: Shape) -> Traffic:
-    offered = {source: count(parts) for source, _, parts in schedule.steps[0].transfers}
+    offered = {transfer.source: count(transfer.parts) for transfer in schedule.steps[0].transfers}
     if not offered:
         return Traffic((), ())
     sizes = [offered.get(rank, 0) for rank in range(ranks)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels import softmax_attention as kernel
-from lsys.kernels.softmax_attention import Tile
-from lsys.parallel.attention.route import Gather, Message, RouteStep, Rows, route
+from lsys.kernels.softmax_attention import Tiles
+from lsys.parallel.attention.route import Gather, Generator, Message, RouteStep, Rows, route_of
 from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.schedule import Schedule
-
-Generator = Callable[[SequenceLayout, bool, int | None], Schedule]
 
 
 class Options(NamedTuple):
@@ -43,7 +38,7 @@ def attention(
     peers: tuple[int, ...] | None = None,
     heads: tuple[tuple[slice, slice], ...] | None = None,
 ) -> Tensor:
-    """Attention along the schedule that `generator(layout, causal, window)` makes.
+    """Attention along the schedule that `generator(layout, causal, window)` makes, once for all calls with this layout.
 
     Args:
         q: [T_r, H, D], this rank's tokens.
@@ -57,39 +52,17 @@ def attention(
     """
     rank = (0 if comm is None else comm.rank) if rank is None else rank
     heads = ((slice(0, q.shape[1]), slice(0, k.shape[1])),) if heads is None else heads
-    steps = _route(layout, generator, rank, options.mask, q.device)
-    if steps is None:
-        parts = [_on_one_device(q[:, h], k[:, g], v[:, g], layout.cu_seqlens(rank), options) for h, g in heads]
+    route = route_of(layout, generator, rank, options.mask, q.device)
+    if route.whole is not None:
+        parts = [_on_one_device(q[:, h], k[:, g], v[:, g], route.whole, options) for h, g in heads]
         return parts[0] if len(parts) == 1 else torch.cat([q[:, :0], *parts], 1)
     peers = tuple(range(layout.ranks)) if peers is None else peers
-    return Attention.apply(q, k, v, Program(steps, comm, peers, heads, options))
+    return Attention.apply(q, k, v, Program(route.steps, comm, peers, heads, options))
 
 
-def _on_one_device(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, options: Options) -> Tensor:
-    (causal, window), scale, backend = options
-    o, _ = kernel.softmax_attention(
-        q,
-        k,
-        v,
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds,
-        causal=causal,
-        window=window,
-        scale=scale,
-        backend=backend,
-    )
+def _on_one_device(q: Tensor, k: Tensor, v: Tensor, documents: Tiles, options: Options) -> Tensor:
+    o, _ = kernel.attend_sequences(q, k, v, documents, scale=options.scale, backend=options.backend)
     return o
-
-
-@lru_cache(maxsize=32)  # the layers of a step ask for the same few
-def _route(
-    layout: SequenceLayout, generator: Generator, rank: int, mask: Mask, device: torch.device
-) -> tuple[RouteStep, ...] | None:
-    """None: the rank communicates nothing and its documents are whole, which is what one device's attention takes."""
-    steps = route(generator(layout, *mask), layout, rank, mask, device)
-    held = layout.table(rank)
-    is_whole = torch.equal(held.length, layout.document_offsets.diff()[held.document])
-    return None if is_whole and not any(step.communicates for step in steps) else steps
 
 
 @dataclass(frozen=True)
@@ -156,15 +129,15 @@ class Attention(torch.autograd.Function):
         return dq.to(q.dtype), *own.to(k.dtype).unbind(1), None
 
 
-def _attend(program: Program, tiles: list[Tile], q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
+def _attend(program: Program, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
     _, scale, backend = program.options
-    for h, g in program.heads if tiles else ():
+    for h, g in program.heads if len(tiles) else ():
         kernel.attend(q[:, h], k[:, g], v[:, g], tiles, o[:, h], lse[:, h], scale=scale, backend=backend)
 
 
 def _attend_backward(
     program: Program,
-    tiles: list[Tile],
+    tiles: Tiles,
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -175,7 +148,7 @@ def _attend_backward(
     dkv: Tensor,
 ) -> None:
     _, scale, backend = program.options
-    for h, g in program.heads if tiles else ():
+    for h, g in program.heads if len(tiles) else ():
         queries, keys = (do[:, h], q[:, h]), (k[:, g], v[:, g])
         sums = dq[:, h], dkv[:, 0, g], dkv[:, 1, g]
         kernel.attend_backward(*queries, *keys, o[:, h], lse[:, h], tiles, *sums, scale=scale, backend=backend)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from lsys.parallel.layout import SegmentTable, SequenceLayout
-from lsys.parallel.schedule import Schedule, Step, Transfer, crossing, cut
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.schedule import Schedule, Step, Transfer, crossing
+from lsys.parallel.segments import SegmentTable, cut
 
 
 def schedule(layout: SequenceLayout, causal: bool = True, window: int | None = None) -> Schedule:
@@ -18,9 +19,11 @@ def schedule(layout: SequenceLayout, causal: bool = True, window: int | None = N
     offered = _offered(layout, causal, window)
     if len(offered.begin) == 0:
         return Schedule(layout.ranks, (Step(local=local),))
+    offered = offered.take(offered.rank.int().argsort(stable=True))
+    bounds = torch.searchsorted(offered.rank, torch.arange(layout.ranks + 1)).tolist()
     transfers = []
     for source in range(layout.ranks):
-        parts = offered.take(offered.rank == source)
+        parts = offered.take(slice(*bounds[source : source + 2]))
         if len(parts.begin):
             transfers += [Transfer(source, other, parts) for other in range(layout.ranks) if other != source]
     return Schedule(layout.ranks, (Step(tuple(transfers), local, collective=True), Step()))

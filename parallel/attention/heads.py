@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.parallel.comm import SequenceComm
-from lsys.parallel.layout import Segment, SequenceLayout
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.segments import joined, offsets, runs
 
 
 class Share(NamedTuple):
@@ -62,27 +62,31 @@ def pieces(share: Share, group: int) -> tuple[tuple[slice, slice], ...]:
     return tuple(found)
 
 
-def pooled(layout: SequenceLayout, groups: tuple[tuple[int, ...], ...]) -> SequenceLayout:
-    """The layout over groups of ranks: each holds the tokens of its members, by document and position."""
-    return SequenceLayout(layout.lengths, tuple(tuple(sorted(_members(layout, group))) for group in groups))
+class Order(NamedTuple):
+    """Rows of the members of a group, one after the other, in the order of the stream, and the inverse: int64 [T_g]."""
+
+    rows: Tensor
+    inverse: Tensor
+
+    def to(self, device: torch.device) -> Order:
+        """There."""
+        return Order(self.rows.to(device), self.inverse.to(device))
 
 
-def _members(layout: SequenceLayout, group: tuple[int, ...]) -> list[Segment]:
-    return [segment for rank in group for segment in layout.segments[rank]]
+def _order(layout: SequenceLayout, group: tuple[int, ...], device: torch.device) -> Order | None:
+    """None if the rows are in this order: found once for a layout."""
 
+    def build() -> Order | None:
+        held = joined([layout.table(rank) for rank in group])
+        order = held.begin.argsort()
+        if torch.equal(order, torch.arange(len(order))):
+            return None
+        rows = runs(offsets(held.length)[order], held.length[order])
+        return Order(rows, torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows))))
 
-@lru_cache(maxsize=32)
-def _order(layout: SequenceLayout, group: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Rows of the members, one after the other, in the order of documents and positions, and the inverse.
-
-    None if they are in this order.
-    """
-    held = _members(layout, group)
-    if held == sorted(held):
-        return None
-    stream = torch.cat([layout.index(rank) for rank in group])
-    order = stream.argsort()
-    return order.to(device), order.argsort().to(device)
+    name = ("order of heads", group)
+    found = layout.derived(name, None, build)
+    return found and layout.derived(name, device, build)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class HeadExchange:
         )
         rows = received.view(sum(self.layout.sizes[rank] for rank in self.group), own, width)
         order = _order(self.layout, self.group, rows.device)
-        return rows if order is None else rows.index_select(0, order[0])
+        return rows if order is None else rows.index_select(0, order.rows)
 
     def to_tokens(self, x: Tensor, widths: list[int]) -> list[Tensor]:
         """Own heads of the group's tokens [T_g, w, D] -> from each member, its heads of own tokens [T_r, widths[i], D].
@@ -126,7 +130,7 @@ class HeadExchange:
         The adjoint of `to_heads`, and its inverse.
         """
         order = _order(self.layout, self.group, x.device)
-        x = x if order is None else x.index_select(0, order[1])
+        x = x if order is None else x.index_select(0, order.inverse)
         sizes = [self.layout.sizes[rank] for rank in self.group]
         tokens = self.layout.sizes[self.comm.rank]
         receive = [tokens * width for width in widths]

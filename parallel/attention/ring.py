@@ -12,41 +12,62 @@ arrive during its work on its own tokens. There the keys go around in several ro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lsys.parallel.layout import SegmentTable, SequenceLayout
-from lsys.parallel.schedule import Schedule, Step, Transfer, crossing, cut, joined
+from lsys.parallel.attention.reach import farthest, readers
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.schedule import Schedule, Step, Transfer, crossing
+from lsys.parallel.segments import SegmentTable, cut
 
-# Documents are taken together up to so many pairs of a segment and a rank: what a few temporaries of them need.
-_CHUNK = 1 << 20
+# Documents are taken together up to about so many segments, whose columns fit a cache.
+_CHUNK = 1 << 15
 # Rounds times ranks, at most, while a rank sends no fewer tokens than this in a round: short tiles run slowly.
 _STEPS, _TOKENS = 8, 2048
 _MOST_ROUNDS = 4
 
 
 class Pieces(NamedTuple):
-    """What ranks send, and how many ranks far each part travels: int64 [parts]."""
+    """What ranks send, and how many ranks far each piece travels: int64 [pieces].
 
-    parts: SegmentTable
+    `part` numbers the segment that a piece is of; `begin` is the place in the stream of its first token.
+    """
+
+    part: Tensor
+    begin: Tensor
+    length: Tensor
     hops: Tensor
+
+    def take(self, which: Tensor) -> Pieces:
+        """The pieces with these numbers, or where a mask is true."""
+        numbers = which.nonzero().flatten() if which.dtype == torch.bool else which
+        return Pieces(*(column.index_select(0, numbers) for column in self))
+
+    @property
+    def traffic(self) -> int:
+        """Tokens received by all ranks together."""
+        return int(self.hops @ self.length)
 
 
 def schedule(
     layout: SequenceLayout, causal: bool = True, window: int | None = None, rounds: int | None = None
 ) -> Schedule:
     """The ring over the layout's ranks, in the direction with less traffic (upwards if equal)."""
-    up, down = (_pieces(layout, causal, window, direction) for direction in (1, -1))
-    direction, pieces = (1, up) if _traffic(up) <= _traffic(down) else (-1, down)
+    parts = crossing(layout)
+    up, down = _pieces(parts, layout.ranks, causal, window)
+    direction, pieces = (1, up) if up.traffic <= down.traffic else (-1, down)
     rounds = rounds or (_rounds(layout) if len(pieces.hops) else 1)
     steps: list[Step] = []
     for number in range(rounds):
-        local = tuple(_share(layout.table(rank), number, rounds) for rank in range(layout.ranks))
-        length = _bounds(pieces.parts, number, rounds)[1]
-        moved = Pieces(_share(pieces.parts, number, rounds), pieces.hops[length > 0])
-        around = [Step(transfers) for transfers in _round(moved, layout.ranks, direction)] or [Step()]
+        local, sent = tuple(layout.table(rank) for rank in range(layout.ranks)), pieces
+        if rounds > 1:
+            local = tuple(cut(table, *_share(table, number, rounds)) for table in local)
+            begin, length = _share(pieces, number, rounds)
+            sent = pieces._replace(begin=begin, length=length).take(length > 0)
+        around = [*_round(parts, sent, layout.ranks, direction)] or [Step()]
         steps += [around[0]._replace(local=local), *around[1:]]
     if steps[-1].transfers:
         steps.append(Step())
@@ -58,103 +79,105 @@ def _rounds(layout: SequenceLayout) -> int:
     return max(1, most)
 
 
-def _bounds(table: SegmentTable, number: int, rounds: int) -> tuple[Tensor, Tensor]:
+def _share(table: SegmentTable | Pieces, number: int, rounds: int) -> tuple[Tensor, Tensor]:
     """Begin and length of the part of each segment that belongs to a round."""
     first, last = (table.length * n // rounds for n in (number, number + 1))
     return table.begin + first, last - first
 
 
-def _share(table: SegmentTable, number: int, rounds: int) -> SegmentTable:
-    return cut(table, *_bounds(table, number, rounds))
+def _round(parts: SegmentTable, pieces: Pieces, ranks: int, direction: int) -> Iterator[Step]:
+    """The steps of a round.
 
-
-def _round(pieces: Pieces, ranks: int, direction: int) -> Iterator[tuple[Transfer, ...]]:
-    """The transfers of each step of a round."""
-    blocks = [list(sent) for sent in _blocks(pieces, ranks)]  # of each owner, what is sent in each step
-    for number in range(max(map(len, blocks))):
-        transfers = []
-        for owner, sent in enumerate(blocks):
-            if number < len(sent):
-                source, destination = (owner + direction * hops for hops in (number, number + 1))
-                transfers.append(Transfer(source % ranks, destination % ranks, sent[number]))
-        yield tuple(transfers)
-
-
-def _traffic(pieces: Pieces) -> int:
-    """Tokens received by all ranks together."""
-    return int(pieces.hops @ pieces.parts.length)
-
-
-def _blocks(pieces: Pieces, ranks: int) -> Iterator[Iterator[SegmentTable]]:
-    """For each owner, what remains of its pieces in each step.
-
-    Those that go far come first, so that the rest is a prefix: a rank passes on the first rows of the block in its
-    hand, without a copy.
+    Of what an owner sends, the pieces that go far come first, so that in each step the rest is a prefix: a rank passes
+    on the first rows of the block in its hand, without a copy.
     """
-    owner, hops = pieces.parts.rank, pieces.hops
-    parts = pieces.parts.take((owner * (ranks + 1) - hops).argsort(stable=True))
-    traveling = torch.zeros(ranks, ranks + 1, dtype=torch.int64)  # how many parts of each owner go so far or further
-    traveling.view(-1).index_add_(0, owner * (ranks + 1) + hops, torch.ones_like(hops))
-    traveling = traveling.flip(1).cumsum(1).flip(1)
-    ends = traveling[:, 0].cumsum(0).tolist()
-    for end, counts in zip(ends, traveling.tolist(), strict=True):
-        yield _prefixes(parts.take(slice(end - counts[0], end)), counts[1:])
+    key = parts.rank.index_select(0, pieces.part) * (ranks + 1) + ranks - pieces.hops
+    pieces = pieces.take(key.int().argsort(stable=True))
+    sent = cut(parts.take(pieces.part), pieces.begin, pieces.length)
+    # Of each owner, how many pieces travel one rank far or further, two or further, and so on: [ranks, ranks].
+    numbers = torch.bincount(key, minlength=ranks * (ranks + 1)).view(ranks, ranks + 1)[:, :ranks].cumsum(1).flip(1)
+    ends, blocks = numbers[:, 0].cumsum(0).tolist(), []
+    for end, number in zip(ends, numbers[:, 0].tolist(), strict=True):
+        blocks.append(sent.take(slice(end - number, end)))
+    for hops, travelling in enumerate(numbers.t().tolist()):
+        transfers = [
+            Transfer(
+                (owner + direction * hops) % ranks, (owner + direction * (hops + 1)) % ranks, blocks[owner], number
+            )
+            for owner, number in enumerate(travelling)
+            if number
+        ]
+        if transfers:
+            yield Step(tuple(transfers))
 
 
-def _prefixes(block: SegmentTable, counts: list[int]) -> Iterator[SegmentTable]:
-    for number in filter(None, counts):
-        block = block if number == len(block.begin) else block.take(slice(number))
-        yield block
+def _pieces(parts: SegmentTable, ranks: int, causal: bool, window: int | None) -> tuple[Pieces, Pieces]:
+    """All tokens that others than their owners need, and how far they travel, upwards and downwards."""
+    up: list[Pieces] = []
+    down: list[Pieces] = []
+    for start, some in _chunks(parts):
+        whole = farthest(some.rank, *readers(some, causal, window), ranks)
+        cuts = Cuts(*some.begin.new_empty(3, 0)) if window is None else _cuts(some, window, ranks)
+        back = cuts._replace(hops=(ranks - cuts.hops).masked_fill(cuts.hops == 0, 0))
+        for found, hops, at in ((up, whole[0], cuts), (down, whole[1], back)):
+            pieces = _travels(some, hops, at, ranks)
+            found.append(pieces._replace(part=pieces.part + start))
+    return _joined(up), _joined(down)
 
 
-def _pieces(layout: SequenceLayout, causal: bool, window: int | None, direction: int) -> Pieces:
-    """All tokens that others than their owners need, and how far they travel in the direction."""
-    found = []
-    for parts in _chunks(crossing(layout), layout.ranks):
-        if window is None:
-            hops = _hops(parts, layout.ranks, direction)
-            farthest = (_needing(parts, layout.ranks, causal) * hops).amax(1)
-            found.append(Pieces(parts.take(farthest > 0), farthest[farthest > 0]))
-        else:
-            found.append(_windowed(parts, layout, window, direction))
-    return Pieces(joined([piece.parts for piece in found]), torch.cat([piece.hops for piece in found]))
+def _joined(found: list[Pieces]) -> Pieces:
+    return Pieces(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _chunks(parts: SegmentTable, ranks: int) -> Iterator[SegmentTable]:
-    """Whole documents together, some at a time."""
-    begins = torch.cat([torch.ones(1, dtype=torch.bool), parts.document.diff() != 0])[: len(parts.begin)]
-    borders, start = [*begins.nonzero().flatten().tolist(), len(parts.begin)], 0
-    for border, following in zip(borders, [*borders[1:], borders[-1]], strict=True):
-        if border > start and (following - start) * ranks > _CHUNK or following == border:
-            yield parts.take(slice(start, border))
-            start = border
+def _chunks(parts: SegmentTable) -> Iterator[tuple[int, SegmentTable]]:
+    """Whole documents together, some at a time, and the number of their first part."""
+    total = len(parts.begin)
+    borders = torch.cat([parts.document.diff().nonzero().flatten() + 1, torch.tensor([total])])
+    wanted = torch.arange(_CHUNK, max(total, _CHUNK), _CHUNK)
+    edges = borders[torch.searchsorted(borders, wanted)].unique().tolist()
+    for start, stop in pairwise([0, *edges, total]):
+        yield start, parts.take(slice(start, stop))
 
 
-def _hops(parts: SegmentTable, ranks: int, direction: int) -> Tensor:
-    """From the owner of each part to each rank: int64 [parts, ranks]."""
-    return (torch.arange(ranks) - parts.rank[:, None]) * direction % ranks
+class Cuts(NamedTuple):
+    """Places inside segments from where on a query needs them: int64 [cuts]. Ascending.
+
+    `part` numbers the segment and `begin` is the place; `hops` is how many ranks above the owner the query's rank is.
+    """
+
+    part: Tensor
+    begin: Tensor
+    hops: Tensor
 
 
-def _needing(parts: SegmentTable, ranks: int, causal: bool) -> Tensor:
-    """Which ranks have a query that sees the part: bool [parts, ranks]; owners may be among them."""
-    documents, document = parts.document.unique_consecutive(return_inverse=True)
-    latest = torch.full((len(documents), ranks), -1)  # where the last segment of each rank in the document begins
-    latest.view(-1).scatter_reduce_(0, document * ranks + parts.rank, parts.begin, "amax")
-    return latest[document] > (parts.begin[:, None] if causal else -1)
+def _cuts(parts: SegmentTable, window: int, ranks: int) -> Cuts:
+    """With a sliding window: where the first query of each part stops seeing another part of its document."""
+    edge = parts.begin - window + 1  # the first token that it sees
+    part = (torch.searchsorted(parts.begin, edge, right=True) - 1).clamp(min=0)
+    inside = (edge > parts.begin[part]) & (edge < parts.end[part]) & (parts.document[part] == parts.document)
+    reader = inside.nonzero().flatten()
+    part = part[reader]
+    return Cuts(part, edge[reader], (parts.rank[reader] - parts.rank[part]) % ranks)
 
 
-def _windowed(parts: SegmentTable, layout: SequenceLayout, window: int, direction: int) -> Pieces:
-    """With a sliding window a rank needs the end of a part, from a place on that its next query after it sets."""
-    ranks, rows = layout.ranks, torch.arange(len(parts.begin))
-    never = torch.iinfo(torch.int64).max
-    following = torch.full((len(rows) + 1, ranks), never)  # where the next segment of each rank begins
-    following[rows, parts.rank] = parts.begin
-    following = following[1:].flip(0).cummin(0).values.flip(0)
-    outside = following >= layout.document_offsets[parts.document + 1][:, None]
-    needed = (following - window + 1).maximum(parts.begin[:, None]).masked_fill(outside, never)
-    needed = needed.minimum(parts.end[:, None])  # [parts, ranks]: from where on; its end if not at all
-    by_hops = torch.empty_like(needed).scatter_(1, _hops(parts, ranks, direction), needed)[:, 1:]
-    begin = by_hops.flip(1).cummin(1).values.flip(1)  # from where on it is needed so far away or further
-    end = torch.cat([begin[:, 1:], parts.end[:, None]], 1)
-    part, hops = (begin < end).nonzero().unbind(1)
-    return Pieces(cut(parts.take(part), begin[part, hops], (end - begin)[part, hops]), hops + 1)
+def _travels(parts: SegmentTable, whole: Tensor, cuts: Cuts, ranks: int) -> Pieces:
+    """The pieces of the parts, one after the other; `whole` says how many ranks far each part is needed whole.
+
+    A token travels as far as the farthest rank that needs it: what is behind a cut is needed at the cut's rank, too.
+    """
+    number = torch.arange(len(whole))
+    if len(cuts.part) == 0:
+        return Pieces(number, parts.begin, parts.length, whole).take(whole > 0)
+    is_cut = torch.zeros(len(whole) + len(cuts.part), dtype=torch.bool)
+    is_cut[cuts.part + 1 + torch.arange(len(cuts.part))] = True  # behind its part's begin and the cuts before it
+    part, begin, hops = (
+        torch.empty(len(is_cut), dtype=torch.int64).masked_scatter_(~is_cut, heads).masked_scatter_(is_cut, inside)
+        for heads, inside in zip((number, parts.begin, whole), cuts, strict=True)
+    )
+    hops = (part * ranks + hops).cummax(0).values - part * ranks  # in each part
+    rises = torch.ones_like(is_cut)
+    rises[1:] = (part.diff() != 0) | (hops.diff() != 0)
+    found = Pieces(part, begin, hops, hops).take(rises)
+    end = parts.end.index_select(0, found.part)
+    end[:-1] = torch.minimum(end[:-1], found.begin[1:])
+    return found._replace(length=end - found.begin).take(found.hops > 0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lsys.kernels.softmax_attention import Tile
-from lsys.parallel.attention.tiles import Mask, first_rows, seen, tiles
-from lsys.parallel.layout import SegmentTable, SequenceLayout, runs
-from lsys.parallel.schedule import Schedule, Step, count, cut, find, is_prefix, joined, returns
+from lsys.kernels.softmax_attention import Tiles, sequences
+from lsys.parallel.attention.tiles import Mask, Queries, first_rows, seen, tiles
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.schedule import Schedule, Step, returns
+from lsys.parallel.segments import SegmentTable, continued, count, cut, find, is_prefix, joined, runs
 
 Rows = slice | Tensor  # adjacent rows, or int64 rows that are all different
 
@@ -22,6 +24,10 @@ class Part(NamedTuple):
     in_hand: bool
     rows: Rows
     number: int
+
+    def to(self, device: torch.device) -> Part:
+        """With the rows there."""
+        return self._replace(rows=_rows_to(self.rows, device))
 
 
 Message = tuple[Part, ...]
@@ -39,6 +45,17 @@ class Gather(NamedTuple):
     offered: Message
     sizes: tuple[int, ...]
     kept: Rows
+
+    def to(self, device: torch.device) -> Gather:
+        """With the rows there."""
+        return self._replace(offered=tuple(part.to(device) for part in self.offered), kept=_rows_to(self.kept, device))
+
+
+def _rows_to(rows: Rows, device: torch.device) -> Rows:
+    return rows if isinstance(rows, slice) else rows.to(device)
+
+
+_NOTHING = Tiles.of(())
 
 
 @dataclass
@@ -60,9 +77,9 @@ class RouteStep:
     sends: dict[int, Message] = field(default_factory=dict)
     receives: dict[int, int] = field(default_factory=dict)
     gather: Gather | None = None
-    local: list[Tile] = field(default_factory=list)
-    remote: list[Tile] = field(default_factory=list)
-    local_backward: list[Tile] = field(default_factory=list)
+    local: Tiles = _NOTHING
+    remote: Tiles = _NOTHING
+    local_backward: Tiles = _NOTHING
     returned: dict[int, Message] = field(default_factory=dict)
     returning: dict[int, Message] = field(default_factory=dict)
     scatter: Gather | None = None
@@ -72,50 +89,101 @@ class RouteStep:
         """Whether the rank sends or receives anything in this step, forward or backward."""
         return bool(self.sends or self.receives or self.gather or self.returned or self.returning or self.scatter)
 
+    def to(self, device: torch.device) -> RouteStep:
+        """With all rows there. Tiles stay on the host: what is planned for them knows the device."""
 
-def route(
-    schedule: Schedule, layout: SequenceLayout, rank: int, mask: Mask, device: torch.device
-) -> tuple[RouteStep, ...]:
-    """The steps of one rank; one more than the schedule has, in which the last sums return in backward."""
+        def moved(messages: dict[int, Message]) -> dict[int, Message]:
+            return {rank: tuple(part.to(device) for part in message) for rank, message in messages.items()}
+
+        return replace(
+            self,
+            sends=moved(self.sends),
+            gather=self.gather and self.gather.to(device),
+            returned=moved(self.returned),
+            returning=moved(self.returning),
+            scatter=self.scatter and self.scatter.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one rank does, in all layers of a kind.
+
+    Attributes:
+        steps: one more than the schedule has: in the last the last sums return in backward.
+        whole: instead of the steps, where the rank communicates nothing and its documents are whole: a tile for each.
+    """
+
+    steps: tuple[RouteStep, ...]
+    whole: Tiles | None = None
+
+    def to(self, device: torch.device) -> Route:
+        """With all rows there."""
+        return replace(self, steps=tuple(step.to(device) for step in self.steps))
+
+
+Generator = Callable[[SequenceLayout, bool, int | None], Schedule]
+
+
+def route_of(
+    layout: SequenceLayout, generator: Generator, rank: int, mask: Mask, device: torch.device | None = None
+) -> Route:
+    """The rank's route along the schedule that `generator(layout, causal, window)` makes: found once for a layout."""
+    name = ("attention route", generator, rank, mask)
+    return layout.derived(name, device, lambda: route(generator(layout, *mask), layout, rank, mask))
+
+
+def route(schedule: Schedule, layout: SequenceLayout, rank: int, mask: Mask) -> Route:
+    """The schedule as one rank sees it."""
     steps = [RouteStep() for _ in range(len(schedule.steps) + 1)]
-    queries, nothing = layout.sorted(rank), layout.table(rank).take(slice(0))
-    hands = [schedule.received(number).get(rank, nothing) for number in range(len(steps))]
+    queries, nothing = Queries.of(layout, rank), layout.table(rank).take(slice(0))
+    hands = [nothing]  # in each step what the rank has in hand
     for number, step in enumerate(schedule.steps):
-        here = steps[number]
+        here, hand = steps[number], hands[number]
         if step.local:
             here.local = tiles(queries, step.local[rank], step.local[rank].row, mask)
         if step.collective:
-            here.gather, hands[number + 1] = _gather(step, schedule.ranks, queries, rank, mask, device)
+            here.gather, arriving = _gather(step, schedule.ranks, queries, rank, mask)
         else:
-            for source, destination, parts in step.transfers:
-                if source == rank:
-                    here.sends[destination] = _message(parts, rank, hands[number], device)
-                elif destination == rank:
-                    here.receives[source] = count(parts)
-        if len(hands[number].begin):
-            here.remote = tiles(queries, hands[number], first_rows(hands[number]), mask)
+            _transfers(here, step, rank, hand)
+            arriving = schedule.received(number + 1, (rank,)).get(rank, nothing)
+        hands.append(arriving)
+        if len(hand.begin):
+            here.remote = tiles(queries, hand, first_rows(hand), mask)
     _spread_local(steps, schedule, rank, queries, mask)
-    for number, entry in enumerate(returns(schedule)):
+    for number, entry in enumerate(returns(schedule, rank)):
         steps[number].scatter = steps[number - 2].gather if number >= 2 else None
-        for source, destination, parts in entry:
-            if source == rank:
-                steps[number].returned[destination] = _message(parts, rank, hands[number - 1], device)
-            elif destination == rank:
-                steps[number].returning[source] = _message(parts, rank, hands[number], device)
-    return tuple(steps)
+        for transfer in entry:
+            if transfer.source == rank:
+                steps[number].returned[transfer.destination] = _message(transfer.parts, rank, hands[number - 1])
+            else:
+                steps[number].returning[transfer.source] = _message(transfer.parts, rank, hands[number])
+    held = layout.table(rank)
+    is_whole = torch.equal(held.length, layout.document_offsets.diff()[held.document])
+    if is_whole and not any(step.communicates for step in steps):
+        return Route((), sequences(held.length, held.length, *mask))
+    return Route(tuple(steps))
 
 
-def _spread_local(steps: list[RouteStep], schedule: Schedule, rank: int, queries: SegmentTable, mask: Mask) -> None:
+def _transfers(here: RouteStep, step: Step, rank: int, hand: SegmentTable) -> None:
+    for transfer in step.transfers:
+        if transfer.source == rank:
+            here.sends[transfer.destination] = _message(transfer.parts, rank, hand)
+        elif transfer.destination == rank:
+            here.receives[transfer.source] = count(transfer.parts)
+
+
+def _spread_local(steps: list[RouteStep], schedule: Schedule, rank: int, queries: Queries, mask: Mask) -> None:
     """In backward, local work is spread from the first step to the last, where blocks or else sums are under way too."""
     parts = [step.local[rank] for step in schedule.steps if step.local]
     if len(schedule.steps) == 1:
         steps[0].local_backward = steps[0].local
         return
     if len(parts) == 1:
-        parts = _halves(parts[0], int(queries.length.sum() + 1) // 2)
+        parts = _halves(parts[0], (count(queries.segments) + 1) // 2)
     for number, part in enumerate(parts):
         step = steps[round(number * (len(steps) - 1) / (len(parts) - 1))]
-        step.local_backward = step.local_backward + tiles(queries, part, part.row, mask)
+        step.local_backward = tiles(queries, part, part.row, mask)
 
 
 def _halves(table: SegmentTable, row: int) -> list[SegmentTable]:
@@ -124,24 +192,22 @@ def _halves(table: SegmentTable, row: int) -> list[SegmentTable]:
     return [cut(table, table.begin, length), cut(table, table.begin + length, table.length - length)]
 
 
-def _gather(
-    step: Step, ranks: int, queries: SegmentTable, rank: int, mask: Mask, device: torch.device
-) -> tuple[Gather, SegmentTable]:
+def _gather(step: Step, ranks: int, queries: Queries, rank: int, mask: Mask) -> tuple[Gather, SegmentTable]:
     """The rank's part in a collective step, and what it keeps of it, in the order of the stream."""
-    tables = {source: parts for source, _, parts in step.transfers}
+    tables = {transfer.source: transfer.parts for transfer in step.transfers}
     offered = joined([tables[source] for source in sorted(tables)])
-    begin, length = seen(queries, offered, mask)
-    length = length.masked_fill(offered.rank == rank, 0)
     order = offered.begin.argsort()
-    order = order[length[order] > 0]
-    rows = (first_rows(offered) + begin - offered.begin)[order]
-    kept = cut(offered.take(order), begin[order], length[order])
+    rows, offered = first_rows(offered)[order], offered.take(order)
+    begin, length = seen(queries, offered, mask)
+    which = ((length > 0) & (offered.rank != rank)).nonzero().flatten()
+    begin, length = begin[which], length[which]
+    rows = rows[which] + begin - offered.begin[which]
     sizes = tuple(count(tables[source]) if source in tables else 0 for source in range(ranks))
-    message = _message(tables[rank], rank, kept, device) if rank in tables else ()
-    return Gather(message, sizes, _rows(rows, kept.length, device)), kept
+    message = _message(tables[rank], rank, offered.take(slice(0))) if rank in tables else ()
+    return Gather(message, sizes, _rows(rows, length)), continued(cut(offered.take(which), begin, length))
 
 
-def _message(parts: SegmentTable, rank: int, hand: SegmentTable, device: torch.device) -> Message:
+def _message(parts: SegmentTable, rank: int, hand: SegmentTable) -> Message:
     """Where the rows of the parts are, in their order: in hand, or among the rank's own."""
     if len(parts.begin) and is_prefix(parts, hand):  # what a ring passes on
         rows = count(parts)
@@ -151,16 +217,16 @@ def _message(parts: SegmentTable, rank: int, hand: SegmentTable, device: torch.d
     for is_own, number in zip(own.tolist(), runs_of_kind.tolist(), strict=True):
         same = parts.take(slice(start, start + number))
         first = same.row if is_own else first_rows(hand)[find(same, hand)]
-        message.append(Part(not is_own, _rows(first, same.length, device), count(same)))
+        message.append(Part(not is_own, _rows(first, same.length), count(same)))
         start += number
     return tuple(message)
 
 
-def _rows(first: Tensor, length: Tensor, device: torch.device) -> Rows:
+def _rows(first: Tensor, length: Tensor) -> Rows:
     """Rows of segments with these first rows and lengths: a slice if they follow one another, else an index."""
     if len(first) == 0:
         return slice(0, 0)
     end = first + length
     if torch.equal(first[1:], end[:-1]):
         return slice(int(first[0]), int(end[-1]))
-    return runs(first, length).to(device)
+    return runs(first, length)

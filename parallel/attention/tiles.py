@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lsys.kernels.softmax_attention import Tile
-from lsys.parallel.layout import SegmentTable, offsets, runs
-
-_NONE = torch.iinfo(torch.int64).min  # no bound of a band
+from lsys.kernels.softmax_attention import FAR, Tiles
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.segments import SegmentTable, offsets
 
 
 class Mask(NamedTuple):
@@ -20,83 +19,89 @@ class Mask(NamedTuple):
     window: int | None
 
 
-class Pairs(NamedTuple):
-    """Segments of queries and segments of keys of which some query sees some key: numbers of both, int64 [pairs].
+class Queries(NamedTuple):
+    """Segments of queries in the order of the stream, and where those of each document begin among them, then all end.
 
-    `begin` to `end` are places in the stream: of the keys from the first that the first query sees to the last that the
-    last query sees.
+    `bounds` is int64 [documents + 1].
     """
 
-    query: Tensor
-    key: Tensor
-    begin: Tensor
-    end: Tensor
+    segments: SegmentTable
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, rank: int) -> Queries:
+        """Those of a rank."""
+        held = layout.sorted(rank)
+        return cls(held, torch.searchsorted(held.document, torch.arange(len(layout.lengths) + 1)))
 
 
-def pairs(queries: SegmentTable, keys: SegmentTable, mask: Mask) -> Pairs:
-    """All pairs, key by key; the queries in the order of the stream."""
-    first = torch.searchsorted(queries.document, keys.document)
-    stop = torch.searchsorted(queries.document, keys.document, right=True)
-    if mask.causal:  # those that end after the keys begin
-        first = first.maximum(torch.searchsorted(queries.end, keys.begin, right=True))
+def _readers(queries: Queries, keys: SegmentTable, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Of each segment of keys the range [first, stop) of segments of queries that see some of it: int64 [keys] each.
+
+    A range of no segments may stop before it begins.
+    """
+    segments, bounds = queries
+    stop = bounds.index_select(0, keys.document + 1)
+    if not mask.causal:
+        return bounds.index_select(0, keys.document), stop
     if mask.window is not None:  # those that begin less than a window after the keys end
-        stop = stop.minimum(torch.searchsorted(queries.begin, keys.end + mask.window - 1))
-    many = (stop - first).clamp(min=0)
-    key, query = torch.arange(len(many)).repeat_interleave(many), runs(first, many)
-    begin, end = keys.begin[key], keys.end[key]
-    if mask.window is not None:
-        begin = begin.maximum(queries.begin[query] - mask.window + 1)
-    if mask.causal:
-        end = end.minimum(queries.end[query])
-    return Pairs(query, key, begin, end)
+        stop = stop.minimum(torch.searchsorted(segments.begin, keys.end + mask.window - 1))
+    return torch.searchsorted(segments.end, keys.begin, right=True), stop  # those that end after the keys begin
 
 
-def seen(queries: SegmentTable, keys: SegmentTable, mask: Mask) -> tuple[Tensor, Tensor]:
+def seen(queries: Queries, keys: SegmentTable, mask: Mask) -> tuple[Tensor, Tensor]:
     """Of each segment of keys the places from the first to the last that some query sees: begin, length (0 for none)."""
-    found = pairs(queries, keys, mask)
-    begin = keys.end.scatter_reduce(0, found.key, found.begin, "amin")
-    end = keys.begin.scatter_reduce(0, found.key, found.end, "amax")
-    return begin, (end - begin).clamp(min=0)
+    begin, end, segments = keys.begin, keys.end, queries.segments
+    if len(segments.begin) == 0:
+        return begin, torch.zeros_like(begin)
+    first, stop = _readers(queries, keys, mask)
+    if mask.window is not None:
+        begin = begin.maximum(segments.begin[first.clamp(max=len(segments.begin) - 1)] - mask.window + 1)
+    if mask.causal:
+        end = end.minimum(segments.end[(stop - 1).clamp(min=0)])
+    return begin, (end - begin).clamp(min=0).masked_fill(first >= stop, 0)
 
 
-def tiles(queries: SegmentTable, keys: SegmentTable, rows: Tensor, mask: Mask) -> list[Tile]:
+def tiles(queries: Queries, keys: SegmentTable, rows: Tensor, mask: Mask) -> Tiles:
     """Tiles of all pairs of a query and a key that it sees.
 
     Keys that a segment of queries sees whole become one tile with what follows them, if their rows are adjacent.
 
     Args:
-        queries: of this rank, in the order of the stream; their column `row` says where they are.
+        queries: of this rank; their column `row` says where they are.
         keys: in the order of their rows.
         rows: of the first token of each segment of keys, int64 [segments].
         mask: what a query sees.
     """
-    found = pairs(queries, keys, mask)
-    order = found.query.argsort(stable=True)
-    query, key, begin, end = (column[order] for column in found)
-    query_begin, query_end, query_row = queries.begin[query], queries.end[query], queries.row[query]
-    first = last = torch.full_like(begin, _NONE)  # a bound that all pairs of the tile keep is none
+    first, stop = _readers(queries, keys, mask)
+    many = (stop - first).clamp(min=0)
+    key = torch.arange(len(many)).repeat_interleave(many)
+    query = torch.arange(len(key)) + (first - many.cumsum(0) + many).index_select(0, key)
+    order = query.int().argsort(stable=True)
+    query, key = query.index_select(0, order), key.index_select(0, order)
+    segments = queries.segments
+    q_begin, n, q = (column.index_select(0, query) for column in (segments.begin, segments.length, segments.row))
+    key_begin, length, row = (column.index_select(0, key) for column in (keys.begin, keys.length, rows))
+    begin, end = key_begin, key_begin + length  # places that some query of the pair sees
+    none = torch.full_like(begin, FAR)  # a bound that all pairs of the tile keep is none
+    first, last = -none, none
     if mask.window is not None:
-        first = first.where(begin >= query_end - mask.window, query_begin - mask.window + 1 - begin)
+        begin = begin.maximum(q_begin - mask.window + 1)
+        first = first.where(begin >= q_begin + n - mask.window, q_begin - mask.window + 1 - begin)
     if mask.causal:
-        last = last.where(end <= query_begin + 1, query_begin - begin)
-    row = rows[key] + begin - keys.begin[key]
-    stop = row + end - begin
+        end = end.minimum(q_begin + n)
+        last = last.where(end <= q_begin + 1, q_begin - begin)
+    k, m = row + begin - key_begin, end - begin
     # Two tiles of the same queries are one if their keys are adjacent and one band describes both.
-    joins = (query[1:] == query[:-1]) & (stop[:-1] == row[1:]) & (last[:-1] == _NONE) & (first[1:] == _NONE)
-    joins &= (first == _NONE)[:-1] | ((query_end - query_begin - 1 + first <= end - begin)[:-1])
-    head, tail = (torch.cat(edges).nonzero().flatten() for edges in _edges(joins, len(query)))
-    last = last[tail].where(last[tail] == _NONE, last[tail] + row[tail] - row[head])
-    columns = query_row[head], (query_row + query_end - query_begin)[head], row[head], stop[tail], first[head], last
-    return [
-        Tile(slice(a, b), slice(c, d), None if low == _NONE else low, None if high == _NONE else high)
-        for a, b, c, d, low, high in zip(*(column.tolist() for column in columns), strict=True)
-    ]
-
-
-def _edges(joins: Tensor, tiles: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Whether each tile is the first, and the last, of those that it is joined with."""
-    edge = torch.ones(min(tiles, 1), dtype=torch.bool)
-    return (edge, ~joins), (~joins, edge)
+    starts = torch.ones_like(query, dtype=torch.bool)
+    joins = (query[1:] == query[:-1]) & ((k + m)[:-1] == k[1:]) & (last == none)[:-1] & (first == -none)[1:]
+    starts[1:] = ~(joins & (n - 1 + first <= m)[:-1])
+    head = starts.nonzero().flatten()
+    tail = torch.cat([head[1:], torch.tensor([len(query)])])[: len(head)] - 1
+    end, last, moved = (column.index_select(0, tail) for column in (k + m, last, k))
+    found = Tiles(q, n, k, m, first, first).take(head)
+    last = last.where(last == FAR, last + moved - found.k)
+    return Tiles(found.q, found.n, found.k, end - found.k, found.first, last)
 
 
 def first_rows(table: SegmentTable) -> Tensor:

@@ -7,18 +7,14 @@ them it is the 2-D scheme of USP (Fang and Zhao, 2024).
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from torch import Tensor
 
 from lsys.parallel.attention import executor, ring
-from lsys.parallel.attention.heads import HeadExchange, HeadsIn, HeadsOut, pieces, pooled, shares
+from lsys.parallel.attention.heads import HeadExchange, HeadsIn, HeadsOut, pieces, shares
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 
 Groups = tuple[tuple[int, ...], ...]
-
-_pooled = lru_cache(maxsize=32)(pooled)
 
 
 def attention(
@@ -42,7 +38,7 @@ def attention(
         q_,
         k_,
         v_,
-        _pooled(layout, groups),
+        layout.pooled(groups),
         comm,
         ring.schedule,
         options,

@@ -1,6 +1,8 @@
 """Attention tile by tile: `attend` and `attend_backward` against a dense definition."""
 
 import random
+from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from hypothesis import strategies as st
 from lsys.kernels.softmax_attention import (
     _BACKENDS,
     Tile,
+    Tiles,
     attend,
     attend_backward,
+    attend_sequences,
     cpu,
     empty_result,
     softmax_attention,
 )
+from lsys.kernels.softmax_attention.tile import batches
 
 BACKENDS = ("reference", "cpu")
 SCALE = 0.3
@@ -264,7 +269,7 @@ def test_gradients_of_keys_that_many_blocks_share_are_summed_in_fp32():
 
 def test_work_and_memory_of_a_window_are_linear_in_tokens():
     tokens, window = 1 << 20, 512
-    blocks = cpu.plan([Tile(slice(0, tokens), slice(0, tokens), 1 - window, 0)], torch.zeros(1))
+    blocks = cpu.plan(Tiles.of([Tile(slice(0, tokens), slice(0, tokens), 1 - window, 0)]), torch.zeros(1))
     scores = sum((block.q.stop - block.q.start) * (block.k.stop - block.k.start) for block in blocks)
     assert scores < 1.3 * tokens * window
     masks = [piece.mask for block in blocks for piece in block.pieces if piece.mask is not None]
@@ -272,8 +277,60 @@ def test_work_and_memory_of_a_window_are_linear_in_tokens():
     assert sum(held.values()) < 2**20
 
 
+TILE = st.builds(
+    lambda a, n, b, m, first, last: Tile(slice(a, a + n), slice(b, b + m), first, last),
+    *(st.integers(0, 12) for _ in range(4)),
+    *(st.none() | st.integers(-14, 14) for _ in range(2)),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TILE, max_size=8))
+def test_trimmed_tiles_hold_the_same_pairs_and_nothing_else(tiles):
+    trimmed = Tiles.of(tiles).trimmed()
+    pairs = [visible([tile], 24, 24).nonzero().tolist() for tile in tiles]
+    assert [visible([tile], 24, 24).nonzero().tolist() for tile in trimmed] == [seen for seen in pairs if seen]
+    for tile in trimmed:
+        block = visible([tile], 24, 24)[tile.q, tile.k]
+        assert block.any(0).all() and block.any(1).all()
+        n, m = block.shape
+        assert tile.first is None or not block[n - 1, 0]  # it binds the last query, at the first key
+        assert tile.last is None or not block[0, m - 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.integers(0, 2)), max_size=30), st.integers(1, 4))
+def test_batches_are_as_few_as_can_be_and_hold_no_query_twice(spans, most):
+    tiles = Tiles.of([Tile(slice(a, a + n), slice(0, kind + 1)) for a, n, kind in spans])
+    found, bounds = batches(tiles, (tiles.m,))
+    assert sorted(found) == sorted(tiles)
+    held = [[*found][a:b] for a, b in pairwise(bounds.tolist())]
+    for batch in held:
+        assert len({tile.k.stop for tile in batch}) == 1
+        assert all(a.q.stop <= b.q.start for a, b in pairwise(batch))
+    covered = torch.zeros(3, 40, dtype=torch.int64)
+    for a, n, kind in spans:
+        covered[kind, a : a + n] += 1
+    assert len(held) == covered.amax(1).sum()  # a query that is in so many tiles needs so many batches
+    _, limited = batches(tiles, (tiles.m,), torch.full_like(tiles.m, most))
+    assert limited.diff().tolist() == [min(most, len(b) - i) for b in held for i in range(0, len(b), most)]
+
+
+def test_tiles_are_planned_once():
+    q, k, v, do = inputs(13, 13, dtype=torch.float32)
+    tiles, (o, lse) = Tiles.of([Tile(slice(0, 13), slice(0, 13), None, 0)]), empty_result(q)
+    with mock.patch.object(cpu, "plan", wraps=cpu.plan) as plan:
+        for layer in range(3):
+            attend(q + layer, k, v, tiles, o, lse, scale=SCALE, backend="cpu")
+            attend_backward(do, q, k, v, o, lse, tiles, *map(torch.zeros_like, (q, k, v)), scale=SCALE, backend="cpu")
+            attend_sequences(q, k, v, tiles, scale=SCALE, backend="cpu")
+        assert plan.call_count == 1
+        attend(*(x.double() for x in (q, k, v)), tiles, o.double(), lse.double(), scale=SCALE, backend="cpu")
+        assert plan.call_count == 2  # masks are of q's dtype
+
+
 def test_small_tiles_of_a_shape_are_computed_together():
-    tiles = [Tile(slice(i, i + 7), slice(i, i + 7), None, 0) for i in range(0, 70_000, 7)]
+    tiles = Tiles.of([Tile(slice(i, i + 7), slice(i, i + 7), None, 0) for i in range(0, 70_000, 7)])
     assert len(cpu.plan(tiles, torch.zeros(1))) < 100
     assert all(isinstance(block.q, slice) for block in cpu.plan(tiles, torch.zeros(1)))  # back to back: no copies
 
@@ -286,10 +343,12 @@ def test_small_tiles_of_a_shape_are_computed_together():
             r"o must be \[4, 2, 8\] in torch.float32; got \[4, 2, 8\] in torch.bf",
         ),
         ({"lse": torch.zeros(4, 3)}, r"lse must be \[4, 2\]"),
-        ({"tiles": [Tile(slice(0, 5), slice(0, 4))]}, r"rows slice\(0, 5, None\) of a tile .* 4 rows of q"),
-        ({"tiles": [Tile(slice(0, 4), slice(None))]}, "no range of the 6 rows of k"),
-        ({"tiles": [Tile(slice(0, 4), slice(3, 1))]}, "no range of the 6 rows of k"),
-        ({"tiles": [Tile(slice(0, 4, 2), slice(0, 1))]}, "no range of the 4 rows of q"),
+        ({"tiles": [Tile(slice(0, 5), slice(0, 4))]}, "the tiles need 5 rows of q, which has 4"),
+        ({"tiles": Tiles.of([Tile(slice(0, 4), slice(1, 7))])}, "the tiles need 7 rows of k, which has 6"),
+        ({"tiles": [Tile(slice(0, 4), slice(None))]}, r"rows slice\(None, None, None\) of k in a tile are no range"),
+        ({"tiles": [Tile(slice(0, 4), slice(3, 1))]}, "rows 3 to 1 of k are no range"),
+        ({"tiles": [Tile(slice(-1, 4), slice(0, 1))]}, "rows -1 to 4 of q are no range"),
+        ({"tiles": [Tile(slice(0, 4, 2), slice(0, 1))]}, r"rows slice\(0, 4, 2\) of q in a tile are no range"),
         ({"backend": "cuda"}, "'cuda' cannot run here: the tensors are on cpu"),
         ({"backend": "flash_attn"}, "'flash_attn' cannot run here: the tensors are on cpu"),
         ({"k": torch.zeros(6, 3, 8), "v": torch.zeros(6, 3, 8)}, "3 key heads do not divide 2 query heads"),

@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsys.kernels import softmax_attention as kernel
-from lsys.kernels.softmax_attention import Tile, attend, attend_backward, cuda, empty_result, softmax_attention
-from lsys.kernels.softmax_attention.tile import sequences
+from lsys.kernels.softmax_attention import (
+    Tile,
+    Tiles,
+    attend,
+    attend_backward,
+    cuda,
+    empty_result,
+    sequences,
+    softmax_attention,
+)
 from lsys.kernels.softmax_attention.varlen import Varlen
 
 SCALE = 0.3
@@ -115,7 +123,9 @@ def test_tiles_that_share_queries_and_keys(seed, count):
 def test_packed_sequences_are_one_launch_without_copies():
     q = torch.zeros(24, 4, 8)
     for window, band in ((None, (-1, 0)), (4, (3, 0))):
-        (launch,) = kernel._BACKENDS["cuda"].plan(sequences([7, 0, 12, 5], [9, 0, 12, 5], True, window), q)
+        (launch,) = kernel._BACKENDS["cuda"].plan(
+            sequences(torch.tensor([7, 0, 12, 5]), torch.tensor([9, 0, 12, 5]), True, window), q
+        )
         assert (launch.q, launch.k.stop, launch.left, launch.right) == (slice(0, 24), 26, *band)
         assert launch.bounds_q.tolist() == [0, 7, 19, 24] and (launch.max_q, launch.max_k) == (12, 12)
 
@@ -124,8 +134,9 @@ def test_tiles_of_one_band_are_one_launch():
     """Causal and remote tiles, as a rank of a ring meets them: a launch for each band, not for each tile."""
     tiles = [Tile(slice(i, i + 10), slice(i + 20, i + 35), None, 5) for i in range(0, 200, 20)]
     tiles += [Tile(slice(i, i + 10), slice(i, i + 10)) for i in range(0, 200, 20)]
-    assert len(kernel._BACKENDS["cuda"].plan(tiles, torch.zeros(200, 4, 8))) == 2
-    assert len(kernel._BACKENDS["cuda"].plan(tiles + tiles[:3], torch.zeros(200, 4, 8))) == 3  # queries twice
+    assert len(kernel._BACKENDS["cuda"].plan(Tiles.of(tiles), torch.zeros(200, 4, 8))) == 2
+    twice = Tiles.of(tiles + tiles[:3])  # some queries, that is
+    assert len(kernel._BACKENDS["cuda"].plan(twice, torch.zeros(200, 4, 8))) == 3
 
 
 @pytest.mark.parametrize("lengths", [[(7, 9), (0, 3), (13, 13), (1, 1)], [(0, 0)], []])
@@ -147,7 +158,9 @@ def test_differentiable_function(lengths, options):
 def test_calls_of_pytorchs_kernel_fit_its_signature():
     """On the meta device, which checks arguments and gives shapes."""
     q, k, v, do = (x.to("meta", torch.bfloat16) for x in inputs(24, 26))
-    (launch,) = cuda.ATEN.plan(sequences([7, 12, 5], [9, 12, 5], True, 4), torch.zeros(24, 4, 12))
+    (launch,) = cuda.ATEN.plan(
+        sequences(torch.tensor([7, 12, 5]), torch.tensor([9, 12, 5]), True, 4), torch.zeros(24, 4, 12)
+    )
     launch = launch._replace(bounds_q=launch.bounds_q.to("meta"), bounds_k=launch.bounds_k.to("meta"))
     o, lse = cuda.ATEN.forward(launch, q, k, v, SCALE)
     assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (24, 4), torch.float32)

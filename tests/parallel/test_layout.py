@@ -162,6 +162,19 @@ def test_a_token_dropped_doubled_or_out_of_range_is_named(layout, data):
             SequenceLayout(layout.lengths, placed)
 
 
+@UNHURRIED
+@given(ANY_LAYOUT, st.randoms(use_true_random=False))
+def test_pooled_ranks_hold_the_tokens_of_their_group_in_order(layout, random):
+    ranks, groups = random.sample(range(layout.ranks), layout.ranks), []
+    while ranks:
+        size = random.randint(1, len(ranks))
+        groups, ranks = [*groups, sorted(ranks[:size])], ranks[size:]
+    pooled = layout.pooled(groups)
+    placed = [sorted(segment for rank in group for segment in layout.segments[rank]) for group in groups]
+    assert pooled == SequenceLayout(layout.lengths, placed)
+    assert layout.pooled(tuple(map(tuple, groups))) is pooled
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_very_many_documents(make):
     lengths = [(7 * document) % 53 for document in range(10_000)]

@@ -1,3 +1,6 @@
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +8,8 @@ from hypothesis import strategies as st
 from support.attention import WIDTH, comm_of, distributed, expected, largest_error, tensors
 from support.layouts import all_on_last, drawn_layouts, layouts, random_schedule
 
-from lsys.parallel.attention import METHODS, executor, ring, softmax_attention, ulysses, usp
+from lsys.kernels.softmax_attention import cpu
+from lsys.parallel.attention import METHODS, executor, gather, ring, route, softmax_attention, ulysses, usp
 from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
@@ -153,6 +157,36 @@ def _checkpointed(rank, world_size):
 
 def test_recomputed_under_checkpoint(gloo):
     gloo(4, _checkpointed)
+
+
+def _plans_made(rank, world_size):
+    """How often schedules, routes and launches were made by the end of each of three layers, forward and backward."""
+    comm, made = comm_of(rank, world_size), []
+    crossing = SequenceLayout.zigzag([9, 30, 4, 41], world_size)
+    for layout in (crossing, SequenceLayout([9, 30], [[(0, 0, 9)], [(1, 0, 30)]][:world_size])):
+        for method in METHODS:
+            with contextlib.ExitStack() as stack:
+                calls = [
+                    stack.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
+                    for module, name in ((ring, "crossing"), (gather, "crossing"), (route, "route"), (cpu, "plan"))
+                ]
+                counts = []
+                for seed in range(3):
+                    q, k, v, do = (
+                        layout.shard(x + seed, rank).requires_grad_()
+                        for x in tensors(layout.total, 4, 2, torch.float32)
+                    )
+                    softmax_attention(q, k, v, layout, comm, method=method).backward(do)
+                    counts.append([call.call_count for call in calls])
+            made.append(counts)
+    return made
+
+
+def test_all_layers_share_one_plan(gloo):
+    for made in gloo(2, _plans_made):
+        for first, second, third in made:
+            assert first == second == third
+        assert any(counts[0][-1] > 0 for counts in made) and any(counts[0][-2] > 0 for counts in made)
 
 
 # ---- wrong uses

@@ -1,0 +1,72 @@
+"""How far around a ring the readers of a segment are: ranges of segments, and the farthest of their owners."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lsys.parallel.segments import SegmentTable
+
+_WORD = 48  # ranks in a word of a set of ranks: its bits are exact in a double, which tells the highest
+
+
+def readers(parts: SegmentTable, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """Of each part the range [first, stop) of the parts of which some query sees all of it: int64 [parts] each.
+
+    The parts are all those of some documents, in the order of the stream; a part may be among its own readers.
+    """
+    stop = torch.searchsorted(parts.document, parts.document, right=True)
+    if not causal:
+        return torch.searchsorted(parts.document, parts.document), stop
+    if window is not None:  # those that begin less than a window after it does
+        stop = stop.minimum(torch.searchsorted(parts.begin, parts.begin + window))
+    return torch.arange(1, len(stop) + 1), stop
+
+
+def farthest(owner: Tensor, first: Tensor, stop: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """How many ranks from its owner the farthest owner of parts [first, stop) is: upwards and downwards, 0 if none is.
+
+    int64 [parts] each. Sets of ranks are bits of words: the union over a range is that of two ranges whose length is a
+    power of two, which are made by doubling.
+    """
+    up = down = torch.zeros_like(owner)
+    levels = _levels(stop - first)
+    for base in range(0, ranks, _WORD):
+        place = owner - base
+        above = (place + 1).clamp_(0, _WORD)
+        bit = (1 << above >> 1).masked_fill_(place >= _WORD, 0)
+        seen = _unions(bit, first, stop, levels)
+        higher = seen >> above << above  # owners above the part's own
+        lower = seen - higher - (seen & bit)
+        # Upwards, any that is lower is farther than those that are higher, and the highest of them is the farthest.
+        turns = lower != 0
+        last = torch.where(turns, lower, higher)
+        up = up.maximum((_digits(last) - 1 - place + turns * ranks).masked_fill_(last == 0, 0))
+        turns = higher != 0
+        last = torch.where(turns, higher, lower)
+        down = down.maximum((place + 1 - _digits(last & -last) + turns * ranks).masked_fill_(last == 0, 0))
+    return up, down
+
+
+def _levels(length: Tensor) -> list[Tensor]:
+    """Which ranges are covered by two of length 1, by two of length 2, of 4, and so on; empty ones are nowhere."""
+    digits = _digits(length.clamp(min=0)).clamp_(min=0)
+    order = digits.to(torch.int8).argsort(stable=True)
+    return [*order.split(torch.bincount(digits).tolist())][1:]
+
+
+def _unions(bits: Tensor, first: Tensor, stop: Tensor, levels: list[Tensor]) -> Tensor:
+    """Of each range [first, stop) the union of the sets with these numbers; no bits for an empty one."""
+    found = torch.zeros_like(bits)
+    for number, chosen in enumerate(levels):
+        if number:
+            half = 1 << (number - 1)
+            bits = bits[:-half] | bits[half:]  # now of ranges of length 2 ** number
+        left, right = first.index_select(0, chosen), stop.index_select(0, chosen) - (1 << number)
+        found.index_copy_(0, chosen, bits.index_select(0, left) | bits.index_select(0, right))
+    return found
+
+
+def _digits(number: Tensor) -> Tensor:
+    """How many binary digits a number from 0 to 2 ** 52 has: the exponent of a double; less than 0 for 0."""
+    return (number.double().view(torch.int64) >> 52) - 1022
