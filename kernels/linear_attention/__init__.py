@@ -8,12 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.channel import ChannelSegments
+from lsys.kernels.linear_attention.channel import ChannelChunks
 from lsys.kernels.linear_attention.checks import check_direction, check_tensors, sequence_lengths
-from lsys.kernels.linear_attention.chunked import SegmentMap
-from lsys.kernels.linear_attention.delta import DeltaSegments
+from lsys.kernels.linear_attention.chunked import ChunkedSegments, SegmentMap
+from lsys.kernels.linear_attention.chunks import Chunks, Tokens
+from lsys.kernels.linear_attention.delta import DeltaChunks
 from lsys.kernels.linear_attention.reference import ReferenceSegments
-from lsys.kernels.linear_attention.scalar import ScalarSegments
+from lsys.kernels.linear_attention.scalar import ScalarChunks
 from lsys.kernels.linear_attention.transition import carry
 
 __all__ = ["BACKENDS", "SegmentMap", "Segments", "diagonal", "linear_attention", "segments"]
@@ -93,18 +94,40 @@ def linear_attention(
     wanted = [len(lengths), heads, k.shape[-1], width]
     if initial_state is not None and [*initial_state.shape] != wanted:
         raise ValueError(f"initial_state is {[*initial_state.shape]}; [N, H, K, V] makes it {wanted}")
-    flat = [x if x is None or x.dim() == 1 else x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]  # [B T, H ...]
-    linked = range(len(lengths)) if output_final_state or initial_state is not None else ()
-    parts = segments(*flat, lengths, linked, scale=scale, backend=backend)  # type: ignore[arg-type]
+    flat = Tokens(q, k, v, log_decay, beta).each(lambda x: x.flatten(0, 1))  # [B T, H ...]
+    if causal:
+        o, after = _attend(flat, lengths, initial_state, output_final_state, scale, backend)
+    else:
+        o, after = _both_ways(flat, lengths, scale, backend), None
+    return o.unflatten(0, (batch, tokens)), after
+
+
+def _both_ways(tokens: Tokens, lengths: Sequence[int], scale: float | None, backend: str) -> Tensor:
+    """The sum of both directions, less the diagonal that both have; of half precision, in fp32."""
+    dtype = torch.promote_types(tokens.v.dtype, torch.float32)
+    there = tokens.each(lambda x: x.to(dtype))
+    back = there.each(lambda x: x.flip(0))
+    o = _attend(there, lengths, None, False, scale, backend)[0]
+    o = o + _attend(back, lengths[::-1], None, False, scale, backend)[0].flip(0)
+    return (o - diagonal(there.q, there.k, there.v, there.beta, scale)).to(tokens.v.dtype)
+
+
+def _attend(
+    tokens: Tokens,
+    lengths: Sequence[int],
+    initial: Tensor | None,
+    final: bool,
+    scale: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """With a state [N, H, K, V] before each sequence or zero: the output [T, H, V] and, if `final`, the states after."""
+    linked = range(len(lengths)) if final or initial is not None else ()
+    parts = segments(*tokens, lengths, linked, scale=scale, backend=backend)
+    if isinstance(parts, ChunkedSegments):
+        return parts.whole(initial, final)
     segment_map = parts.segment_map()
-    o = parts.apply(segment_map, parts.intra(), initial_state)
-    if not causal:
-        back = [x if x is None or x.dim() == 1 else x.flip(0) for x in flat]
-        parts = segments(*back, lengths[::-1], (), scale=scale, backend=backend)  # type: ignore[arg-type]
-        o = o + parts.apply(parts.segment_map(), parts.intra(), None).flip(0)
-        o = o - diagonal(flat[0], flat[1], flat[2], flat[4], scale)  # type: ignore[arg-type]
-    o = o.unflatten(0, (batch, tokens))
-    return o, _final_state(segment_map, initial_state) if output_final_state else None
+    o = parts.apply(segment_map, parts.intra(), initial)
+    return o, _final_state(segment_map, initial) if final else None
 
 
 def segments(
@@ -141,13 +164,13 @@ def segments(
         return ReferenceSegments(q, k, v, log_decay, beta, lengths, linked, scale)
     if backend == "auto":
         _log_choice(v.device.type)
-    return _chunked(log_decay, beta)(q, k, v, log_decay, beta, lengths, linked, scale)
+    return ChunkedSegments(_chunks(log_decay, beta), Tokens(q, k, v, log_decay, beta), lengths, linked, scale)
 
 
-def _chunked(log_decay: Tensor | None, beta: Tensor | None) -> type[Segments]:
+def _chunks(log_decay: Tensor | None, beta: Tensor | None) -> type[Chunks]:
     if beta is not None:
-        return DeltaSegments
-    return ChannelSegments if log_decay is not None and log_decay.dim() == 3 else ScalarSegments
+        return DeltaChunks
+    return ChannelChunks if log_decay is not None and log_decay.dim() == 3 else ScalarChunks
 
 
 def diagonal(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, scale: float | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """What linear attention refuses, in the words of its public functions."""
 
+import torch
 from torch import Tensor
 
 
@@ -37,8 +38,12 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bet
             raise ValueError(
                 f"{name} has NaN, first at {at}; linear attention would spread it over the rest of its document"
             )
-    if log_decay is not None and (log_decay > 0).any():
-        raise ValueError(f"log_decay reaches {log_decay.max():.3g}; a decay has a logarithm of at most 0")
+    if log_decay is not None and log_decay.numel():
+        least, most = log_decay.aminmax()
+        if most > 0:
+            raise ValueError(f"log_decay reaches {most:.3g}; a decay has a logarithm of at most 0")
+        if least == -torch.inf:
+            raise ValueError("log_decay has -inf; to forget all, give a large finite number: differences are taken")
     if beta is not None and beta.numel() and not (0 <= beta.min() and beta.max() <= 2):
         raise ValueError(f"beta goes from {beta.min():.3g} to {beta.max():.3g}; it lies in [0, 2]: beyond, states grow")
 

@@ -1,7 +1,78 @@
-"""Chunks of the delta rule."""
+"""Chunks of the delta rule, in UT/WY form, with any decay.
 
-from lsys.kernels.linear_attention.reference import ReferenceSegments
+What the tokens of a chunk write depends on what those before them wrote: with A_ij = beta_i k_i . e^(b_i - b_j) k_j for
+j < i and T = (1 + A)^-1, they write u - w S of the state S before the chunk, u = T (beta v), w = T (beta e^b k).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lsys.kernels.linear_attention.channel import ChannelDecay
+from lsys.kernels.linear_attention.chunks import ChunkDecay, Chunks, matmul
+from lsys.kernels.linear_attention.scalar import NoDecay, scalar_decay
+from lsys.kernels.linear_attention.transition import operator
 
 
-class DeltaSegments(ReferenceSegments):
-    pass
+class DeltaChunks(Chunks):
+    """beta [T, H], log_decay None, [H], [T, H] or [T, H, K]."""
+
+    @cached_property
+    def decay(self) -> ChunkDecay:
+        if self.log_decay is None:
+            return NoDecay()
+        if self.log_decay.dim() < 3:
+            return scalar_decay(self.log_decay, self.grid)
+        return ChannelDecay(self.grid.cut(self.log_decay, self.dtype))
+
+    @cached_property
+    def written(self) -> tuple[Tensor, Tensor]:
+        """u [n, H, C, V] and w [n, H, C, K]."""
+        assert self.beta is not None
+        beta = self.beta.unsqueeze(-1)  # [n, H, C, 1]
+        unmixed = _Inverse.apply(beta * self.decay.scores(self.k, self.k, self.group))
+        u = matmul(unmixed, beta * self.v)
+        return u, matmul(unmixed, beta * self.decay.entering(self.heads(self.k)))
+
+    @cached_property
+    def scores(self) -> Tensor:
+        return self.decay.scores(self.q, self.k, self.group)  # [n, H, C, C]
+
+    def maps(self) -> tuple[Tensor, Tensor | None]:
+        rows, total = self.grid.scan_rows, self.decay.total
+        u, w = (rows(x) for x in self.written)
+        k = rows(self.decay.leaving(self.heads(self.k))).transpose(2, 3)  # [m, H, K, C]
+        kept = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+        if total is not None:
+            kept = kept * operator(rows(total))  # [m, H, K, K]
+        return matmul(k, u), kept - matmul(k, w)
+
+    def intra(self) -> Tensor:
+        return matmul(self.scores, self.written[0], self.scale)
+
+    def queries(self) -> Tensor:
+        rows = self.grid.scan_rows
+        return rows(self.decay.entering(self.heads(self.q))) - matmul(rows(self.scores), rows(self.written[1]))
+
+
+class _Inverse(torch.autograd.Function):
+    """(1 + A)^-1 of the strictly lower part A of matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+        inverse = torch.linalg.solve_triangular(a, one, upper=False, unitriangular=True)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_inverse: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        back = inverse.transpose(2, 3)
+        return matmul(matmul(back, d_inverse), back).tril(-1).neg()

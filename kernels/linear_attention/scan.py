@@ -135,8 +135,8 @@ class _Scan(torch.autograd.Function):
         ctx: Any, d_before: Tensor, d_reach: Tensor | None, d_total: Tensor, d_total_reach: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         transition, before = ctx.saved_tensors
-        d_update, d_initial = adjoint(d_before, d_total, transition, ctx.plan)
-        d_initial = d_initial if ctx.needs_input_grad[2] else None
+        d_update, d_start = adjoint(d_before, d_total, transition, ctx.plan)
+        d_initial = d_start if ctx.needs_input_grad[2] else None
         if before is None:
             return d_update, None, d_initial, None
         d_transition = gradient(transition, d_update, before)
@@ -148,11 +148,15 @@ class _Scan(torch.autograd.Function):
         return d_update, d_transition, d_initial, None
 
 
-def scan(update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None) -> Scanned:
-    """`compose`, differentiable, and with the reach of matrices: they are what the maps without update make of 1."""
-    if not is_matrix(transition):
+def scan(
+    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None, reach: bool = True
+) -> Scanned:
+    """`compose`, differentiable, and with the reach of matrices: they are what the maps without update make of 1.
+
+    That doubles the work; `reach=False` leaves it out.
+    """
+    if transition is None or not (reach and is_matrix(transition)):
         return Scanned(*_Scan.apply(update, transition, initial, plan))
-    assert transition is not None
     sequences, width = len(plan.counts), update.shape[-1]
     start = update.new_zeros(sequences, *update.shape[1:]) if initial is None else initial
     start = torch.cat([start, identity(transition, sequences)], dim=-1)

@@ -1,0 +1,111 @@
+"""Linear attention on one device: what must not be seen, strong decay, long sequences, wrong uses."""
+
+import pytest
+import torch
+from support.linear_kernels import MEMBERS, compare, cu, run, tensors
+
+from lsys.kernels.linear_attention import linear_attention, sweep
+from lsys.kernels.linear_attention.channel import SMALLEST, ChannelChunks
+from lsys.kernels.linear_attention.delta import DeltaChunks
+from lsys.kernels.linear_attention.scalar import ScalarChunks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("member", [member for member in MEMBERS if "none" not in member and member != "delta"])
+@pytest.mark.parametrize("strength", [50.0, 1e4])
+def test_strong_decay_is_finite_and_right(dtype, member, strength):
+    lengths = [130, 5]
+    inputs = tensors(member, lengths, dtype, strength=strength)
+    found = run(inputs, cu_seqlens=cu(lengths))
+    assert all(x.isfinite().all() for x in found)
+    # Scalar decay takes differences of sums, which fp32 rounds: 2^-24 of them is the relative error. Others never subtract.
+    rounding = 0 if "channel" in member else strength * 64 * 2**-24
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-4 + rounding
+    compare(found, run(inputs.exact(), cu_seqlens=cu(lengths), backend="reference"), tolerance, strength)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_the_state_matters(member):
+    """What comes from before the chunk is a good part of the output, so its loss is noticed."""
+    q, k, v, _, log_decay, beta = tensors(member, [512], strength=0.02)[:6]
+    of = DeltaChunks if beta is not None else ChannelChunks if member == "channel" else ScalarChunks
+    with_states = linear_attention(q, k, v, log_decay, beta)[0]
+    bounds = torch.arange(0, 513, of.chunk_size([512], 8, 6))
+    assert len(bounds) > 3
+    without = linear_attention(q, k, v, log_decay, beta, cu_seqlens=bounds)[0]
+    assert (with_states - without).norm() > 0.1 * with_states.norm()
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_token_changes_only_those_from_there_on(member, dtype, monkeypatch):
+    monkeypatch.setattr(sweep, "BLOCK", 2**11)  # several blocks
+    lengths, begin = [50, 200, 30], 50
+    inputs = tensors(member, lengths, dtype, strength=0.02)
+    q, k, v, _, log_decay, beta = (x if x is None else x.detach() for x in inputs[:6])
+    before, _ = linear_attention(q, k, v, log_decay, beta, cu_seqlens=cu(lengths))
+    # In and at the edges of the smallest spans, of their halves, of chunks and of documents.
+    for at in (0, 1, SMALLEST - 1, SMALLEST, 5, 15, 16, 31, 32, 33, 64, 127, 199):
+        changed = [x if x is None else x.clone() for x in (q, k, v, log_decay, beta)]
+        for x in changed:
+            if x is not None and x.dim() > 1:
+                x[0, begin + at] *= 3 if x is not changed[4] else 0.5
+        after, _ = linear_attention(*changed, cu_seqlens=cu(lengths))
+        sees = torch.zeros(280, dtype=torch.bool)
+        sees[begin + at : begin + 200] = True
+        assert torch.equal(before[0, ~sees], after[0, ~sees]), at
+        if dtype != torch.bfloat16:  # whose rounding hides small changes
+            sees[begin + at + 16 :] = False  # the delta rule forgets
+            assert (before[0, sees] != after[0, sees]).flatten(1).any(1).all(), at
+
+
+@pytest.mark.parametrize("member", ["none", "token"])
+def test_a_million_tokens_in_single_precision(member):
+    tokens = 2**20
+    inputs = tensors(member, [tokens], torch.float32, key_heads=1, heads=1, width=8, value_width=8, strength=1e-4)
+    outputs = []
+    for q, k, v, _, log_decay, _ in (inputs[:6], inputs.exact()[:6]):
+        with torch.no_grad():
+            outputs.append(linear_attention(q, k, v, log_decay, output_final_state=True))
+    (o, after), (exact_o, exact_after) = outputs
+    last = slice(-1000, None)  # where the sums are longest
+    assert (o[:, last] - exact_o[:, last]).norm() < 1e-5 * exact_o[:, last].norm()
+    assert (after - exact_after).norm() < 1e-5 * exact_after.norm()
+
+
+def test_wrong_uses_are_refused():
+    q, v = torch.randn(2, 6, 2, 8), torch.randn(2, 6, 4, 8)
+    one, one_v = q[:1], v[:1]
+    refused = [
+        ((q, q, v), {"causal": False, "output_final_state": True}, "output_final_state needs causal=True"),
+        ((q, q, v), {"causal": False, "initial_state": torch.zeros(2, 4, 8, 8)}, "initial_state needs causal=True"),
+        ((q, q, v, None, v[..., 0] * 0 - 1), {}, "beta goes from -1 to -1; it lies in .0, 2."),
+        ((q, q, v, None, v[..., 0] * 0 + 2.5), {}, "beta goes from 2.5 to 2.5; it lies in .0, 2."),
+        ((q, q, v, None, v[..., 0] * torch.nan), {}, "beta has NaN, first at .0, 0."),
+        ((q, q, v, None, torch.ones(2, 6, 2)), {}, "beta is .2, 6, 2.; per token and head it begins .2, 6, 4."),
+        (
+            (q, q, v, -torch.ones(2, 6, 4, 7)),
+            {},
+            "log_decay is .12, 4, 7.; offered are per head, .4., token, .12, 4., key",
+        ),
+        ((q, q, v, -torch.ones(3)), {}, "log_decay is .3.; offered are per head, .4."),
+        ((q, q, v, -torch.ones(6, 2, 4)), {}, "log_decay is .6, 2, 4.; .* it begins .2, 6, 4."),
+        ((q, q, v * torch.nan), {}, "v has NaN, first at .0, 0, 0."),
+        ((q, q, v, torch.ones(4)), {}, "log_decay reaches 1; a decay has a logarithm of at most 0"),
+        ((q, q, v, torch.ones(2, 6, 4, 8)), {}, "log_decay reaches 1; a decay has a logarithm of at most 0"),
+        ((q, q, v, torch.full((4,), -torch.inf)), {}, "log_decay has -inf; .* a large finite number"),
+        ((q, q, v), {"cu_seqlens": torch.tensor([0, 6])}, "needs B = 1; got B = 2"),
+        ((one, one, one_v), {"cu_seqlens": torch.tensor([0, 5])}, "it must go from 0 to T = 6"),
+        ((one, one, one_v), {"cu_seqlens": torch.tensor([0, 5, 3, 6])}, "must not decrease; it does from 5 to 3"),
+        ((one, one, one_v), {"cu_seqlens": torch.zeros(0, dtype=torch.int64)}, "N . 1"),
+        ((q, q, v), {"initial_state": torch.zeros(1, 4, 8, 8)}, "initial_state is .1, 4, 8, 8.; .* it .2, 4, 8, 8."),
+        ((q, q, v), {"backend": "magic"}, "backend 'magic' is not one of: auto, reference, chunked"),
+        ((q[0], q[0], v[0]), {}, "takes q, k .B, T, H_k, K."),
+        ((q, q, v[:, :, :3]), {}, "2 key heads do not divide 3 value heads"),
+        ((q, q[..., :4], v), {}, "q and k must have one shape"),
+        ((q, q, v[:, :5]), {}, "q, k and v must share B and T"),
+        ((q, q, v.double()), {}, "must share dtype and device"),
+    ]
+    for arguments, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            linear_attention(*arguments, **options)
