@@ -99,7 +99,7 @@ class SequenceComm:
         padded = _padded(x.detach(), slot)  # [slot, ...]
         out = padded.new_empty(self.size * slot, *x.shape[1:])
         if out.numel() == 0:  # the same on all ranks
-            return Pending(lambda: out)
+            return Pending(lambda: _without_padding(out, sizes, slot))
         work = dist.all_gather_into_tensor(out, padded, group=self.group, async_op=True)
         return Pending(lambda: _without_padding(out, sizes, slot), work)
 

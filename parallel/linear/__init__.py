@@ -1,16 +1,23 @@
 """Linear attention over a sequence that is laid over ranks."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from lsys.kernels import linear_attention as kernel
+from lsys.kernels.linear_attention.checks import check_direction, check_tensors
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear import lasp2
-from lsys.parallel.linear.links import links
+from lsys.parallel.linear import exchange, ulysses
+from lsys.parallel.linear.chain import Chain, block_count
+from lsys.parallel.linear.lasp2 import Gather
+from lsys.parallel.linear.links import Links, links
 
 __all__ = ["METHODS", "linear_attention"]
 
-METHODS = ("lasp2",)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, log_decay, beta
+
+METHODS = ("lasp1", "lasp2", "zeco", "ulysses")
 
 
 def linear_attention(
@@ -32,7 +39,8 @@ def linear_attention(
     """Linear attention inside each document, whichever ranks hold its tokens.
 
     All ranks of `comm` must call it, and backpropagate through its output, those without tokens too. Gradients are
-    those of the sum of all ranks' losses.
+    those of the sum of all ranks' losses. Methods differ in what they communicate (`lsys.parallel.linear.cost`), not in
+    the result; nothing needs to divide anything.
 
     Args:
         q, k: [T_r, H_k, Dk], this rank's tokens in the layout's order; head h reads key head h // (H / H_k).
@@ -44,9 +52,13 @@ def linear_attention(
         beta: of the delta rule, [T_r, H] in [0, 2]; None without.
         initial_state: [documents, H, Dk, Dv], alike on all ranks; default zero.
         output_final_state: whether to return the states after all documents, on all ranks.
-        causal: True.
-        method: "lasp2": each rank gathers the states of all segments that share a document with other ranks, in one
-            collective each way. Without such documents there is no collective.
+        causal: False also lets each token see those after it, by the same recurrence from the end of its document; both
+            directions' states travel together. There are no initial and final states then.
+        method: how states reach the tokens after them; documents that no two ranks share cost nothing, but for "ulysses".
+            "lasp1": from rank to rank, one state in and one out for each stretch of a document that a rank holds.
+            "lasp2": all ranks gather all states and transitions, in one collective each way.
+            "zeco": as "lasp1", in blocks of which several are under way at the same time.
+            "ulysses": none travels; ranks exchange heads for tokens and have whole documents for their share of heads.
         scale: default Dk**-0.5.
         backend: of the local attention, see `lsys.kernels.linear_attention`.
 
@@ -55,29 +67,73 @@ def linear_attention(
         gradients of replicated inputs ([H] decay, initial state) are this rank's part: their sum over ranks is whole.
 
     Raises:
-        ValueError: tensors, layout, comm or options that do not fit together or do not exist.
+        ValueError: tensors, layout, comm or options that do not fit together or do not exist, before anything is sent.
     """
+    rank = _check(q, k, v, layout, comm, log_decay, beta, initial_state, output_final_state, causal, method, backend)
+    inputs: Inputs = (q, k, v, log_decay, beta)
+    if method == "ulysses" and comm is not None and comm.size > 1:
+        return ulysses.attention(inputs, layout, comm, initial_state, output_final_state, causal, scale, backend)
+    has_initial = initial_state is not None
+    linked = links(layout, rank, causal, has_initial, output_final_state, v.device)
+    lengths = layout.table(rank).length.tolist()
+    parts = [kernel.segments(*inputs, lengths, linked.linked[0], scale=scale, backend=backend)]
+    if not causal:
+        back = (q.flip(0), k.flip(0), v.flip(0), _flipped(log_decay), _flipped(beta))
+        parts.append(kernel.segments(*back, lengths[::-1], linked.linked[1], scale=scale, backend=backend))
+    way = _exchange(method, comm, layout, linked, inputs)
+    reached = (*inputs[1:], initial_state)  # by gradients of states
+    (o, *others), final = exchange.attention(parts, linked, way, comm, initial_state, reached)
+    if others:
+        o = o + others[0].flip(0) - kernel.diagonal(q, k, v, beta, scale)
+    return o, final
+
+
+def _flipped(x: Tensor | None) -> Tensor | None:
+    """Tokens from the last to the first; what is of no token stays."""
+    return x if x is None or x.dim() == 1 else x.flip(0)
+
+
+def _exchange(
+    method: str, comm: SequenceComm | None, layout: SequenceLayout, links: Links, inputs: Inputs
+) -> exchange.Exchange | None:
+    """None if no state leaves a rank: alike on all ranks."""
+    _, k, v, log_decay, beta = inputs
+    if comm is None or comm.size == 1:
+        return None
+    if method == "lasp2":
+        is_fixed = log_decay is not None and log_decay.dim() == 1 and beta is None
+        return Gather(comm, layout, links, log_decay if is_fixed else None) if links.crosses or links.finals else None
+    if not links.crosses:
+        return None
+    itemsize = max(4, v.element_size())
+    shape = k.shape[2], v.shape[2], v.shape[1], itemsize
+    return Chain(comm, layout, links, block_count(layout, links.causal, *shape) if method == "zeco" else 1)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    comm: SequenceComm | None,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    final: bool,
+    causal: bool,
+    method: str,
+    backend: str,
+) -> int:
+    """The rank, if all fits."""
     if method not in METHODS:
         raise ValueError(f"linear attention method {method!r} is not one of: {', '.join(METHODS)}")
-    if not causal:
-        raise ValueError("causal=False is not offered across ranks; causal=True is")
+    if backend not in kernel.BACKENDS:
+        raise ValueError(f"linear attention backend {backend!r} is not one of: {', '.join(kernel.BACKENDS)}")
+    check_direction(causal, initial_state, final)
     rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
     if size != layout.ranks:
         remedy = "; comm=None is one rank" if comm is None else ""
         raise ValueError(f"the layout is over {layout.ranks} ranks and the comm has {size}{remedy}")
-    _check_tensors(q, k, v, layout, rank, initial_state)
-    has_initial = initial_state is not None
-    exchange = links(layout, rank, has_initial, output_final_state, v.device)
-    lengths = [segment.length for segment in layout.segments[rank]]
-    parts = kernel.segments(q, k, v, log_decay, beta, lengths, exchange.linked, scale=scale, backend=backend)
-    if not (any(exchange.sizes) or exchange.linked or output_final_state):  # a collective needs all ranks or none
-        return parts.apply(parts.segment_map(), parts.intra(), None), None
-    return lasp2.attention(parts, exchange, comm, initial_state, output_final_state)
-
-
-def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, rank: int, initial_state: Tensor | None
-) -> None:
     shapes = f"{[*q.shape]}, {[*k.shape]} and {[*v.shape]}"
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(f"linear attention takes q, k [T_r, H_k, Dk] and v [T_r, H, Dv]; got {shapes}")
@@ -87,3 +143,6 @@ def _check_tensors(
     wanted = [len(layout.lengths), v.shape[1], k.shape[2], v.shape[2]]
     if initial_state is not None and [*initial_state.shape] != wanted:
         raise ValueError(f"initial_state is {[*initial_state.shape]}; [documents, H, Dk, Dv] makes it {wanted}")
+    if method == "ulysses":  # others leave it to the kernel, which they call first
+        check_tensors(q, k, v, log_decay, beta)
+    return rank

@@ -1,138 +1,130 @@
-"""LASP-2 (Sun et al., 2025): every rank gathers the maps of all segments that share a document with other ranks.
+"""LASP-2 (Sun et al., 2025): every rank gathers the maps of all runs of documents that cross ranks.
 
-One all-gather each way, of a state, H K V numbers, and its transition a segment. Forward it carries the segments' maps while ranks
-compute what tokens get from their own chunk; backward it carries the gradients of the states before segments while
-ranks compute the gradients of that part. Each rank then composes them in the order of positions, backward in reverse.
+One all-gather each way, of a state, H K V numbers a run, and its transition, whatever the depth to which documents are
+cut. Forward it carries the maps while ranks compute what tokens get from their own chunk; backward it carries the
+gradients of the states before runs while ranks compute the gradients of that part. Each rank then composes them in the
+order of positions, backward in reverse. A decay fixed per head is not sent: with the lengths of runs, which the layout
+has, every rank knows all transitions.
+
+It does not move fewer bytes than a chain, whose ranks receive one state each: it takes fewer steps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention import Segments
-from lsys.kernels.linear_attention.scan import adjoint, compose
+from lsys.kernels.linear_attention.scan import ScanPlan, adjoint, compose, scan_plan
 from lsys.kernels.linear_attention.transition import gradient
-from lsys.parallel.comm import Pending, SequenceComm
-from lsys.parallel.linear.links import Links
+from lsys.parallel.comm import SequenceComm
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.linear.exchange import Exchanged
+from lsys.parallel.linear.links import Links, all_runs
 
 
-def attention(
-    parts: Segments, links: Links, comm: SequenceComm | None, initial: Tensor | None, final: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The output [T_r, H, V] and, if `final`, the states [documents, H, K, V] after all documents."""
-    maps = parts.segment_map()
-    exchange = _Exchange(links, comm, final)
-    initial = None if initial is None else initial.to(maps.state.dtype)
-    ticket = _Send.apply(maps.state, maps.transition, initial, exchange)
-    intra, state, final_state = _Receive.apply(ticket, parts.intra(), exchange)
-    return parts.apply(maps, intra, state), final_state
+@dataclass(frozen=True)
+class GatherPlan:
+    """What one rank gathers: the runs of chains that cross ranks, or all if final states are wanted.
 
-
-class _Exchange:
-    """What the four ends of one exchange share: a gather under way and what its end needs.
-
-    `_Send` starts the forward gather and ends the backward one, `_Receive` the reverse, so that autograd, which goes
-    through operations in reverse order, computes between them what was computed between them.
+    Attributes:
+        sizes: how many each rank sends.
+        rows: which of this rank's runs are sent, int64 [n]; None: all.
+        own: of these the rows in the composed order, int64 [n].
+        order: rows of the gathered table, chain after chain: int64 [rows].
+        length: tokens of each row in that order, int64 [rows].
+        plan: of the scan over each chain; if final states are wanted, over each document.
     """
 
-    def __init__(self, links: Links, comm: SequenceComm | None, final: bool) -> None:
-        self.links, self.comm, self.final = links, comm, final
-        self.finish: Callable[..., Any] = _nothing_sent
+    sizes: tuple[int, ...]
+    rows: Tensor | None
+    own: Tensor
+    order: Tensor
+    length: Tensor
+    plan: ScanPlan
 
-    def gather(self, rows: Tensor, extra: Tensor | None = None) -> Callable[[], tuple[Tensor, Tensor | None]]:
-        """One row [L, ...] a linked segment -> the ordered table and, of `extra` [n, ...], the sum over ranks.
 
-        Started on return; the function returned waits for it.
-        """
-        links, comm = self.links, self.comm
-        if comm is None or (extra is None and not any(links.sizes)):  # alike on all ranks
-            return lambda: (rows.index_select(0, links.order), extra)
-        sent, more = rows.index_select(0, links.sent), 0 if extra is None else len(extra)
-        if extra is not None:
-            sent = torch.cat([sent, extra])
-        sizes = [size + more for size in links.sizes]
-        pending: Pending = comm.all_gather_async(sent, sizes)
+def gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
+    """The plan of the rank that these links of the layout are of: made once."""
+    return layout.derived((*links.key, "gather"), None, lambda: _gather_plan(layout, links))
 
-        def finish() -> tuple[Tensor, Tensor | None]:
-            gathered = pending.wait().split(sizes)
-            table = torch.cat([*(part[: len(part) - more] for part in gathered), rows.index_select(0, links.unsent)])
-            total = torch.stack([part[len(part) - more :] for part in gathered]).sum(0) if more else extra
-            return table.index_select(0, links.order), total
+
+def _gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
+    rank, final, device = links.rank, links.finals is not None, links.run.device
+    every = all_runs(layout, links.causal)
+    numbers = ((every.places > 1) | final).nonzero().flatten()
+    sent = every.take(numbers)
+    own = (sent.rank == rank).nonzero().flatten()
+    counts = torch.bincount(sent.chain, minlength=len(layout.lengths)) if final else sent.places[sent.place == 0]
+    return GatherPlan(
+        sizes=tuple(torch.bincount(sent.rank, minlength=layout.ranks).tolist()),
+        rows=None if len(own) == len(links.numbers) else torch.searchsorted(links.numbers, numbers[own]).to(device),
+        own=own.to(device),
+        order=sent.rank.argsort(stable=True).argsort().to(device),
+        length=sent.length.to(device),
+        plan=scan_plan(counts.tolist(), device),
+    )
+
+
+class Gather:
+    """The exchange of one call. See `lsys.parallel.linear.exchange.Exchange`.
+
+    Args:
+        comm: the ranks.
+        layout, links: of the tokens, and this rank's.
+        log_decay: [H] if transitions follow from it and lengths; else None.
+    """
+
+    def __init__(self, comm: SequenceComm, layout: SequenceLayout, links: Links, log_decay: Tensor | None) -> None:
+        self.comm, self.plan, self.final = comm, gather_plan(layout, links), links.finals is not None
+        self.log_decay = None if log_decay is None else log_decay.detach()
+
+    def forward(self, update: Tensor, transition: Tensor | None) -> Callable[[], Exchanged]:
+        plan, runs, shape = self.plan, len(update), update.shape[2:]
+        form = None if transition is None or self.log_decay is not None else transition.shape[2:]
+        packed = self._sent(update).flatten(2)  # [n, H, K V]
+        if transition is not None and form is not None:
+            packed = torch.cat([packed, self._sent(transition).reshape(*packed.shape[:2], form.numel())], dim=-1)
+        pending = self.comm.all_gather_async(packed, plan.sizes)
+
+        def finish() -> Exchanged:
+            table = pending.wait().index_select(0, plan.order)
+            states, others = table.tensor_split([shape.numel()], dim=-1)
+            transitions = None if form is None else others.unflatten(-1, form) if form else others.squeeze(-1)
+            if self.log_decay is not None:
+                transitions = self.log_decay.to(states.dtype) * plan.length[:, None]  # [rows, H]
+            composed = compose(states.unflatten(-1, shape), transitions, plan.plan)
+            before = composed.before.index_select(0, plan.own)
+            return self._spread(before, runs), composed.total if self.final else None, (transitions, before)
 
         return finish
 
+    def backward(
+        self, d_state: Tensor, d_final: Tensor | None, *saved: Tensor | None
+    ) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        plan, (transition, before), runs = self.plan, saved, len(d_state)
+        sent, more = self._sent(d_state), 0 if d_final is None else len(d_final)
+        sizes = [size + more for size in plan.sizes]
+        pending = self.comm.all_gather_async(sent if d_final is None else torch.cat([sent, d_final]), sizes)
 
-class _Send(torch.autograd.Function):
-    """Maps [L, H, K, V], [L, H ...] of the linked segments -> a ticket that `_Receive` takes."""
+        def finish() -> tuple[Tensor, Tensor | None]:
+            gathered = pending.wait().split(sizes)
+            table = torch.cat([part[: len(part) - more] for part in gathered]).index_select(0, plan.order)
+            d_total = torch.stack([part[len(part) - more :] for part in gathered]).sum(0) if more else None
+            d_update = adjoint(table, d_total, transition, plan.plan)[0].index_select(0, plan.own)
+            d_transition = None
+            if transition is not None:
+                assert before is not None
+                d_transition = self._spread(gradient(transition.index_select(0, plan.own), d_update, before), runs)
+            return self._spread(d_update, runs), d_transition
 
-    @staticmethod
-    def forward(
-        ctx: Any, state: Tensor, transition: Tensor | None, initial: Tensor | None, exchange: _Exchange
-    ) -> Tensor:
-        ctx.exchange = exchange
-        ctx.initial_rows = None if initial is None else len(initial)
-        width, form = state.shape[2:], None if transition is None else transition.shape[2:]
-        packed = state.flatten(2)  # [L, H, K V]
-        if transition is not None:
-            packed = torch.cat([packed, transition.reshape(*packed.shape[:2], transition.shape[2:].numel())], dim=-1)
-        finish_gather = exchange.gather(packed)
+        return finish
 
-        def finish() -> tuple[Tensor, Tensor | None, Tensor | None]:
-            table, _ = finish_gather()
-            states, others = table.split([width.numel(), table.shape[-1] - width.numel()], dim=-1)
-            transitions = None if form is None else others.reshape(*others.shape[:2], *form)
-            return states.unflatten(-1, width), transitions, initial
+    def _sent(self, x: Tensor) -> Tensor:
+        return x if self.plan.rows is None else x.index_select(0, self.plan.rows)
 
-        exchange.finish = finish
-        return state.new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        links: Links = ctx.exchange.links
-        d_before, d_final, transition, before = ctx.exchange.finish()
-        ctx.exchange.finish = _nothing_sent
-        d_update, d_start = adjoint(d_before, d_final, transition, links.plan)
-        d_state, d_transition, d_initial = d_update.index_select(0, links.own), None, None
-        if transition is not None:
-            d_transition = gradient(transition.index_select(0, links.own), d_state, before)
-        if ctx.needs_input_grad[2]:
-            # Every rank has the whole gradient; the one that holds a document's start reports it.
-            d_initial = d_start.new_zeros(ctx.initial_rows, *d_start.shape[1:])
-            d_initial[links.documents[links.mine]] = d_start[links.mine]
-        return d_state, d_transition, d_initial, None
-
-
-class _Receive(torch.autograd.Function):
-    """The states before the linked segments [L, H, K, V] and after all documents.
-
-    Passes on what tokens get from their own chunk, so that ranks without links too take part in the backward gather.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ticket: Tensor, intra: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor, Tensor | None]:
-        links = exchange.links
-        update, transition, initial = exchange.finish()
-        exchange.finish = _nothing_sent
-        initial = None if initial is None else initial.index_select(0, links.documents)
-        composed = compose(update, transition, links.plan, initial)
-        state = composed.before.index_select(0, links.own)
-        ctx.exchange = exchange
-        ctx.save_for_backward(transition, state)
-        return intra.view_as(intra), state, composed.total if exchange.final else None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_intra: Tensor, d_state: Tensor, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Under activation checkpointing this recomputes the forward pass, on ranks without links too: before the gather.
-        saved = ctx.saved_tensors
-        finish_gather = ctx.exchange.gather(d_state, d_final)
-        ctx.exchange.finish = lambda: (*finish_gather(), *saved)
-        return d_state.new_empty(0), d_intra, None
-
-
-def _nothing_sent() -> None:
-    raise RuntimeError("nothing is under way in this exchange: its ends must run in turn")
+    def _spread(self, x: Tensor, runs: int) -> Tensor:
+        """Rows of what is sent -> those of all this rank's runs, zero where nothing is."""
+        return x if self.plan.rows is None else x.new_zeros(runs, *x.shape[1:]).index_copy_(0, self.plan.rows, x)

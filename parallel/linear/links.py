@@ -1,97 +1,258 @@
-"""Which segments exchange states, and in which order these compose: a function of the layout alone."""
+"""Which states ranks exchange, and in which order these compose: a function of the layout alone.
 
+A *chain* is one document in one direction; its *runs* are its longest stretches between which, by position, no other
+rank holds a token of it. A rank composes the maps of its segments of a run before it exchanges any: 10,000 fragments of
+a document that one rank holds are one run, and neighbours in a chain always lie on different ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.scan import ScanPlan, scan_plan
-from lsys.parallel.layout import Segment, SequenceLayout
+from lsys.kernels.linear_attention import SegmentMap
+from lsys.kernels.linear_attention.scan import ScanPlan, scan, scan_plan
+from lsys.kernels.linear_attention.transition import carry
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.segments import SegmentTable, offsets
+
+Key = tuple[Hashable, ...]
+
+
+class Runs(NamedTuple):
+    """Runs as columns, each int64 [runs], chain after chain, in each in the order of the recurrence.
+
+    Attributes:
+        rank: that holds the run.
+        chain: its document d; documents + d for the way back of both directions.
+        place: its number in the chain.
+        places: how many runs the chain has.
+        length: tokens.
+    """
+
+    rank: Tensor
+    chain: Tensor
+    place: Tensor
+    places: Tensor
+    length: Tensor
+
+    def take(self, which: Tensor) -> Runs:
+        """The runs with these numbers, or where a mask is true."""
+        return Runs(*(column[which] for column in self))
+
+
+class Composed(NamedTuple):
+    """The maps of a rank's runs, and what leads from there to its segments.
+
+    Attributes:
+        update: [R, H, K, V], the state after each run when zero before it.
+        transition: over the run, in one of the forms of the kernel's `transition.py`, [R, H ...].
+        before: [L, H, K, V], the state before each linked segment when zero before its run, run after run; None if
+            each run is one segment.
+        reach: the transition from the start of the run to the segment, [L, H ...].
+    """
+
+    update: Tensor
+    transition: Tensor | None
+    before: Tensor | None = None
+    reach: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Links:
-    """How one rank takes part in the exchange of one layout.
+    """The linked segments of one rank, L in all directions together, and its R runs that they make.
 
-    Sent are the maps of documents that cross ranks, or of all if final states are wanted on several ranks. A document
-    in several segments of one rank is linked but not sent. The *table* is all ranks' sent maps in rank order and then
-    this rank's linked but unsent ones.
+    Linked are segments that send or receive a state: those of documents in several segments, or all if there are
+    initial or final states.
 
     Attributes:
-        linked: this rank's segments that send or receive a state.
-        sent, unsent: which of these (0 to L - 1) are sent, and the others, int64.
-        sizes: how many maps each rank sends.
-        order: rows of the table by document, then position, int64 [rows].
-        own: of each linked segment its row in that order, int64 [L].
-        documents: those composed, int64 [D].
-        mine: of these, those of which this rank answers for the gradient of the initial state (it holds their start).
-        plan: of the scan over the maps of each of `documents`.
+        key: all that they depend on beside the layout, for what is derived from it and them.
+        rank, causal: whose they are; without `causal` of both directions.
+        documents: how many there are.
+        linked: by direction, numbers of segments in the order of the direction's tokens, ascending.
+        order: linked segments run after run, int64 [L]; None if that is the order that they have.
+        back: the inverse of `order`.
+        run: of each linked segment, in that order, its run: int64 [L].
+        plan: of the scan over the segments of each run; None if each run is one segment.
+        numbers: of the runs among all ranks' (`all_runs`), ascending, on the host: int64 [R].
+        crosses: whether some document is held by several ranks: alike on all ranks.
+        first, starts: runs that begin their chain, and the documents of these: int64 each.
+        empty: documents without tokens, int64.
+        finals: where the states after documents are; None if they are not wanted.
     """
 
-    linked: tuple[int, ...]
-    sent: Tensor
-    unsent: Tensor
+    key: Key
+    rank: int
+    causal: bool
+    documents: int
+    linked: tuple[tuple[int, ...], ...]
+    order: Tensor | None
+    back: Tensor | None
+    run: Tensor
+    plan: ScanPlan | None
+    numbers: Tensor
+    crosses: bool
+    first: Tensor
+    starts: Tensor
+    empty: Tensor
+    finals: Finals | None
+
+    def compose(self, maps: Sequence[SegmentMap]) -> Composed:
+        """The maps of the runs, of those of the linked segments, by direction. Differentiable."""
+        update, transition = maps[0].state, maps[0].transition
+        if len(maps) > 1:
+            update = torch.cat([each.state for each in maps])
+            transition = None if transition is None else torch.cat([_given(each.transition) for each in maps])
+        if self.order is not None:
+            update = update.index_select(0, self.order)
+            transition = None if transition is None else transition.index_select(0, self.order)
+        if self.plan is None:
+            return Composed(update, transition)
+        scanned = scan(update, transition, self.plan)
+        return Composed(scanned.total, scanned.total_reach, scanned.before, scanned.reach)
+
+    def enter(self, composed: Composed, state: Tensor | None) -> list[Tensor | None]:
+        """The states before the linked segments [L_direction, H, K, V], of those before the runs [R, H, K, V] (None is 0)."""
+        if composed.before is not None:
+            before = composed.before
+            if state is not None:
+                before = before + carry(composed.reach, state.index_select(0, self.run))
+        elif state is None:
+            return [None] * len(self.linked)
+        else:
+            before = state
+        if self.back is not None:
+            before = before.index_select(0, self.back)
+        return list(before.split([len(linked) for linked in self.linked]))
+
+
+class Finals(NamedTuple):
+    """Who has the states after documents.
+
+    Attributes:
+        rows: runs of this rank that end their chain, int64.
+        sizes: how many each rank has.
+        order: all ranks' of these, one rank after the other, in the order of documents: int64 [documents that have tokens].
+        documents: those that have tokens, int64.
+    """
+
+    rows: Tensor
     sizes: tuple[int, ...]
     order: Tensor
-    own: Tensor
     documents: Tensor
-    mine: Tensor
-    plan: ScanPlan
 
 
-@lru_cache(maxsize=64)  # the layers of a step ask for the same few
-def links(layout: SequenceLayout, rank: int, initial: bool, final: bool, device: torch.device) -> Links:
-    """The links of `rank` if there are initial states, and if final ones are wanted."""
-    cut, crossing = _cut_and_crossing(layout)
-    sent_documents = set(range(len(layout.lengths))) if final and layout.ranks > 1 else crossing
-    segments = layout.segments[rank]
-    everything = initial or final
-    linked = tuple(i for i, segment in enumerate(segments) if everything or segment.document in cut)
-    is_sent = [segments[i].document in sent_documents for i in linked]
-    sent = [number for number, yes in enumerate(is_sent) if yes]
-    unsent = [number for number, yes in enumerate(is_sent) if not yes]
-    by_rank = [[segment for segment in held if segment.document in sent_documents] for held in layout.segments]
-    sizes = tuple(len(held) for held in by_rank)
-    table = [segment for held in by_rank for segment in held] + [segments[linked[number]] for number in unsent]
-    order = position_order(table)
-    place = {table[row][:2]: at for at, row in enumerate(order)}
-    counts = dict.fromkeys(range(len(layout.lengths)) if final else sorted({row.document for row in table}), 0)
-    for row in table:
-        counts[row.document] += 1
-    starts = {segment.document for segment in segments if segment.start == 0}
-    mine = [document in starts or (rank == 0 and layout.lengths[document] == 0) for document in counts]
+def position_order(layout: SequenceLayout) -> SegmentTable:
+    """All segments by document, then by position: the order of ranks says nothing about positions (zigzag)."""
+    return layout.sorted()
 
-    def index(rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=device)
 
+def all_runs(layout: SequenceLayout, causal: bool) -> Runs:
+    """The runs of all ranks; without `causal` both directions', forward first."""
+    return _mapped_runs(layout, causal).runs
+
+
+class _MappedRuns(NamedTuple):
+    """Runs; the forward run of each segment in position order; of each forward run the one that it is on the way back."""
+
+    runs: Runs
+    of_segment: Tensor
+    mirror: Tensor
+
+
+def _mapped_runs(layout: SequenceLayout, causal: bool) -> _MappedRuns:
+    def build() -> _MappedRuns:
+        table, documents = position_order(layout), len(layout.lengths)
+        is_new = torch.ones_like(table.rank, dtype=torch.bool)
+        is_new[1:] = (table.document[1:] != table.document[:-1]) | (table.rank[1:] != table.rank[:-1])
+        first = is_new.nonzero().flatten()
+        rank, chain = table.rank[first], table.document[first]
+        tokens = offsets(table.length)
+        length = torch.cat([tokens[first], tokens[-1:]]).diff()
+        counts = torch.bincount(chain, minlength=documents)
+        begin, places = offsets(counts)[chain], counts[chain]
+        place = torch.arange(len(chain)) - begin
+        mirror = begin + places - 1 - place
+        runs = Runs(rank, chain, place, places, length)
+        if not causal:
+            back = Runs(rank[mirror], chain + documents, place, places, length[mirror])
+            runs = Runs(*map(torch.cat, zip(runs, back, strict=True)))
+        return _MappedRuns(runs, is_new.cumsum(0) - 1, mirror + len(chain))
+
+    return layout.derived(("linear runs", causal), None, build)
+
+
+def links(layout: SequenceLayout, rank: int, causal: bool, initial: bool, final: bool, device: torch.device) -> Links:
+    """The links of `rank`, if there are initial states, and if final ones are wanted: made once for a layout."""
+    key = ("linear links", rank, causal, initial, final, device)
+    return layout.derived(key, None, lambda: _links(layout, rank, causal, initial, final, device, key))
+
+
+def _links(
+    layout: SequenceLayout, rank: int, causal: bool, initial: bool, final: bool, device: torch.device, key: Key
+) -> Links:
+    table, (runs, run, mirror) = position_order(layout), _mapped_runs(layout, causal)
+    segments = torch.bincount(table.document, minlength=len(layout.lengths))
+    is_held = table.rank == rank
+    if not (initial or final):
+        is_held &= segments[table.document] > 1
+    held = is_held.nonzero().flatten()
+    rows = layout.table(rank).row
+    number = torch.searchsorted(rows, table.row[held])  # of each segment in the rank's order
+    ways = [_Way(number, run[held])]
+    if not causal:
+        ways.append(_Way(len(rows) - 1 - number.flip(0), mirror[run[held]].flip(0)))
+    linked = [way.number.sort() for way in ways]
+    order, before = [], 0
+    for way, (_, by_number) in zip(ways, linked, strict=True):
+        order.append(by_number.argsort()[way.run.argsort(stable=True)] + before)
+        before += len(by_number)
+    composed, in_order = torch.cat(order), torch.arange(before)
+    of_run = torch.cat([way.run.sort().values for way in ways])
+    numbers, of_run, counts = torch.unique_consecutive(of_run, return_inverse=True, return_counts=True)
+    mine = runs.take(numbers)
+    first = (mine.place == 0).nonzero().flatten()
+    is_ordered = torch.equal(composed, in_order)
     return Links(
-        linked=linked,
-        sent=index(sent),
-        unsent=index(unsent),
-        sizes=sizes,
-        order=index(order),
-        own=index([place[segments[i][:2]] for i in linked]),
-        documents=index(list(counts)),
-        mine=torch.tensor(mine, dtype=torch.bool, device=device),
-        plan=scan_plan(list(counts.values()), device),
+        key=key,
+        rank=rank,
+        causal=causal,
+        documents=len(layout.lengths),
+        linked=tuple(tuple(ascending.tolist()) for ascending, _ in linked),
+        order=None if is_ordered else composed.to(device),
+        back=None if is_ordered else composed.argsort().to(device),
+        run=of_run.to(device),
+        plan=scan_plan(counts.tolist(), device) if bool((counts > 1).any()) else None,
+        numbers=numbers,
+        crosses=bool((runs.places > 1).any()),
+        first=first.to(device),
+        starts=mine.chain[first].to(device),
+        empty=(segments == 0).nonzero().flatten().to(device),
+        finals=_finals(runs, rank, layout.ranks, mine, device) if final else None,
     )
 
 
-def position_order(table: list[Segment]) -> list[int]:
-    """Rows of the table by document, then by position: the order of ranks says nothing about positions (zigzag)."""
-    return sorted(range(len(table)), key=lambda row: table[row][:2])
+class _Way(NamedTuple):
+    """A rank's linked segments in the order of one direction: their numbers in the order of its tokens, and their runs."""
+
+    number: Tensor
+    run: Tensor
 
 
-def _cut_and_crossing(layout: SequenceLayout) -> tuple[set[int], set[int]]:
-    """Documents in several segments, and those of which several ranks hold tokens."""
-    holder: dict[int, int] = {}
-    cut, crossing = set(), set()
-    for rank, held in enumerate(layout.segments):
-        for segment in held:
-            if segment.document in holder:
-                cut.add(segment.document)
-                if holder[segment.document] != rank:
-                    crossing.add(segment.document)
-            holder[segment.document] = rank
-    return cut, crossing
+def _finals(runs: Runs, rank: int, ranks: int, mine: Runs, device: torch.device) -> Finals:
+    last = runs.take(runs.place == runs.places - 1)
+    return Finals(
+        rows=(mine.place == mine.places - 1).nonzero().flatten().to(device),
+        sizes=tuple(torch.bincount(last.rank, minlength=ranks).tolist()),
+        order=last.rank.argsort(stable=True).argsort().to(device),
+        documents=last.chain.to(device),
+    )
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x

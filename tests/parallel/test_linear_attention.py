@@ -1,247 +1,265 @@
+"""Linear attention across ranks equals the definition on one device, token by token."""
+
+import contextlib
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from support.layouts import layouts
-from torch.utils.checkpoint import checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.layouts import drawn_layouts
+from support.linear import (
+    DECAYS,
+    MEMBERS,
+    NAMES,
+    Case,
+    all_layouts,
+    by_definition,
+    carried,
+    distributed,
+    expected,
+    inputs,
+    largest_error,
+)
 
-from lsys.kernels.linear_attention.chunked import ChunkedSegments
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear import linear_attention
+from lsys.parallel.linear import METHODS, chain, linear_attention
+from lsys.parallel.linear.links import Links
 
-PACKS = [[0, 1, 7, 13, 0, 53], [131], [1, 0, 1], [], [0], [2, 167, 5, 3, 19]]
-DECAYS = ["none", "head", "token"]
-# Largest difference from one device, relative to 1 + its magnitude; that of half precision is rounding of inputs.
+PACKS = [(0, 1, 7, 13, 0, 23), (31,), (1, 0, 1), (), (0,), (2, 37, 5, 3, 11)]
+LAYOUTS = ("contiguous", "zigzag", "random", "fragments", "all on last", "idle ranks")
+FLAGS = [(False, False, True), (True, True, True), (False, False, False), (True, False, True), (False, True, True)]
+# Of half precision, the rounding of inputs.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2}
-HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
 
 
-def tensors(lengths, decay, dtype=torch.float64):
-    """q, k, v, gradient of o, decay, initial state, gradient of the final state; decays and gradients are gentle."""
-    total, generator = sum(lengths), torch.Generator().manual_seed(sum(lengths))
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    q, k = draw(total, KEY_HEADS, WIDTH), draw(total, KEY_HEADS, WIDTH)
-    v, do = draw(total, HEADS, VALUE_WIDTH), draw(total, HEADS, VALUE_WIDTH)
-    log_decay = {"none": None, "head": -draw(HEADS).abs() * 0.02, "token": -draw(total, HEADS).abs() * 0.02}[decay]
-    state, d_state = (draw(len(lengths), HEADS, WIDTH, VALUE_WIDTH) for _ in range(2))
-    wide = torch.promote_types(dtype, torch.float32)  # decays and states are kept in fp32 beside half precision
-    small, large = [x.to(dtype) for x in (q, k, v, do)], (log_decay, state, d_state)
-    return [*small, *(None if x is None else x.to(wide) for x in large)]
+def comm_of(world_size):
+    return SequenceComm(None) if world_size > 1 else None
 
 
-def dense(q, k, v, log_decay, state, lengths):
-    """All tokens on one device, document by document, each token against all before it: o and final states."""
-    outputs, after = [v[:0]], [v.new_zeros(0, HEADS, WIDTH, VALUE_WIDTH)]
-    decay = torch.zeros_like(v[..., 0]) if log_decay is None else log_decay.expand(v.shape[:2])
-    keyed = (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (q, k))
-    parts = (x.split(list(lengths)) for x in (*keyed, v, decay))
-    for d, (qd, kd, vd, g) in enumerate(zip(*parts, strict=True)):
-        b = g.cumsum(0)
-        later = torch.ones(len(qd), len(qd)).triu(1).bool()[..., None]
-        weight = (b[:, None] - b).masked_fill(later, -torch.inf).exp()
-        o = torch.einsum("ihk,jhk,ijh,jhv->ihv", qd, kd, weight, vd)
-        s = torch.einsum("jhk,jh,jhv->hkv", kd, (g.sum(0) - b).exp(), vd)
-        if state is not None:
-            o = o + torch.einsum("ihk,ih,hkv->ihv", qd, b.exp(), state[d])
-            s = s + g.sum(0).exp()[:, None, None] * state[d]
-        outputs.append(o * WIDTH**-0.5)
-        after.append(s[None])
-    return torch.cat(outputs), torch.cat(after)
+@contextlib.contextmanager
+def small_blocks():
+    """ZeCO's states, which are tiny here, in several blocks."""
+    with mock.patch.object(chain, "LATENCY_BYTES", 64):
+        yield
 
 
-def expected(lengths, decay, initial, final, dtype):
-    """Output, final state and gradients of q, k, v, decay and initial state, on one device, in fp64."""
-    q, k, v, do, log_decay, state, d_state = (None if x is None else x.double() for x in tensors(lengths, decay, dtype))
-    leaves = [q, k, v, log_decay, state if initial else None]
-    leaves = [None if x is None else x.requires_grad_() for x in leaves]
-    o, after = dense(*leaves, lengths)
-    loss = (o * do).sum() + ((after * d_state).sum() if final else 0)
-    grads = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None], materialize_grads=True))
-    return [o.detach(), after if final else None, *(None if x is None else next(grads) for x in leaves)]
-
-
-NAMES = ["o", "final state", "dq", "dk", "dv", "d decay", "d initial"]
-
-
-def distributed(layout, comm, decay, initial, final, dtype, backend="auto"):
-    """This rank's share of `expected`, all of it for replicated tensors; each rank weighs the final state alike."""
-    rank = 0 if comm is None else comm.rank
-    lengths = layout.lengths
-    q, k, v, do, log_decay, state, d_state = tensors(lengths, decay, dtype)
-    q, k, v, do = (layout.shard(x, rank) for x in (q, k, v, do))
-    log_decay = layout.shard(log_decay, rank) if decay == "token" else log_decay
-    leaves = [q, k, v, log_decay, state if initial else None]
-    leaves = [None if x is None else x.requires_grad_() for x in leaves]
-    q, k, v, log_decay, state = leaves
-    options = dict(log_decay=log_decay, initial_state=state, output_final_state=final, backend=backend)
-    o, after = linear_attention(q, k, v, layout, comm, **options)
-    loss = (o * do).sum() + ((after * d_state).sum() / layout.ranks if final else 0)
-    grads = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None], materialize_grads=True))
-    found = [o.detach(), after, *(None if x is None else next(grads) for x in leaves)]
-    replicated = [6] if decay == "token" else [5, 6]
-    for i in replicated:
-        if found[i] is not None and comm is not None:
-            dist.all_reduce(found[i])
-    return found
-
-
-def error(x, y):
-    assert x.shape == y.shape
-    return max(((x.double() - y).abs() / (1 + y.abs())).flatten().tolist(), default=0)
-
-
-def _differences(rank, world_size, dtype, cases):
-    comm = SequenceComm(None) if world_size > 1 else None
-    wrong = {}
-    for lengths, decay, initial, final, backend in cases:
-        full = expected(lengths, decay, initial, final, dtype)
-        for name, layout in layouts(lengths, world_size).items():
-            found = distributed(layout, comm, decay, initial, final, dtype, backend)
-            for i, (x, y) in enumerate(zip(found, full, strict=True)):
-                if y is None:
-                    assert x is None
-                    continue
-                if i in (0, 2, 3, 4) or (i == 5 and decay == "token"):
-                    y = layout.shard(y, rank)
-                if not error(x, y) < TOLERANCE[dtype]:
-                    wrong[f"{NAMES[i]}: {lengths}, {name}, {decay}, {initial=}, {final=}, {backend}"] = error(x, y)
+def _differences(rank, world_size, cases):
+    comm, wrong = comm_of(world_size), {}
+    with small_blocks():
+        for case, full in cases:
+            layout = all_layouts(case.lengths, world_size)[case.layout]
+            errors = largest_error(distributed(case, comm, world_size), full, layout, rank)
+            wrong |= {(case, name): e for name, e in errors.items() if not e < TOLERANCE[case.dtype]}
     return wrong
 
 
+def check(gloo, world_size, cases):
+    full = [(case, expected(case)) for case in cases]
+    assert gloo(world_size, _differences, full, timeout=600) == [{}] * world_size
+    shares = {case: carried(case, world_size) for case in {case._replace(method="any") for case in cases}}
+    # A state that is lost must be seen: wherever one comes in, it makes a tenth of the output.
+    assert {case: share for case, share in shares.items() if share is not None and share < 0.1} == {}
+    return sum(share is not None for share in shares.values())
+
+
+def sample(world_size):
+    """Each member with each method once; packs, layouts and flags take turns that do not beat with either."""
+    pairs = [(member, method) for member in MEMBERS for method in METHODS]
+    for i, (member, method) in enumerate(pairs):
+        i = 5 * i + world_size
+        lengths = PACKS[(0, 1, 5)[i % 3]]
+        yield Case(method, member, lengths, LAYOUTS[(i + i // 6) % 5 if i % 7 else 5], *FLAGS[(i + i // 10) % 5])
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_equals_one_device(gloo, world_size, dtype):
-    flags = [(False, False), (True, False), (False, True), (True, True)]
-    cases = [(lengths, decay, *flag, "auto") for lengths in PACKS for decay in DECAYS for flag in flags]
-    if dtype != torch.float64:
-        cases = [case for case in cases if case[2] == case[3] and sum(case[0])]
-    else:
-        cases = [case for case in cases if sum(case[0]) > 2 or case[2] and case[3]]
-        cases += [(PACKS[0], decay, True, True, "reference") for decay in DECAYS]
-    assert gloo(world_size, _differences, dtype, cases) == [{}] * world_size
+def test_equals_the_definition(gloo, world_size):
+    cases = [*sample(world_size)]
+    if world_size == 1:
+        cases = [case for case in cases if case.method != "lasp1"]
+    assert check(gloo, world_size, cases) > len(cases) / 4
 
 
-def _without_carry(rank, world_size, decay):
-    """By layout: how much of this rank's output its incoming states are, and the error that their loss makes."""
-    comm, lengths = SequenceComm(None), PACKS[1]
-    full = expected(lengths, decay, False, False, torch.float64)[0]
-    shares = {}
-    for name, layout in layouts(lengths, world_size).items():
-        if name == "all on last":  # nothing is exchanged
-            continue
-        apply = ChunkedSegments.apply
-        with mock.patch.object(ChunkedSegments, "apply", lambda *args, apply=apply: apply(*args[:-1], None)):
-            o = distributed(layout, comm, decay, False, False, torch.float64)[0]
-        y = layout.shard(full, rank)
-        if layout.tokens(rank):
-            shares[name] = float((o - y).norm() / y.norm()), error(o, y)
-    return shares
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_member_by_every_method_over_every_layout(gloo, world_size, causal):
+    lengths, methods = PACKS[0] if causal else PACKS[5], METHODS if world_size > 1 else METHODS[:1]
+    flags = (causal, causal, causal)
+    cases = [
+        Case(method, member, lengths, layout, *flags) for method in methods for member in MEMBERS for layout in LAYOUTS
+    ]
+    assert check(gloo, world_size, cases) or world_size == 1
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-def test_a_lost_state_is_noticed(gloo, decay):
-    results = gloo(3, _without_carry, decay)
-    for name in ("contiguous", "zigzag", "random"):
-        shares = [result[name] for result in results if name in result]
-        # The rank that holds the start alone has nothing coming in.
-        assert sum(share >= 0.1 and wrong > 1e-2 for share, wrong in shares) >= 2, (name, shares)
+@pytest.mark.parametrize("method", METHODS)
+def test_tiny_packs(gloo, method):
+    """Nothing at all, empty documents, single tokens; every combination of states."""
+    packs = [(lengths, layout) for lengths in PACKS[2:5] for layout in ("contiguous", "random", "idle ranks")]
+    cases = [Case(method, member, *each, *flags) for each in packs for member in ("head", "token") for flags in FLAGS]
+    cases += [
+        Case(method, "delta channel", PACKS[0], "zigzag", *flags, backend=b) for flags in FLAGS for b in ("reference",)
+    ]
+    full = [(case, expected(case)) for case in cases]
+    assert gloo(3, _differences, full) == [{}] * 3
 
 
-def _perturbed(rank, world_size, decay, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(gloo, dtype):
+    cases = [
+        Case(method, member, PACKS[5], layout, *FLAGS[1], dtype=dtype)
+        for method in METHODS
+        for member, layout in (
+            ("head", "zigzag"),
+            ("token", "random"),
+            ("channel", "contiguous"),
+            ("delta token", "zigzag"),
+        )
+    ]
+    check(gloo, 3, cases)
+
+
+# ---- what a wrong implementation looks like
+
+
+def _without_carry(rank, world_size, cases):
+    """The largest error of the output when no state comes in."""
+    comm, errors = comm_of(world_size), {}
+    with mock.patch.object(Links, "enter", lambda self, *_: [None] * len(self.linked)):
+        for case, full in cases:
+            layout = all_layouts(case.lengths, world_size)[case.layout]
+            errors[case] = largest_error(distributed(case, comm, world_size), full, layout, rank)["o"]
+    return errors
+
+
+def test_a_lost_state_is_noticed(gloo):
+    cases = [
+        Case(method, member, PACKS[1], layout, causal=causal)
+        for method in METHODS[:3]
+        for member in MEMBERS
+        for layout, causal in (("contiguous", True), ("fragments", False))
+    ]
+    full = [(case, expected(case)) for case in cases]
+    found = gloo(3, _without_carry, full)
+    assert all(max(errors[case] for errors in found) > 1e-2 for case in cases)
+
+
+def _perturbed(rank, world_size, cases):
     """Whether each change reached the tokens from there on; others are checked to be bitwise equal."""
-    comm, lengths, document = SequenceComm(None) if world_size > 1 else None, [11, 140, 17], 1
+    comm, lengths, document = comm_of(world_size), (11, 70, 17), 1
     reached = []
-    for at in (23, 64, 65, 100):  # within a chunk, at and after the start of one
-        for layout in layouts(lengths, world_size).values():
+    for method, member, dtype, name in cases:
+        layout = all_layouts(lengths, world_size)[name]
+        for at in (15, 32, 50):
             outputs = []
-            for factor in (1, 3):
-                q, k, v, _, log_decay, *_ = tensors(lengths, decay, dtype)
-                for x in (q, k, v, *([log_decay] if decay == "token" else [])):
-                    x[lengths[0] + at] *= factor
-                q, k, v = (layout.shard(x, rank) for x in (q, k, v))
-                log_decay = layout.shard(log_decay, rank) if decay == "token" else log_decay
-                outputs.append(linear_attention(q, k, v, layout, comm, log_decay=log_decay)[0])
+            for factor in (1.0, 0.5):
+                tensors = list(inputs(lengths, member, dtype)[:5])
+                for i, x in enumerate(tensors):
+                    if x is not None and x.dim() > 1:
+                        x = x.clone()
+                        x[lengths[0] + at] *= factor
+                        tensors[i] = layout.shard(x, rank)
+                q, k, v, log_decay, beta = tensors
+                options = dict(log_decay=log_decay, beta=beta, method=method)
+                with small_blocks():
+                    outputs.append(linear_attention(q, k, v, layout, comm, **options)[0])
             sees = (layout.documents(rank) == document) & (layout.positions(rank) >= at)
-            assert torch.equal(outputs[0][~sees], outputs[1][~sees]), (at, layout)
+            assert torch.equal(outputs[0][~sees], outputs[1][~sees]), (method, member, name, at)
             reached.append(bool((outputs[0][sees] != outputs[1][sees]).flatten(1).any(1).all()))
     return all(reached)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_token_changes_only_those_from_there_on(gloo, world_size, decay, dtype):
-    assert all(gloo(world_size, _perturbed, decay, dtype))
+def test_a_token_changes_only_those_from_there_on(gloo, world_size):
+    methods = METHODS if world_size > 1 else METHODS[:1]
+    pairs = [(method, member) for method in methods for member in MEMBERS]
+    cases = [
+        (*pair, (torch.float64, torch.float32)[i % 2], ("contiguous", "zigzag", "random")[i % 3])
+        for i, pair in enumerate(pairs)
+    ]
+    assert all(gloo(world_size, _perturbed, cases))
 
 
-def _collectives(rank, world_size, layout, initial, final):
-    q, k, v, do, log_decay, state, _ = tensors(layout.lengths, "head")
-    q, k, v, do = (layout.shard(x, rank).requires_grad_() for x in (q, k, v, do))
-    gathers = []
-    with mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather:
-        state = state if initial else None
-        options = dict(log_decay=log_decay, initial_state=state, output_final_state=final)
-        o, _ = linear_attention(q, k, v, layout, SequenceComm(None), **options)
-        gathers.append(gather.call_args_list and [len(call.args[1]) for call in gather.call_args_list])
-        o.backward(do)
-        gathers.append(gather.call_count)
-    return gathers
+# ---- any layout
 
 
-def test_one_collective_each_way_and_none_without_need(gloo):
-    crossing = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [(1, 0, 4), (2, 0, 9)], [(2, 9, 21)], []])
-    assert gloo(4, _collectives, crossing, False, False) == [[[1], 2]] * 4  # one map at most, from ranks 1 and 2
-    assert gloo(4, _collectives, crossing, True, False) == [[[1], 2]] * 4
-    apart = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [], [(1, 0, 4)], [(2, 0, 30)]])
-    assert gloo(4, _collectives, apart, False, False) == [[[], 0]] * 4
-    assert gloo(4, _collectives, apart, True, False) == [[[], 0]] * 4
-    assert gloo(4, _collectives, apart, False, True) == [[[1], 2]] * 4
+def _drawn(rank, world_size, layout, method, causal):
+    q, k, v, log_decay, *_ = inputs(layout.lengths, "token")
+    local = [layout.shard(x, rank).detach().requires_grad_() for x in (q, k, v, log_decay)]
+    with small_blocks():
+        comm = SequenceComm(None)
+        o, _ = linear_attention(*local[:3], layout, comm, log_decay=local[3], method=method, causal=causal)
+    do = layout.shard(inputs(layout.lengths, "token").do, rank)
+    return [o.detach(), *torch.autograd.grad(o, local, do, materialize_grads=True)]
 
 
-def _checkpointed(rank, world_size, decay):
-    layout = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [(1, 0, 4), (2, 0, 9)], [(2, 9, 21)], []])
-    q, k, v, do, log_decay, *_ = tensors(layout.lengths, decay)
-    log_decay = layout.shard(log_decay, rank) if decay == "token" else log_decay
-    q, k, v, do = (layout.shard(x, rank) for x in (q, k, v, do))
-    leaves, comm = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_()], SequenceComm(None)
-
-    def mix(q, k, v):
-        return linear_attention(q, k, v, layout, comm, log_decay=log_decay)[0]
-
-    plain = torch.autograd.grad(mix(*leaves), leaves, do)
-    for reentrant in (False, True):
-        mixed = checkpoint(mix, *leaves, use_reentrant=reentrant)
-        for x in leaves:
-            x.grad = None
-        mixed.backward(do)
-        assert all(torch.equal(x.grad, grad) for x, grad in zip(leaves, plain, strict=True)), reentrant
+@settings(max_examples=25, deadline=None)
+@given(layout=drawn_layouts(3), method=st.sampled_from(METHODS), causal=st.booleans())
+def test_any_layout(gloo, layout, method, causal):
+    found = gloo(3, _drawn, layout, method, causal)
+    o, _, *grads = expected(Case(method, "token", layout.lengths, "drawn", causal=causal))
+    for name, parts, y in zip(NAMES[:1] + NAMES[2:6], zip(*found, strict=True), [o, *grads[:4]], strict=True):
+        assert torch.allclose(layout.unshard(parts), y, rtol=1e-10, atol=1e-10), name
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-def test_recomputation_keeps_the_collectives_in_order(gloo, decay):
-    gloo(4, _checkpointed, decay)
+# ---- bad input
 
 
 def test_wrong_uses_are_refused():
-    layout, (q, k, v, *_) = SequenceLayout.contiguous([6], 1), tensors([6], "none")
+    layout, (q, k, v, *_) = SequenceLayout.contiguous([6], 1), inputs((6,), "none")
+    initial = torch.zeros(1, 4, 8, 6)
+    methods = "lasp1, lasp2, zeco, ulysses"
     refused = [
-        ({"method": "magic"}, "linear attention method 'magic' is not one of: lasp2"),
-        ({"causal": False}, "causal=False is not offered across ranks"),
+        ({"method": "magic"}, f"linear attention method 'magic' is not one of: {methods}"),
+        ({"causal": False, "initial_state": initial}, "initial_state needs causal=True"),
+        ({"causal": False, "output_final_state": True}, "output_final_state needs causal=True"),
         ({"beta": q[..., 0]}, "beta is .6, 2.; it is per token and head, .6, 4."),
+        ({"beta": 3 * torch.ones(6, 4)}, "beta goes from 3 to 3; it lies in .0, 2."),
         ({"log_decay": -torch.ones(6, 4, 7)}, "log_decay is .6, 4, 7.; offered are per head, .4., token"),
         ({"log_decay": torch.ones(4)}, "log_decay reaches 1; a decay has a logarithm of at most 0"),
         ({"initial_state": torch.zeros(2, 4, 8, 6)}, "initial_state is .2, 4, 8, 6.; .* makes it .1, 4, 8, 6."),
-        ({"backend": "triton"}, "linear attention backend 'triton' is not one of: auto, reference, chunked"),
+        ({"backend": "magic"}, "linear attention backend 'magic' is not one of: auto, reference"),
     ]
     for options, message in refused:
-        with pytest.raises(ValueError, match=message):
-            linear_attention(q, k, v, layout, None, **options)
+        for method in METHODS:
+            with pytest.raises(ValueError, match=message):
+                linear_attention(q, k, v, layout, None, **{"method": method, **options})
     with pytest.raises(ValueError, match="the layout gives rank 0 6 tokens"):
         linear_attention(q[:5], k, v, layout, None)
     with pytest.raises(ValueError, match="over 2 ranks and the comm has 1; comm=None is one rank"):
         linear_attention(q, k, v, SequenceLayout.contiguous([6], 2), None)
+
+
+def _refused_before_anything_is_sent(rank, world_size):
+    """Only this process raises: had it sent anything, or waited, the other calls would fail or hang."""
+    layout, comm = SequenceLayout.contiguous([12], world_size), SequenceComm(None)
+    q, k, v = (layout.shard(x, rank) for x in inputs((12,), "none")[:3])
+    for method in METHODS:
+        if rank == 0:
+            for options in ({"beta": torch.full((len(q), 4), 2.5)}, {"log_decay": torch.ones(len(q), 4)}):
+                with pytest.raises(ValueError):
+                    linear_attention(q, k, v, layout, comm, method=method, **options)
+        linear_attention(q, k, v, layout, comm, method=method)
+
+
+def test_errors_come_before_communication(gloo):
+    gloo(2, _refused_before_anything_is_sent)
+
+
+def test_definition_of_both_directions():
+    """Against the mixing matrix: the causal one, the reversed one transposed, and the diagonal once."""
+    lengths = (5,)
+    q, k, v, log_decay, *_ = inputs(lengths, "token")
+    o, _ = by_definition(q, k, v, log_decay, None, None, lengths, causal=False)
+    q, k = (x.repeat_interleave(2, 1) for x in (q, k))
+    b = log_decay.cumsum(0)
+    for i in range(5):
+        for h in range(4):
+            row = 0
+            for j in range(5):
+                # Going back, what token j wrote decays by j - 1, ..., i.
+                decay = (b[i] - b[j])[h] if j <= i else log_decay[i:j, h].sum()
+                row = row + decay.exp() * (q[i, h] @ k[j, h]) * v[j, h]
+            assert torch.allclose(o[i, h], row * 8**-0.5)
+    assert DECAYS

@@ -32,11 +32,9 @@ def _documents_run_together() -> Any:
 def _rank_order_prefix() -> Iterator[None]:
     """States of a document composed in the order of the ranks that hold them, instead of by position: wrong for zigzag."""
     links = importlib.import_module("lsys.parallel.linear.links")
-    in_rank_order = lambda table: sorted(range(len(table)), key=lambda row: table[row].document)  # noqa: E731
-    links.links.cache_clear()
+    in_rank_order = lambda layout: layout.table().take(layout.table().document.argsort(stable=True))  # noqa: E731
     with mock.patch.object(links, "position_order", in_rank_order):
         yield
-    links.links.cache_clear()
 
 
 def _mean_of_ranks() -> Any:

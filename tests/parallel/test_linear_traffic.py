@@ -1,0 +1,273 @@
+"""What the methods of linear attention communicate, and when."""
+
+import contextlib
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.linear import HEADS, KEY_HEADS, MEMBERS, VALUE_WIDTH, WIDTH, Case, all_layouts, distributed, inputs
+from torch.utils.checkpoint import checkpoint
+
+from lsys.kernels.linear_attention.chunked import ChunkedSegments
+from lsys.parallel.comm import SequenceComm
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.ledger import NETWORK, NODE, record
+from lsys.parallel.linear import METHODS, chain, linear_attention
+from lsys.parallel.linear.cost import DECAYS, Shape, traffic
+
+NUMBERS = HEADS * WIDTH * VALUE_WIDTH  # of a state
+CROSSING = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [(1, 0, 4), (2, 0, 9)], [(2, 9, 21)], []])
+APART = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [], [(1, 0, 4)], [(2, 0, 30)]])
+
+
+def shape_of(member, itemsize=8):
+    *delta, decay = member.split()
+    return Shape(HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH, decay, bool(delta), itemsize)
+
+
+def small_blocks():
+    return mock.patch.object(chain, "LATENCY_BYTES", 64)
+
+
+def call(layout, comm, member, method, dtype=torch.float64, **options):
+    """The output, whose backward pass is ready to go; and its gradient."""
+    tensors = inputs(layout.lengths, member, dtype)
+    local = [layout.shard(x, comm.rank) if x is not None and x.dim() > 1 else x for x in tensors[:5]]
+    q, k, v, log_decay, beta = (None if x is None else x.clone().requires_grad_() for x in local)
+    options = {"log_decay": log_decay, "beta": beta, "method": method, **options}
+    return linear_attention(q, k, v, layout, comm, **options)[0], layout.shard(tensors.do, comm.rank)
+
+
+# ---- bytes
+
+
+def _received(rank, world_size, cases):
+    """Bytes received forward and backward, by link what the cost table says."""
+    nodes, found = [r // 2 for r in range(world_size)], []
+    comm = SequenceComm(None, node_of_rank=nodes)
+    for layout, member, method, causal, final, dtype in cases:
+        with small_blocks():
+            told = traffic(method, layout, shape_of(member, dtype.itemsize), causal=causal, final=final).received(nodes)
+            with record() as forward:
+                o, do = call(layout, comm, member, method, dtype, causal=causal, output_final_state=final)
+            with record() as backward:
+                o.backward(do)
+        moved = [
+            [each.bytes(link=link, direction="received") for link in (NODE, NETWORK)] for each in (forward, backward)
+        ]
+        assert moved == told[:, rank].tolist(), (layout, member, method, causal, final)
+        found.append([sum(by_link) for by_link in moved])
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_cost_table_is_exact(gloo, world_size):
+    settings = [(member, method) for method in METHODS for member in MEMBERS]
+    names = ("contiguous", "zigzag", "fragments", "random", "all on last", "idle ranks")
+    cases = [
+        (
+            all_layouts((0, 7, 1, 23), world_size)[names[(i + i // 6) % 6]],
+            *pair,
+            i % 3 != 0,
+            i % 3 == 1,
+            (torch.float64, torch.bfloat16, torch.float32)[(i + i // 8) % 3],
+        )
+        for i, pair in enumerate(settings)
+    ]
+    gloo(world_size, _received, cases)
+
+
+def test_traffic_of_one_long_document(gloo):
+    """Formulas for W ranks of s tokens of one document, in bytes received forward and backward."""
+    ranks, s, state, word = 4, 8, NUMBERS * 8, 8
+    layout, zigzag = SequenceLayout.contiguous([ranks * s], ranks), SequenceLayout.zigzag([ranks * s], ranks)
+    members = ("none", "head", "token", "channel", "delta head")
+    cases = [(layout, member, "lasp2", True, False, torch.float64) for member in members]
+    cases += [(layout, "token", method, True, False, torch.float64) for method in ("lasp1", "zeco", "ulysses")]
+    cases += [
+        (zigzag, "token", "lasp1", True, False, torch.float64),
+        (layout, "token", "lasp2", False, False, torch.float64),
+    ]
+    by_rank = gloo(ranks, _received, cases)
+
+    def received(case, phase):
+        return [found[case][phase] for found in by_rank]
+
+    beside = (0, 0, HEADS, HEADS * WIDTH, HEADS * WIDTH**2)  # a decay fixed per head does not travel
+    for case, numbers in enumerate(beside):
+        assert received(case, 0) == [(ranks - 1) * (state + numbers * word)] * ranks
+        assert received(case, 1) == [(ranks - 1) * state] * ranks
+    for case in (5, 6):  # a state each, whatever the number of ranks
+        assert received(case, 0) == [0, state, state, state] and received(case, 1) == [state, state, state, 0]
+    row = (2 * WIDTH + VALUE_WIDTH + 1) * word  # four heads on four ranks: of each q and k, v and decay of one head
+    assert received(7, 0) == [(ranks - 1) * s * (row + VALUE_WIDTH * word)] * ranks == received(7, 1)
+    # Chunks 0 1 2 3 3 2 1 0 of the document: two states to each rank but for the start and the middle.
+    assert received(8, 0) == [state, 2 * state, 2 * state, state]
+    assert received(9, 0) == [2 * (ranks - 1) * (state + HEADS * word)] * ranks  # both directions
+
+
+def test_steps():
+    """Phases that follow one another, of one document over W ranks."""
+    for ranks in (2, 3, 16):
+        layout, shape = SequenceLayout.contiguous([64 * ranks], ranks), Shape(16, 16, 128, 128)
+        steps = {method: len(traffic(method, layout, shape).forward) for method in METHODS}
+        blocks = chain.block_count(layout, True, 128, 128, 16, 4)
+        assert steps == {"lasp1": ranks - 1, "lasp2": 1, "zeco": ranks - 2 + blocks, "ulysses": 2}
+        assert blocks == max(1, round(math.sqrt((ranks - 2) * 16 * 128 * 128 * 4 / 2**18)))
+        zigzag = SequenceLayout.zigzag([64 * ranks], ranks)
+        assert len(traffic("lasp1", zigzag, shape).backward) == 2 * ranks - 2
+        both = traffic("lasp1", zigzag, shape, causal=False)  # at the same time
+        assert len(both.forward) == 2 * ranks - 2
+    assert traffic("lasp1", APART, Shape(2, 2, 8, 8)).forward == ()
+
+
+# ---- calls
+
+
+def _calls(rank, world_size, layout, method, options):
+    comm = SequenceComm(None)
+    with record() as forward:
+        o, do = call(layout, comm, "token", method, **options)
+    with record() as backward:
+        o.backward(do)
+    kinds = ("all_gather", "reduce_scatter", "all_to_all", "send", "recv")
+    return [{op: n for op in kinds if (n := ledger.calls(op=op))} for ledger in (forward, backward)]
+
+
+def test_one_collective_each_way_and_none_without_need(gloo):
+    deep = SequenceLayout([64], [[(0, p, 1) for p in range(r, 64, 4)] for r in range(4)])
+    once = [[{"all_gather": 1}] * 2] * 4
+    for layout in (CROSSING, deep):
+        assert gloo(4, _calls, layout, "lasp2", {}) == once
+        assert gloo(4, _calls, layout, "lasp2", {"causal": False}) == once
+        assert gloo(4, _calls, layout, "lasp2", {"output_final_state": True}) == once
+        assert gloo(4, _calls, layout, "ulysses", {}) == [[{"all_to_all": 2}] * 2] * 4
+    for method in ("lasp1", "zeco"):
+        assert gloo(4, _calls, CROSSING, method, {}) == [
+            [{}, {}],
+            [{"send": 1}, {"recv": 1}],
+            [{"recv": 1}, {"send": 1}],
+            [{}, {}],
+        ]
+    for method in METHODS[:3]:
+        assert gloo(4, _calls, APART, method, {}) == gloo(4, _calls, APART, method, {"causal": False}) == [[{}, {}]] * 4
+    assert gloo(4, _calls, APART, "lasp2", {"output_final_state": True}) == once
+
+
+def _one_message(rank, world_size):
+    """Calls for a hundred documents that go the same way."""
+    layout = SequenceLayout([2] * 100, [[(d, r, 1) for d in range(100)] for r in range(2)])
+    return _calls(rank, world_size, layout, "lasp1", {})
+
+
+def test_documents_that_go_the_same_way_travel_together(gloo):
+    assert gloo(2, _one_message) == [[{"send": 1}, {"recv": 1}], [{"recv": 1}, {"send": 1}]]
+
+
+# ---- overlap
+
+
+def _in_order(rank, world_size, method):
+    """Starts and ends of transfers, and what tokens get from their own chunks, in the order in which they happen."""
+    comm, layout, order = SequenceComm(None), SequenceLayout.contiguous([48], world_size), []
+
+    def watched(name):
+        original = getattr(SequenceComm, name)
+
+        def start(self, *args, **options):
+            pending = original(self, *args, **options)
+            order.append("start")
+            return pending.then(lambda got: order.append("end") or got)
+
+        return mock.patch.object(SequenceComm, name, start)
+
+    intra = ChunkedSegments.intra
+
+    class Mark(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            order.append("intra")
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            order.append("intra")
+            return grad
+
+    with contextlib.ExitStack() as stack:
+        for name in ("exchange", "all_gather_async"):
+            stack.enter_context(watched(name))
+        stack.enter_context(mock.patch.object(ChunkedSegments, "intra", lambda self: Mark.apply(intra(self))))
+        o, do = call(layout, comm, "token", method)
+        forward = order.copy()
+        order.clear()
+        o.backward(do)
+    return forward, order
+
+
+def test_states_travel_while_ranks_compute(gloo):
+    around = ["start", "intra", "end"]
+    assert gloo(3, _in_order, "lasp2") == [(around, around)] * 3
+    first, middle, last = gloo(3, _in_order, "lasp1")
+    both = ["start", "intra", "end", "start", "end"]  # receive, compute, pass on
+    assert first == last == (around, around) and middle == (both, both)
+
+
+# ---- recomputation
+
+
+def _checkpointed(rank, world_size, member, method, flags):
+    comm, tensors = SequenceComm(None), inputs(CROSSING.lengths, member)
+    local = [CROSSING.shard(x, rank) if x is not None and x.dim() > 1 else x for x in tensors[:5]]
+    do, leaves = CROSSING.shard(tensors.do, rank), [None if x is None else x.clone().requires_grad_() for x in local]
+    causal, final = flags
+
+    def mix(q, k, v, log_decay, beta):
+        options = dict(log_decay=log_decay, beta=beta, method=method, causal=causal, output_final_state=final)
+        o, after = linear_attention(q, k, v, CROSSING, comm, **options)
+        return o if after is None else o + after.sum() / 100
+
+    given = [x for x in leaves if x is not None]
+    with small_blocks():
+        plain = torch.autograd.grad(mix(*leaves), given, do)
+        for reentrant in (False, True):
+            for x in given:
+                x.grad = None
+            # Two layers: the one's backward exchange is followed by the other's recomputation.
+            for _ in range(2):
+                checkpoint(mix, *leaves, use_reentrant=reentrant).backward(do)
+            assert all(torch.equal(x.grad, 2 * grad) for x, grad in zip(given, plain, strict=True)), reentrant
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputation_keeps_communication_in_order(gloo, method):
+    for member, flags in (("head", (True, True)), ("token", (False, False)), ("delta channel", (True, False))):
+        gloo(4, _checkpointed, member, method, flags)
+
+
+def _partly_frozen(rank, world_size, method):
+    """Only queries are trained: gradients of states have nowhere to go, and nothing is left under way."""
+    comm, tensors = SequenceComm(None), inputs(CROSSING.lengths, "head")
+    q, k, v, do = (CROSSING.shard(x, rank) for x in (*tensors[:3], tensors.do))
+    with record() as ledger:
+        o, _ = linear_attention(q.requires_grad_(), k, v, CROSSING, comm, method=method)
+        calls = ledger.calls()
+        o.backward(do)
+        assert ledger.calls() == calls or method == "ulysses"
+    case = Case(method, "head", CROSSING.lengths, "contiguous")
+    distributed(case, comm, world_size)
+    with torch.no_grad():
+        linear_attention(q, k, v, CROSSING, comm, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_nobody_wants_do_not_travel(gloo, method):
+    gloo(4, _partly_frozen, method)
+
+
+def test_wrong_shapes_of_layers_are_refused():
+    with pytest.raises(ValueError, match=f"decay 'slow' is not one of: {', '.join(DECAYS)}"):
+        Shape(2, 2, 8, 8, "slow")
+    assert dist.is_available()
