@@ -17,7 +17,9 @@ FUNCTION = frozenset({"rope_base", "norm_eps"})  # what the model computes chang
 def differences(stored: str, settings: Config) -> list[str]:
     """Every reason why a checkpoint with the configuration `stored` (YAML) cannot be loaded into a run with `settings`."""
     tree = yaml.safe_load(stored)
-    old, new = _flat(_defaults() | tree["model"]), _flat(resolved(settings)["model"])
+    old, new = _flat(_defaults()) | _flat(tree["model"]), _flat(resolved(settings)["model"])
+    for key, value in (("linear.key_heads", "linear.heads"), ("linear.key_dim", "linear.head_dim")):
+        old[key] = old[key] or old[value]  # of a checkpoint that is older than these keys
     found = [
         f"model.{name} {_text(old.get(name))} in the checkpoint, {_text(new.get(name))} in the config"
         for name in sorted(old.keys() | new.keys())

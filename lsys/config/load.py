@@ -151,7 +151,12 @@ def resolved(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     model = config.model
     tree["model"] |= dict(groups=model.kv_heads, head_dim=model.head_width, ffn=model.ffn_width)
-    tree["model"]["linear"] |= dict(heads=model.linear_heads, head_dim=model.linear_head_width)
+    tree["model"]["linear"] |= dict(
+        heads=model.linear_heads,
+        head_dim=model.linear_head_width,
+        key_heads=model.linear_key_heads,
+        key_dim=model.linear_key_width,
+    )
     if config.optimizer.schedule == "wsd":
         tree["optimizer"]["decay_steps"] = config.optimizer.decay_steps or max(1, config.train.steps // 5)
     return tree
@@ -160,6 +165,18 @@ def resolved(config: Config) -> dict[str, Any]:
 def dump(config: Config) -> str:
     """The whole configuration as YAML that `load` reads; values that follow from others are filled in."""
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def loads(text: str) -> Config:
+    """The configuration of which `dump` made the text, such as a checkpoint's.
+
+    Raises:
+        ConfigError: it has keys or values that this version does not know; it names all of them.
+    """
+    try:
+        return Config.model_validate(yaml.load(text, _Loader))  # noqa: S506 (a SafeLoader)
+    except ValidationError as error:
+        raise ConfigError(from_validation(error, Config)) from None
 
 
 def config_hash(config: Config) -> str:

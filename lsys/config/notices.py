@@ -1,6 +1,6 @@
 """What a configuration says without effect, or at a price."""
 
-from lsys.config.schema import Config, Section
+from lsys.config.schema import STATE_MIXERS, Config, Model, Section
 
 
 def notices(config: Config, world_size: int | None = None) -> list[str]:
@@ -22,6 +22,9 @@ def _parallel(config: Config, world_size: int | None) -> list[str]:
     if _changed(parallel, "attention") and (parallel.context == 1 or not {*"SW"} & {*config.model.kinds}):
         why = "context is 1" if parallel.context == 1 else f"no layer of pattern {config.model.pattern!r} is S or W"
         found.append(f"parallel.attention {parallel.attention} has no effect: {why}")
+    if _changed(parallel, "linear") and (parallel.context == 1 or not {*STATE_MIXERS} & {*config.model.kinds}):
+        why = "context is 1" if parallel.context == 1 else f"no layer of pattern {config.model.pattern!r} has a state"
+        found.append(f"parallel.linear {parallel.linear} has no effect: {why}")
     product = parallel.tensor * parallel.context * parallel.pipeline
     if world_size and world_size % product == 0:
         each = config.micro_batches // (world_size // product)
@@ -36,14 +39,26 @@ def _parallel(config: Config, world_size: int | None) -> list[str]:
     return found
 
 
+# Letters of the layers that a key of model.linear is for, if not all with a state.
+_USERS = {"decay": "L", "lrpe": "L", "norm": "L", "gate_rank": "G", "conv_width": "MD", "negative_eigenvalues": "D"}
+
+
+def _without_layers(model: Model, users: dict[str, str]) -> list[str]:
+    """Sentences about those keys whose layers, given by their letters, the model lacks."""
+    listed = {key: " or ".join(", ".join(letters).rsplit(", ", 1)) for key, letters in users.items()}
+    return [
+        f"model.{key} has no effect: no layer of pattern {model.pattern!r} is {listed[key]}"
+        for key, letters in users.items()
+        if not {*letters} & {*model.kinds}
+    ]
+
+
 def _model(config: Config) -> list[str]:
     model, found = config.model, []
-    if "L" not in model.kinds:
-        changed = [key for key in type(model.linear).model_fields if _changed(model.linear, key)]
-        found += [f"model.linear.{key} has no effect: no layer of pattern {model.pattern!r} is L" for key in changed]
-    if not {*"SW"} & {*model.kinds}:
-        changed = [key for key in ("groups", "qk_norm", "rope_base") if _changed(model, key)]
-        found += [f"model.{key} has no effect: no layer of pattern {model.pattern!r} is S or W" for key in changed]
+    changed = [key for key in type(model.linear).model_fields if _changed(model.linear, key)]
+    found += _without_layers(model, {f"linear.{key}": _USERS.get(key, STATE_MIXERS) for key in changed})
+    changed = [key for key in ("groups", "qk_norm", "rope_base") if _changed(model, key)]
+    found += _without_layers(model, {key: "SWR" if key == "rope_base" else "SW" for key in changed})
     if "W" not in model.kinds and model.window:
         found.append(f"model.window has no effect: no layer of pattern {model.pattern!r} is W")
     unused = [letter for letter in dict.fromkeys(model.pattern) if letter not in model.kinds]

@@ -6,9 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
-from lsys.config.schema import Config
+from lsys.config.schema import STATE_MIXERS, Config
 
-MIXERS = {"S": "softmax attention", "W": "windowed softmax attention", "L": "Lightning linear attention"}
+MIXERS = {
+    "S": "softmax attention",
+    "W": "windowed softmax attention",
+    "L": "Lightning linear attention",
+    "R": "retention",
+    "G": "gated linear attention",
+    "M": "Mamba-2",
+    "D": "gated delta net",
+}
 
 
 def check(config: Config, world_size: int) -> list[Mistake]:
@@ -49,6 +57,14 @@ def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
     elif {*"SW"} & {*model.pattern} and model.head_width % 2:
         fix = f"{model.head_width - 1 or 2} or {model.head_width + 1} does"
         yield Mistake("model.head_dim", f"{model.head_width} is odd, and rotary positions turn pairs of channels", fix)
+    if {*STATE_MIXERS} & {*model.pattern} and model.linear_heads % model.linear_key_heads:
+        problem = f"{model.linear_key_heads} key heads do not divide {model.linear_heads} linear heads"
+        fits = nearest(model.linear_key_heads, divisors(model.linear_heads))
+        yield Mistake("model.linear.key_heads", problem, choice("", fits))
+    if "R" in model.pattern and model.linear_key_width % 2:
+        width = model.linear_key_width
+        problem = f"{width} is odd, and the phases of R layers turn pairs of channels"
+        yield Mistake("model.linear.key_dim", problem, f"{width - 1 or 2} or {width + 1} does")
 
 
 def _world(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -91,7 +107,11 @@ def _sliced(config: Config) -> list[tuple[str, str, int]]:
         ("model.ffn", "channels of the MLP", model.ffn_width),
         ("model.vocab_multiple", "entries of the padded vocabulary", model.padded_vocab),
     ]
-    return counts + ([("model.linear.heads", "linear heads", model.linear_heads)] if "L" in model.pattern else [])
+    if {*STATE_MIXERS} & {*model.pattern}:
+        counts.append(("model.linear.heads", "linear heads", model.linear_heads))
+        if model.linear_key_heads != model.linear_heads:
+            counts.append(("model.linear.key_heads", "linear key heads", model.linear_key_heads))
+    return counts
 
 
 def _tensor(config: Config, world_size: int) -> Iterator[Mistake]:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+STATE_MIXERS = "LRGMD"  # letters of `model.pattern` whose layers keep a state
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -23,13 +25,35 @@ def held_section(annotation: Any) -> type[BaseModel] | None:
 
 
 class LinearMixer(Section):
-    """Settings of linear attention layers (`L`)."""
+    """Settings of layers with a state (`L`, `R`, `G`, `M`, `D`); the state of a head is [`key_dim`, `head_dim`]."""
 
-    heads: PositiveInt | None = Field(None, description="Heads of linear layers; `model.heads` if empty.")
+    heads: PositiveInt | None = Field(None, description="Value heads; `model.heads` if empty.")
     head_dim: PositiveInt | None = Field(
-        None, description="Width of one head of linear layers; `model.head_dim` if empty."
+        None, description="Channels of the values of one head; `model.head_dim` if empty."
     )
-    decay: bool = Field(True, description="Fixed per-head decay (Lightning attention); false: plain linear attention.")
+    key_heads: PositiveInt | None = Field(
+        None,
+        description="Heads of queries and keys, each for `heads / key_heads` value heads; `heads` if empty. Mamba-2's groups, which share B and C.",
+    )
+    key_dim: PositiveInt | None = Field(
+        None, description="Channels of the queries and keys of one head; `head_dim` if empty. Mamba-2's state size."
+    )
+    decay: bool = Field(True, description="`L`: fixed per-head decay; false: plain linear attention.")
+    lrpe: Literal["none", "first", "all"] = Field(
+        "none",
+        description="`L`: relative positions by phases of queries and keys (LRPE-d), which double the state: in no layer, the first `L` layer "
+        "(as TransNormerLLM) or all.",
+    )
+    norm: Literal["head", "srms"] = Field(
+        "head", description="`L`: norm of the output, inside each head: RMSNorm with weights, or without (SRMSNorm)."
+    )
+    gate_rank: PositiveInt = Field(16, description="`G`: rank of the projection that makes the decay.")
+    conv_width: PositiveInt = Field(
+        4, description="`M`, `D`: tokens that the short convolution sees, the token itself included."
+    )
+    negative_eigenvalues: bool = Field(
+        False, description="`D`: beta goes up to 2 instead of 1, so that a state can be turned over."
+    )
 
 
 class Model(Section):
@@ -37,7 +61,8 @@ class Model(Section):
 
     pattern: str = Field(
         "LLLS",
-        description="One letter a layer, repeated: `S` softmax attention, `W` softmax attention in a sliding window, `L` Lightning linear attention.",
+        description="One letter a layer, repeated: `S` softmax attention, `W` softmax attention in a sliding window; with a state: `L` Lightning linear "
+        "attention, `R` retention, `G` gated linear attention, `M` Mamba-2, `D` gated delta net.",
     )
     layers: PositiveInt = Field(description="Number of layers.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
@@ -62,13 +87,13 @@ class Model(Section):
     tied: bool = Field(True, description="Share the embedding with the output layer.")
     qk_norm: bool = Field(True, description="RMSNorm of queries and keys per head (softmax and window layers).")
     rope_base: PositiveFloat = Field(
-        10_000.0, description="Base of rotary position embedding (softmax and window layers)."
+        10_000.0, description="Base of rotary position embedding (softmax, window and retention layers)."
     )
     norm_eps: PositiveFloat = Field(1e-6, description="Epsilon of RMSNorm.")
     init_std: PositiveFloat = Field(
         0.02, description="Standard deviation of initial weights; output projections divide it by sqrt(2 layers)."
     )
-    linear: LinearMixer = Field(LinearMixer(), description="Settings of linear attention layers.")
+    linear: LinearMixer = Field(LinearMixer(), description="Settings of layers with a state.")
 
     @property
     def kv_heads(self) -> int:
@@ -89,6 +114,14 @@ class Model(Section):
     @property
     def linear_head_width(self) -> int:
         return self.linear.head_dim or self.head_width
+
+    @property
+    def linear_key_heads(self) -> int:
+        return self.linear.key_heads or self.linear_heads
+
+    @property
+    def linear_key_width(self) -> int:
+        return self.linear.key_dim or self.linear_head_width
 
     @property
     def padded_vocab(self) -> int:
@@ -124,8 +157,10 @@ class Parallel(Section):
         "`ulysses` exchanges heads for tokens, `usp` is `ulysses` inside nodes and `ring` across; `auto`: the cheapest for each kind of layer, "
         "which `lsys check` prints.",
     )
-    linear: Literal["lasp2"] = Field(
-        "lasp2", description="How linear attention crosses context ranks: `lasp2` gathers states once."
+    linear: Literal["lasp1", "lasp2", "zeco", "ulysses"] = Field(
+        "lasp2",
+        description="How layers with a state cross context ranks: `lasp1` passes states from rank to rank, `lasp2` gathers them at once, `zeco` passes "
+        "them in blocks, `ulysses` exchanges heads for tokens.",
     )
 
 

@@ -77,6 +77,13 @@ class HybridModel(LanguageModule):
 
     def forward(self, tokens: Tensor, targets: Tensor, packed: PackedMicroBatch) -> Tensor:
         """tokens, targets int64 [slots] -> losses fp32 [2, slots] (cross-entropy, z-loss) on the last stage, else [slots / tensor, 1, hidden]."""
+        output = self.logits(tokens, packed)
+        return (
+            token_losses(output, targets[:, None], self.z_loss, self.pg_collection.tp) if self.post_process else output
+        )
+
+    def logits(self, tokens: Tensor, packed: PackedMicroBatch) -> Tensor:
+        """tokens int64 [slots] -> logits [slots, 1, vocab / tensor] on the last stage, else [slots / tensor, 1, hidden]."""
         hidden = (
             self.embedding(tokens[None], None) if self.pre_process else None
         )  # [1, slots] -> [slots / tensor, 1, hidden]
@@ -84,8 +91,7 @@ class HybridModel(LanguageModule):
         if not self.post_process:
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)  # gathers the slots -> [slots, 1, vocab / tensor]
-        return token_losses(logits, targets[:, None], self.z_loss, self.pg_collection.tp)
+        return self.output_layer(hidden, weight=weight)[0]  # gathers the slots
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -14,13 +14,25 @@ from megatron.core.transformer.transformer_layer import (
 
 from lsys.config import Config
 from lsys.config.methods import attention_methods
+from lsys.model.delta import GatedDeltaMixer
+from lsys.model.gla import GatedLinearMixer
 from lsys.model.lightning import LightningMixer
+from lsys.model.mamba2 import Mamba2Mixer
 from lsys.model.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
+from lsys.model.retention import RetentionMixer
 from lsys.model.softmax import SoftmaxMixer, WindowMixer
 from lsys.parallel.comm import SequenceComm
 
-MIXERS: dict[str, type[Mixer]] = {"S": SoftmaxMixer, "W": WindowMixer, "L": LightningMixer}
+MIXERS: dict[str, type[Mixer]] = {
+    "S": SoftmaxMixer,
+    "W": WindowMixer,
+    "L": LightningMixer,
+    "R": RetentionMixer,
+    "G": GatedLinearMixer,
+    "M": Mamba2Mixer,
+    "D": GatedDeltaMixer,
+}
 
 
 def layer_spec(kind: str, options: MixerOptions) -> ModuleSpec:

@@ -4,17 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from lsys.model.mixer import Mixer, MixerOptions
+from lsys.model.heads import HeadNorm, wide
+from lsys.model.linear import LinearMixer
 from lsys.model.packed import PackedMicroBatch
-from lsys.parallel.linear import linear_attention
 
 
 def decay_rates(heads: int, layer: int, layers: int) -> Tensor:
@@ -26,65 +20,56 @@ def decay_rates(heads: int, layer: int, layers: int) -> Tensor:
     return (-slopes * (1 - layer / max(layers - 1, 1) + 1e-5)).float()
 
 
-class HeadNorm(MegatronModule):
-    """RMSNorm inside each head, with a weight for every channel of every head: x [T, H, D] -> [T, H, D].
-
-    Normalising inside a head needs no sum over tensor ranks; the weight [H * D] is sharded over them as the heads are.
-    """
-
-    def __init__(self, config: TransformerConfig, heads: int, head_dim: int, eps: float, tp_group: Any) -> None:
-        super().__init__(config=config)
-        self.head_dim, self.eps, self.tp_group = head_dim, eps, tp_group
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        width = heads * head_dim // tp_group.size()
-        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=device))
-        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.head_dim,), None, self.eps) * self.weight.view(-1, self.head_dim)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> ShardedStateDict:
-        return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight},
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {})["dp_cp_group"],
-        )
+def phase_rates(heads: int, dim: int) -> Tensor:
+    """Radians per token of LRPE's phases, fp64 [heads, dim]: 10000^(-2 i / (heads dim)) of channel i of them all (Qin et al., 2023)."""
+    channel = torch.arange(heads * dim, dtype=torch.float64)
+    return (10_000.0 ** (-2 * channel / (heads * dim))).view(heads, dim)
 
 
-class LightningMixer(Mixer):
+class LightningMixer(LinearMixer):
     """o = W_o (norm(linear_attention(silu q, silu k, silu v)) * sigmoid(g)), decay fixed per head (Lightning attention, MiniMax-01).
 
-    `in_proj` is laid out head by head [q, k, v, gate], so a tensor rank owns whole heads.
+    With LRPE-d (TransNormerLLM), a score of tokens s and t is also weighed by cos(theta (s - t)) in every channel: q and k become
+    (x cos(theta t), x sin(theta t)), twice as wide. The phases are fixed here, which keeps them exact at positions of millions.
+    Norm `srms` has no weight (SRMSNorm); normalising head by head leaves the result alike for all tensor degrees.
     """
 
-    log_decay: Tensor
+    log_decay: Tensor  # [H]
+    phases: Tensor  # [H_k, Dk]
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        options: MixerOptions,
-        **unused: Any,
-    ) -> None:
-        model = options.model
-        heads, self.head_dim = model.linear_heads, model.linear_head_width
-        width = heads * self.head_dim
-        super().__init__(config, layer_number, pg_collection, options, in_width=4 * width, out_width=width)
-        self.out_norm = HeadNorm(config, heads, self.head_dim, model.norm_eps, pg_collection.tp)
-        rates = decay_rates(heads, layer_number - 1, model.layers)
-        mine = rates.chunk(pg_collection.tp.size())[pg_collection.tp.rank()]
-        self.register_buffer("log_decay", mine.to(self.out_norm.weight.device), persistent=False)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        model = self.options.model
+        self.eps, linear, layer = model.norm_eps, model.linear, self.layer_number - 1
+        self.out_norm = None
+        if linear.norm == "head":
+            self.out_norm = HeadNorm(self.config, self.heads, self.head_dim, self.eps, self.tp_group)
+        rates = self.mine(decay_rates(self.heads, layer, model.layers))
+        self.register_buffer("log_decay", rates, persistent=False)
+        self.has_phases = linear.lrpe == "all" or linear.lrpe == "first" and layer == model.kinds.index("L")
+        if self.has_phases:
+            self.register_buffer("phases", self.mine(phase_rates(self.key_heads, self.key_dim)), persistent=False)
 
-    def mix(self, projected: Tensor, packed: PackedMicroBatch) -> Tensor:
-        tokens = len(projected)
-        qkv, gate = projected.view(tokens, -1, 4, self.head_dim).split((3, 1), dim=2)  # [T_r, H, 3, D], [T_r, H, 1, D]
-        q, k, v = F.silu(qkv).unbind(2)  # each [T_r, H, D]
-        decay = self.log_decay if self.options.model.linear.decay else None
-        o, _ = linear_attention(q, k, v, packed.layout, self.comm, log_decay=decay, method=self.options.parallel.linear)
-        return (self.out_norm(o) * torch.sigmoid(gate.squeeze(2))).reshape(tokens, -1)
+    def widths(self) -> tuple[int, ...]:
+        return 2 * self.key_dim + self.shared * self.head_dim, self.shared * self.head_dim
+
+    def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
+        qkv, gate = self.parts(projected)
+        q, k, v = F.silu(qkv).split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
+        if self.has_phases:
+            q, k = self.turned(q, packed), self.turned(k, packed)
+        decay, scale = self.log_decay if self.options.model.linear.decay else None, self.key_dim**-0.5
+        o = self.attend(q, k, self.by_head(v), packed, log_decay=decay, scale=scale)
+        o = F.rms_norm(o, (self.head_dim,), None, self.eps) if self.out_norm is None else self.out_norm(o)
+        return (o * torch.sigmoid(self.by_head(gate))).flatten(1)
+
+    def turned(self, x: Tensor, packed: PackedMicroBatch) -> Tensor:
+        """LRPE: [T_r, H_k, Dk] -> [T_r, H_k, 2 Dk]."""
+        precise = wide(x)
+
+        def build() -> tuple[Tensor, Tensor]:
+            angles = packed.positions.double()[:, None, None] * self.phases
+            return angles.cos().to(precise.dtype), angles.sin().to(precise.dtype)
+
+        cos, sin = packed.table(("lrpe", *x.shape[1:]), build)
+        return torch.cat((precise * cos, precise * sin), dim=-1).to(x.dtype)

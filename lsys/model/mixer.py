@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -64,24 +65,47 @@ class Mixer(MegatronModule):
         )
 
     @abstractmethod
-    def mix(self, projected: Tensor, packed: PackedMicroBatch) -> Tensor:
-        """projected [T_r, in_width / tensor] -> [T_r, out_width / tensor]."""
+    def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
+        """projected [T_r, in_width / tensor] -> [T_r, out_width / tensor]; `more`: what else `project` gives, [T_r, ...] each."""
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """[slots / tensor, 1, hidden] -> [slots, 1, in_width / tensor]: gathers the slots over the tensor ranks."""
+        return (self.in_proj(hidden_states)[0],)
+
+    def kept(self, packed: PackedMicroBatch) -> dict[str, Tensor] | None:
+        """What this layer keeps of the document's earlier tokens, to be read and replaced; None in training."""
+        return None if packed.cache is None else packed.cache.layer(self.layer_number)
 
     def forward(
         self, hidden_states: Tensor, *unused: Any, packed_seq_params: PackedMicroBatch, **also_unused: Any
     ) -> Any:
         """hidden_states [slots / tensor, 1, hidden] -> ([slots / tensor, 1, hidden], no bias)."""
-        projected, _ = self.in_proj(
-            hidden_states
-        )  # gathers the slots over the tensor ranks -> [slots, 1, in_width / tensor]
+        projected = self.project(hidden_states)
         mix = partial(self._mix_documents, packed=packed_seq_params)
         if self.options.recompute and self.training:
-            mixed = tensor_parallel.checkpoint(mix, False, projected)
+            mixed = tensor_parallel.checkpoint(mix, False, *projected)
         else:
-            mixed = mix(projected)
+            mixed = mix(*projected)
         return self.out_proj(mixed)
 
-    def _mix_documents(self, projected: Tensor, packed: PackedMicroBatch) -> Tensor:
-        slots, tokens = len(projected), len(packed.positions)
-        mixed = self.mix(projected[:tokens, 0], packed)  # [slots, 1, in] -> [T_r, out]
+    def _mix_documents(self, *projected: Tensor, packed: PackedMicroBatch) -> Tensor:
+        slots, tokens = len(projected[0]), len(packed.positions)
+        first, *more = (x[:tokens, 0] for x in projected)  # [slots, 1, width] -> [T_r, width]
+        mixed = self.mix(first, packed, *more)
         return F.pad(mixed, (0, 0, 0, slots - tokens)).unsqueeze(1)  # [T_r, out] -> [slots, 1, out]
+
+
+class SharedLinear(torch.nn.Module):
+    """x W^T of what all heads share: [slots / tensor, 1, in] -> [slots / tensor, 1, out], the whole W on every tensor rank.
+
+    Under sequence parallelism each tensor rank sees some of the tokens; the mark makes Megatron sum the weight's gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, in_width: int, out_width: int) -> None:
+        super().__init__()
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.weight = torch.nn.Parameter(torch.empty(out_width, in_width, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)

@@ -1,11 +1,13 @@
 """What mixers need to know of a micro-batch, in a form that travels through Megatron's block (and survives recompute)."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from lsys.model.cache import Cache
 from lsys.parallel.layout import SequenceLayout
 
 
@@ -16,28 +18,37 @@ class PackedMicroBatch(PackedSeqParams):
     Attributes:
         layout: which tokens of which documents each context rank holds.
         positions: int64 [T_r], position of each local token in its document.
+        cache: what layers keep of the tokens of one document that came before these; None: nothing did, as in training.
     """
 
     layout: SequenceLayout
     positions: Tensor
+    cache: Cache | None = None
     qkv_format: str = "thd"
-    _rotary: dict[tuple[float, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _tables: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def table(self, key: Hashable, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What depends on the positions alone, such as (cos, sin); computed once per micro-batch."""
+        if key not in self._tables:
+            self._tables[key] = build()
+        return self._tables[key]
 
     def rotary(self, base: float, dim: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each fp32 [T_r, dim / 2], for the local tokens; computed once per micro-batch."""
-        key = (base, dim)
-        if key not in self._rotary:
+        """(cos, sin), each fp32 [T_r, dim / 2], for the local tokens."""
+
+        def build() -> tuple[Tensor, Tensor]:
             exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=self.positions.device) / dim
             angles = self.positions.double()[:, None] * base**-exponents  # fp64: positions reach millions
-            self._rotary[key] = (angles.cos().float(), angles.sin().float())
-        return self._rotary[key]
+            return angles.cos().float(), angles.sin().float()
+
+        return self.table((base, dim), build)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding, halves rotated (GPT-NeoX): x [T, H, D] -> [T, H, D], computed in fp32.
+    """Rotary position embedding, halves rotated (GPT-NeoX): x [T, H, D] -> [T, H, D], computed in fp32 at least.
 
     Source: Su et al., RoFormer.
     """
     cos, sin = (table[:, None] for table in rotary)  # [T, D/2] -> [T, 1, D/2]
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -6,8 +6,9 @@ source of that knowledge here.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -19,12 +20,19 @@ from lsys.config.schema import Model
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a whole parameter: `data` is a view of the local parameter (or of a tensor of its shape)."""
+    """A part of a whole parameter.
+
+    Attributes:
+        key, shape: of the whole. offset: of this part.
+        data: a view of the local parameter (or of a tensor of its shape).
+        initial: fills the whole, fp32, from a generator, if the parameter brings its own initial values.
+    """
 
     key: str
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     data: Tensor
+    initial: Callable[[Tensor, torch.Generator], Any] | None = None
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -43,24 +51,32 @@ def pieces(chunk: MegatronModule, *, gradients: bool = False) -> Iterator[Piece]
         whole = isinstance(entry, ShardedTensor)
         parts = [entry] if whole else entry.build_fn(entry.key, data, entry.replica_id, entry.flattened_range)
         for part in parts:
-            yield Piece(part.key, tuple(part.global_shape), tuple(part.global_offset), data if whole else part.data)
+            shape, offset = tuple(part.global_shape), tuple(part.global_offset)
+            yield Piece(part.key, shape, offset, data if whole else part.data, getattr(parameter, "initial", None))
 
 
 def initialise(chunk: MegatronModule, model: Model, seed: int) -> None:
     """Fill a chunk's parameters with values that depend on (seed, global name) alone, so every degree of parallelism starts alike.
 
-    Norm weights are 1; matrices N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 layers)) (GPT-2).
+    Norm weights are 1; matrices N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 layers)) (GPT-2);
+    parameters with an attribute `initial` have their own values.
     """
-    scaled = model.init_std / math.sqrt(2 * model.layers)
     with torch.no_grad():
         for piece in pieces(chunk):
-            if len(piece.shape) == 1:
-                piece.data.fill_(1.0)
-                continue
-            std = scaled if piece.key.endswith(("out_proj.weight", "linear_fc2.weight")) else model.init_std
             generator = torch.Generator(device=piece.data.device)
             generator.manual_seed(
                 int.from_bytes(hashlib.sha256(f"{seed}/{piece.key}".encode()).digest()[:8], "little") >> 1
             )
             whole = torch.empty(piece.shape, dtype=torch.float32, device=piece.data.device)
-            piece.data.copy_(whole.normal_(0.0, std, generator=generator)[piece.slices])
+            if piece.initial is not None:
+                piece.initial(whole, generator)
+            elif len(piece.shape) == 1:
+                whole.fill_(1.0)
+            else:
+                whole.normal_(0.0, _std(piece.key, model), generator=generator)
+            piece.data.copy_(whole[piece.slices])
+
+
+def _std(key: str, model: Model) -> float:
+    writes = key.endswith(("out_proj.weight", "linear_fc2.weight"))
+    return model.init_std / math.sqrt(2 * model.layers) if writes else model.init_std

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lsys.kernels.softmax_attention import softmax_attention as kernel
 from lsys.model.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
 from lsys.model.packed import PackedMicroBatch, apply_rotary
@@ -40,7 +42,7 @@ class SoftmaxMixer(Mixer):
             self.q_layernorm = RMSNorm(config, self.head_dim, model.norm_eps)
             self.k_layernorm = RMSNorm(config, self.head_dim, model.norm_eps)
 
-    def mix(self, projected: Tensor, packed: PackedMicroBatch) -> Tensor:
+    def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         tokens, n = len(projected), self.queries_per_group
         grouped = projected.view(tokens, -1, n + 2, self.head_dim)  # [T_r, groups, queries + 2, D]
         q = grouped[:, :, :n].reshape(tokens, -1, self.head_dim)  # [T_r, heads, D]
@@ -49,9 +51,23 @@ class SoftmaxMixer(Mixer):
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         rotary = packed.rotary(self.options.model.rope_base, self.head_dim)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        kept = self.kept(packed)
+        if kept is not None:
+            return self._go_on(q, k, v, kept).reshape(tokens, -1)
         method = self.options.attention[self.kind]
         o = softmax_attention(q, k, v, packed.layout, self.comm, method=method, window=self.window)
         return o.reshape(tokens, -1)
+
+    def _go_on(self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        """Attention of the next tokens of a document to those before them, whose keys and values are kept, and to each other."""
+        if kept:
+            k, v = torch.cat((kept["k"], k)), torch.cat((kept["v"], v))
+        needed = len(k) if self.window is None else self.window - 1  # by the tokens that follow
+        first = max(len(k) - needed, 0)
+        # Copies: views would hold on to all keys and values.
+        kept["k"], kept["v"] = (k, v) if first == 0 else (k[first:].clone(), v[first:].clone())
+        bounds = (torch.tensor([0, len(x)]) for x in (q, k))
+        return kernel(q, k, v, cu_seqlens_q=next(bounds), cu_seqlens_k=next(bounds), window=self.window)[0]
 
 
 class WindowMixer(SoftmaxMixer):

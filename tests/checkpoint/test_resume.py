@@ -9,7 +9,7 @@ from support import parity, resuming
 
 TOLERANCE = 1e-5  # fp32, relative, after resharding
 SAVED, STOP = 2, 5
-SLOW = ("bf16, plain optimizer", "TP2 to PP2xVPP2, plain optimizer")
+SLOW = ("bf16, plain optimizer", "bf16 DP2, layers with a state", "TP2 to PP2xVPP2, plain optimizer")
 
 
 def run(rank: int, world_size: int, changes: dict[str, Any], folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +37,7 @@ SAME = {
     "bf16, plain optimizer": (1, {"train__precision": "bf16", "optimizer__distributed": False}),
     "DP2": (2, {}),
     "PP2xVPP2": (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
+    "bf16 DP2, layers with a state": (2, {"train__precision": "bf16", "model__pattern": "MDGS"}),
 }
 
 
@@ -53,6 +54,12 @@ def test_resumed_run_is_bitwise_the_straight_one(gloo: Any, tmp_path: Path, case
 RESHARD = {
     "one rank to DP2": (1, {}, 2, {}),
     "TP2 to PP2xCP2": (2, {"parallel__tensor": 2}, 4, {"parallel__pipeline": 2, "parallel__context": 2}),
+    "TP2 to CP2, layers with a state": (
+        2,
+        {"parallel__tensor": 2, "model__pattern": "MDGS", "model__linear": {"key_heads": 2, "key_dim": 6}},
+        2,
+        {"parallel__context": 2, "model__pattern": "MDGS", "model__linear": {"key_heads": 2, "key_dim": 6}},
+    ),
     "TP2 to PP2xVPP2, plain optimizer": (
         2,
         {"parallel__tensor": 2, "optimizer__distributed": False},

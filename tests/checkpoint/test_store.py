@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+import yaml
 from support import resuming
 
 from lsys.checkpoint import CheckpointError, Checkpoints, Cursor, Manifest
@@ -239,3 +240,17 @@ def test_other_models_are_refused_field_by_field(gloo: Any, tmp_path: Path) -> N
         assert part in text
     allowed = {"model__vocab": 63, "model__rope_base": 500_000.0, "train__precision": "bf16"}
     assert gloo(1, refusals, tmp_path, ["step-00000010"], allowed) == [["loaded"]]
+
+
+def test_a_checkpoint_older_than_a_key_had_its_default() -> None:
+    from support import parity
+
+    from lsys.checkpoint.compatible import differences
+    from lsys.config.load import resolved
+
+    tree = resolved(parity.settings())
+    for key in ("key_heads", "key_dim", "conv_width", "norm"):
+        del tree["model"]["linear"][key]
+    assert differences(yaml.safe_dump(tree), parity.settings()) == []
+    (text,) = differences(yaml.safe_dump(tree), parity.settings(model__linear={"norm": "srms"}))
+    assert text == "model.linear.norm head in the checkpoint, srms in the config"

@@ -33,7 +33,9 @@ def sections(section: type) -> list[type]:
     return found
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("quickstart", 2), ("hybrid_1b", 64), ("hybrid_7b_256k", 512)])
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("quickstart", 2), ("hybrid_1b", 64), ("delta_1b", 64), ("hybrid_7b_256k", 512)]
+)
 def test_recipes_pass(name: str, world_size: int) -> None:
     config = load(ROOT / "configs" / f"{name}.yaml")
     assert check(config, world_size) == []

@@ -52,6 +52,18 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
         "model.head_dim: 7 is odd, and rotary positions turn pairs of channels; 6 or 8 does",
     ),
     (
+        dict(model__pattern="MD", model__linear__key_heads=5), 1,
+        "model.linear.key_heads: 5 key heads do not divide 12 linear heads; 4 or 6 does",
+    ),
+    (
+        dict(model__pattern="MS", model__linear__key_heads=2, parallel__tensor=4), 4,
+        "parallel.tensor: tensor 4 does not divide 2 linear key heads; 2 does, or change model.linear.key_heads",
+    ),
+    (
+        dict(model__pattern="R", model__linear__key_dim=5), 1,
+        "model.linear.key_dim: 5 is odd, and the phases of R layers turn pairs of channels; 4 or 6 does",
+    ),
+    (
         dict(parallel__tensor=4, parallel__context=4), 24,
         "parallel: tensor 4 x context 4 = 16 does not divide 24 ranks; context 3 or 6 does",
     ),
@@ -208,7 +220,34 @@ NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (dict(parallel__layout="contiguous"), None, "parallel.layout contiguous has no effect"),
     (dict(optimizer__decay_steps=3), None, "optimizer.decay_steps has no effect"),
     (dict(optimizer__schedule="constant", optimizer__min_lr=1e-5), None, "optimizer.min_lr has no effect"),
-    (dict(model__pattern="S", model__linear__decay=False), None, "model.linear.decay has no effect"),
+    (
+        dict(model__pattern="S", model__linear__heads=3),
+        None,
+        "model.linear.heads has no effect: no layer of pattern 'S' is L, R, G, M or D",
+    ),
+    (
+        dict(model__pattern="MS", model__linear__decay=False),
+        None,
+        "model.linear.decay has no effect: no layer of pattern 'MS' is L",
+    ),
+    (dict(model__pattern="MD", model__linear__lrpe="all"), None, "model.linear.lrpe has no effect"),
+    (dict(model__pattern="LR", model__linear__gate_rank=8), None, "model.linear.gate_rank has no effect"),
+    (
+        dict(model__pattern="LR", model__linear__conv_width=2),
+        None,
+        "model.linear.conv_width has no effect: no layer of pattern 'LR' is M or D",
+    ),
+    (
+        dict(model__pattern="M", model__linear__negative_eigenvalues=True),
+        None,
+        "model.linear.negative_eigenvalues has no",
+    ),
+    (dict(parallel__linear="zeco"), None, "parallel.linear zeco has no effect: context is 1"),
+    (
+        dict(parallel__linear="lasp1", parallel__context=2, model__pattern="S"),
+        None,
+        "parallel.linear lasp1 has no effect: no layer of pattern 'S' has a state",
+    ),
     (dict(model__pattern="L", model__groups=2), None, "model.groups has no effect"),
     (dict(parallel__attention="ring"), None, "parallel.attention ring has no effect: context is 1"),
     (
@@ -239,3 +278,5 @@ def test_settings_without_effect_are_told(changes: dict[str, Any], world_size: i
 
 def test_no_notice_without_cause() -> None:
     assert notices(make(), 2) == []
+    assert notices(make(model__pattern="RGMD", model__linear__key_heads=4, model__rope_base=5e5), 2) == []
+    assert notices(make(parallel__context=2, parallel__linear="zeco", model__pattern="D"), 2) == []

@@ -15,6 +15,8 @@ VARIANTS = [
     dict(pattern="S", qk_norm=False, tied=False),
     dict(pattern="LS", linear=dict(heads=3, head_dim=16)),
     dict(pattern="WLS", window=9),
+    dict(pattern="RGMDL", linear=dict(norm="srms", lrpe="first")),
+    dict(pattern="RGMDL", linear=dict(heads=4, key_heads=2, head_dim=6, key_dim=8, gate_rank=5, conv_width=3)),
 ]
 
 
@@ -94,6 +96,27 @@ def test_a_window_caps_what_a_query_sees() -> None:
 def test_linear_attention_does_not_depend_on_lengths() -> None:
     model = Model(**(BASE | dict(pattern="L", linear=dict(heads=1, head_dim=128), layers=1)))
     assert flops_per_token(model, 7)["linear attention"] == flops_per_token(model, 70_000)["linear attention"] == 98_304
+
+
+def test_each_layer_with_a_state() -> None:
+    """8 value heads of width 5, 4 key heads of width 6, chunks of 64, by hand: a product of [a, b] and [b, c] is 2 a b c."""
+    linear = dict(heads=8, head_dim=5, key_heads=4, key_dim=6, conv_width=3)
+
+    def per_token(pattern: str, **more: object) -> float:
+        model = Model(**(BASE | dict(pattern=pattern, layers=len(pattern), linear=linear | more)))
+        (part,) = (v for k, v in flops_per_token(model, [3, 70]).items() if k.endswith("attention"))
+        return part * 64
+
+    update = read = 8 * 2 * 64 * 6 * 5  # [K, C] [C, V] and [C, K] [K, V]
+    scores, values = 2 * 64 * 64 * 6, 8 * 2 * 64 * 64 * 5  # of one head; of all
+    plain = update + read + 4 * scores + values
+    assert per_token("L") == per_token("R") == plain
+    assert per_token("G") == update + read + 8 * scores + values
+    assert per_token("M") == plain + 64 * 2 * 3 * (8 * 5 + 2 * 4 * 6)
+    corrections = 8 * (2 * 64 * 6 * 5 + scores + 2 * 64 * 64 * (6 + 5))
+    assert per_token("D") == update + read + 8 * scores + values + corrections + 64 * 2 * 3 * (8 * 5 + 2 * 4 * 6)
+    wider = 2 * update + 2 * read + 8 * scores + values
+    assert per_token("LLL", lrpe="all") == 3 * wider and per_token("LLL", lrpe="first") == wider + 2 * plain
 
 
 def test_training_is_three_forward_passes_and_recompute_is_apart() -> None:

@@ -67,6 +67,28 @@ SLOW = {
     "CP3 window": (3, degrees(context=3, model__pattern="WS", model__window=50)),
     "CP2 no decay": (2, degrees(context=2, model__pattern="L", model__linear={"decay": False})),
 }
+# Layers with a state. Value heads share keys, so that groups are cut too.
+LINEAR = {"heads": 4, "key_heads": 2, "key_dim": 6}
+FAMILY = {
+    "LS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="LS", model__linear={"lrpe": "all", "norm": "srms"})),
+    "GS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="GS", model__linear={"gate_rank": 3})),
+    "MMMS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="MMMS", model__linear=LINEAR)),
+    "DDDS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="DDDS", model__linear=LINEAR)),
+    "RGMD PP2xVPP2": (2, degrees(pipeline=2, virtual=2, model__pattern="RGMD", model__linear=LINEAR)),
+}
+FAMILY_SLOW = {
+    f"{pattern} {name}": (ranks, degrees(model__pattern=pattern, model__linear=LINEAR, **axes))
+    for pattern in ("LS", "GS", "MMMS", "DDDS", "RGMD")
+    for name, ranks, axes in [
+        ("TP2", 2, dict(tensor=2)),
+        ("PP2", 2, dict(pipeline=2)),
+        ("CP3", 3, dict(context=3)),
+        ("CP4 contiguous", 4, dict(context=4, parallel__layout="contiguous")),
+        ("TP2xPP2xCP2", 8, dict(tensor=2, pipeline=2, context=2)),
+        ("TP2xCP2 selective recompute", 4, dict(tensor=2, context=2, train__recompute="selective")),
+        ("CP2xDP2 full recompute", 4, dict(context=2, train__recompute="full")),
+    ]
+}
 
 
 METHODS = {
@@ -93,6 +115,17 @@ def test_equals_one_process_more(gloo: Any, case: str) -> None:
     check(differences(gloo, *SLOW[case]))
 
 
+@pytest.mark.parametrize("case", FAMILY)
+def test_layers_with_a_state_equal_one_process(gloo: Any, case: str) -> None:
+    check(differences(gloo, *FAMILY[case]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAMILY_SLOW)
+def test_layers_with_a_state_equal_one_process_more(gloo: Any, case: str) -> None:
+    check(differences(gloo, *FAMILY_SLOW[case]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", METHODS)
 @pytest.mark.parametrize("method", ["ring", "gather", "ulysses", "usp"])
@@ -100,6 +133,15 @@ def test_each_way_of_attention_equals_one_process(gloo: Any, method: str, case: 
     ranks, changes = METHODS[case]
     more = None, 2  # no fault, two ranks on each node
     check(differences(gloo, ranks, changes | {"parallel__attention": method}, *more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["GS TP2xCP2", "MMMS TP2xCP2", "DDDS TP2xCP2", "LS CP3", "RGMD CP4"])
+@pytest.mark.parametrize("method", ["lasp1", "zeco", "ulysses"])
+def test_each_way_of_states_equals_one_process(gloo: Any, method: str, case: str) -> None:
+    pattern, axes = case.split()
+    ranks, changes = FAMILY.get(case) or (int(axes[2]), degrees(context=int(axes[2]), model__pattern=pattern))
+    check(differences(gloo, ranks, changes | {"parallel__linear": method}))
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS)
