@@ -18,6 +18,7 @@ USAGE = """usage: lsys COMMAND ...
   train CONFIG                        train, under torchrun or alone
   check CONFIG --world-size N         every mistake of a configuration, or what it resolves to: ranks, parameters, FLOPs
   topology CONFIG --world-size N      who is whose peer on which axis
+  generate CHECKPOINT --prompt TEXT   go on from a prompt, token by token
   data prepare INPUT ... --out PATH   make a corpus from text
   data inspect PATH                   look into a corpus
 
@@ -124,6 +125,13 @@ def _topology(words: list[str]) -> int:
     return 0
 
 
+def _generate(words: list[str]) -> int:
+    from lsys.generate import GenerateOptions
+    from lsys.generate import main as generate
+
+    return generate(_options(GenerateOptions, "generate", words))
+
+
 def _prepare(words: list[str]) -> int:
     from lsys.data.prepare import PrepareArgs, prepare
 
@@ -142,6 +150,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "check": _check,
     "topology": _topology,
+    "generate": _generate,
     "data prepare": _prepare,
     "data inspect": _inspect,
 }
