@@ -1,0 +1,266 @@
+"""Linear attention on one device and across ranks, each beside its controls.
+
+    python bench/linear.py [SECTION ...] [--out docs/benchmarks/linear.json]
+
+Sections (all if none is named):
+  device    chunked forward and backward on one thread, 8K to 64K tokens, every member; beside quadratic attention at 16K
+  methods   wall-clock at 2 ranks of one thread, on one node and over a slow link (network namespaces, root); bytes, calls
+  replay    one layer of a 1B model at 4, 8, 64 and 256 ranks, replayed over the links of published hardware
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from linear_worker import MEMBERS, Case, attend
+from tools import launch, run_sections, show
+
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.replay import HARDWARE, Compute, Issue, Program, SoloComm, fastest, simulate
+
+WORKER = "linear_worker.py"
+STATE_METHODS = ("lasp1", "lasp2", "zeco", "ulysses")
+RANKS_PER_NODE = 8
+SHAPED = "118mbit"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Linear attention, every method in one run."""
+
+    sections: tyro.conf.Positional[tuple[str, ...]] = ()
+    """device, methods, replay; all if none is named."""
+    tokens: Annotated[int, tyro.conf.arg(help="Tokens of the one document of `methods`.")] = 16384
+    out: Path | None = None
+    """Where the figures go, as JSON; sections that were not run keep theirs."""
+
+
+# ---- one device
+
+
+def seconds(work: Any, repeats: int = 3) -> float:
+    """The best of the repeats, after a first run."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def device(options: Options) -> dict[str, Any]:
+    sizes = (8192, 16384, 32768, 65536)
+    case = Case("lasp2", "none", (sizes[1],))
+    shape = (1, case.heads, sizes[1], case.width)
+    q, k, v, do = (torch.randn(shape) for _ in range(4))
+
+    def quadratic() -> None:
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, do)
+
+    softmax = seconds(quadratic, 2)
+    rows: list[list[Any]] = []
+    for member in MEMBERS:
+        times = []
+        for tokens in sizes:
+            one = replace(case, member=member, lengths=(tokens,))
+            layout, tensors = one.make_layout(1), one.tensors(tokens)
+            times.append(seconds(lambda one=one, layout=layout, tensors=tensors: attend(one, layout, None, tensors)))
+        per_token = times[-1] / sizes[-1] / (times[0] / sizes[0])
+        rows.append([member, *times, per_token, softmax / times[1]])
+    heads = ["member", *(f"{size // 1024}K s" for size in sizes), "64K/8K", "x softmax"]
+    show(
+        f"one thread, forward and backward, {case.heads} heads of {case.width}; softmax at 16K {softmax:.3f} s",
+        heads,
+        rows,
+    )
+    print("time per token at 64K at most 1.2 of that at 8K; at least 5x faster than softmax at 16K")
+    return {"heads": heads, "rows": rows, "softmax": softmax}
+
+
+# ---- two ranks
+
+
+def methods(options: Options) -> dict[str, Any]:
+    cases = [
+        Case(method, member, (options.tokens,), layout)
+        for member in ("head", "token", "gated delta")
+        for method in STATE_METHODS
+        for layout in ("contiguous", "zigzag")
+    ] + [Case("ring", "none", (options.tokens,), "zigzag", repeats=2)]
+    rows = [
+        [case.method, case.member, case.layout, near["seconds"], far["seconds"], sum(near["received"]) / 1e6, max(near["calls"])]
+        for case, near, far in zip(cases, launch(WORKER, cases, 2), launch(WORKER, cases, 2, SHAPED), strict=True)
+    ]  # fmt: skip
+    heads = ["method", "member", "layout", "seconds", f"s {SHAPED}", "MB", "calls"]
+    show(f"2 ranks, {options.tokens} tokens, forward and backward", heads, rows)
+    return {"heads": heads, "rows": rows}
+
+
+# ---- many ranks
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures of a GPU, and what share of them is taken to be reached.
+
+    flops: bf16, dense, /s; memory: bytes/s of HBM. Data sheets of A100 SXM 80 GB and H100 SXM.
+    """
+
+    links: str
+    flops: float
+    memory: float
+    matrix_share: float = 0.5
+    linear_share: float = 0.10  # of HBM's bound: published kernels of linear attention reach 7 to 16%
+
+
+GPUS = {"a100": Gpu("a100", 312e12, 2.039e12), "h100": Gpu("h100", 989e12, 3.35e12)}
+HEADS, WIDTH, HIDDEN, FFN, BYTES = 16, 128, 2048, 5504, 2  # a 1B model's layer, in bf16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One published comparison: so many ranks and tokens of one document."""
+
+    gpu: str
+    ranks: int
+    tokens: int
+
+    @property
+    def own(self) -> int:
+        return self.tokens // self.ranks
+
+    def dense_seconds(self) -> float:
+        """Projections and MLP of this rank's tokens, forward and backward."""
+        weights = 5 * HIDDEN * HEADS * WIDTH + 3 * HIDDEN * FFN
+        gpu = GPUS[self.gpu]
+        return 3 * 2 * weights * self.own / (gpu.flops * gpu.matrix_share)
+
+    def linear_seconds(self) -> float:
+        """Linear attention of this rank's tokens, all heads: HBM's bound, q, k, v and o once, thrice for both passes."""
+        gpu = GPUS[self.gpu]
+        return 3 * 4 * WIDTH * BYTES * HEADS * self.own / (gpu.memory * gpu.linear_share)
+
+    def softmax_seconds(self) -> float:
+        """Causal softmax attention of this rank's share: 4 T^2 D / 2 forward, 2.5 times that backward."""
+        gpu = GPUS[self.gpu]
+        return 3.5 * 2 * self.tokens * self.own * HEADS * WIDTH / (gpu.flops * gpu.matrix_share)
+
+
+SETTINGS = (
+    Setting("a100", 4, 131072), Setting("a100", 8, 262144), Setting("a100", 64, 524288), Setting("a100", 64, 2097152),
+    Setting("h100", 256, 8388608),
+)  # fmt: skip
+
+
+def solo(case: Case, layout: SequenceLayout, rank: int, runs: int) -> Program:
+    """What the rank does, measured alone."""
+    comm = SoloComm(rank, layout.ranks, [each // RANKS_PER_NODE for each in range(layout.ranks)])
+    tensors, seen = case.tensors(layout.tokens(rank)), []
+    for _ in range(runs):
+        comm.restart()
+        attend(case, layout, comm, tensors)
+        seen.append(comm.program)
+    return fastest(seen[1:] or seen)
+
+
+def scaled(program: Program, compute: float, sizes: float, first: float) -> Program:
+    """`compute` seconds of computation in all, in the measured proportions; bytes times `sizes`; `first` seconds before."""
+    whole = sum(step.seconds for step in program.steps if isinstance(step, Compute))
+    steps: list[Any] = [Compute(first)]
+    for step in program.steps:
+        if isinstance(step, Compute):
+            step = Compute(step.seconds * compute / whole)
+        elif isinstance(step, Issue):
+            op = step.operation
+            grown = replace(
+                op,
+                bytes=round(op.bytes * sizes),
+                send=tuple(round(n * sizes) for n in op.send),
+                receive=tuple(round(n * sizes) for n in op.receive),
+            )
+            step = replace(step, operation=grown)
+        steps.append(step)
+    return replace(program, steps=tuple(steps))
+
+
+def programs(setting: Setting, method: str) -> list[Program]:
+    """One layer of every rank: operations by the method's own code, computation by published figures.
+
+    Linear attention: structure and proportions from few tokens a rank, one head of full width (states do not depend on
+    the number of tokens); the computation on states is in the proportions, so these are taken at 4,096 tokens on a
+    first, a middle and a last rank.
+    """
+    ranks = setting.ranks
+    if method == "ring":
+        few = 128
+        case = Case("ring", "none", (few * ranks,), "zigzag", heads=1, width=WIDTH)
+        layout = case.make_layout(ranks)
+        # fp32 of one head and few tokens -> bf16 of all heads and tokens
+        sizes = setting.own / few * HEADS * BYTES / 4
+        return [
+            scaled(solo(case, layout, rank, 1), setting.softmax_seconds(), sizes, setting.dense_seconds())
+            for rank in range(ranks)
+        ]
+    case = Case(method, "token", (), heads=HEADS if method == "ulysses" else 1, width=WIDTH)
+    made = []
+    tokens = 4096
+    big = replace(case, lengths=(tokens * ranks,))
+    templates = {rank: solo(big, big.make_layout(ranks), rank, 3) for rank in sorted({0, ranks // 2, ranks - 1})}
+    few = 128
+    small = replace(case, lengths=(few * ranks,))
+    layout = small.make_layout(ranks)
+    for rank in range(ranks):
+        program = solo(small, layout, rank, 1)
+        template = templates[rank if rank in templates else ranks // 2]
+        steps = [
+            like if isinstance(step, Compute) and isinstance(like, Compute) else step
+            for step, like in zip(program.steps, template.steps, strict=True)
+        ]
+        sizes = setting.own / few * BYTES / 4 if method == "ulysses" else HEADS * BYTES / 4
+        made.append(
+            scaled(replace(program, steps=tuple(steps)), setting.linear_seconds(), sizes, setting.dense_seconds())
+        )
+    return made
+
+
+def replay(options: Options) -> dict[str, Any]:
+    rows: list[list[Any]] = []
+    for setting in SETTINGS:
+        names = STATE_METHODS if setting.ranks <= HEADS else STATE_METHODS[:3]
+        names = (*names, "ring") if setting.ranks <= 64 else names
+        found = {}
+        for method in names:
+            made = programs(setting, method)
+            line = simulate(made, HARDWARE[GPUS[setting.gpu].links])
+            alone = simulate(
+                [replace(made[0], steps=tuple(s for s in made[0].steps if isinstance(s, Compute)))], HARDWARE["a100"]
+            )
+            sent = sum(isinstance(step, Issue) for step in made[ranks // 2].steps) if (ranks := setting.ranks) else 0
+            found[method] = line.seconds
+            rows.append(
+                [
+                    setting.gpu,
+                    ranks,
+                    setting.tokens // 1024,
+                    method,
+                    line.seconds * 1e3,
+                    (line.seconds - alone.seconds) * 1e3,
+                    sent,
+                ]
+            )
+        for row in rows[-len(names) :]:
+            row.append(found["lasp2"] / found[row[3]])
+    heads = ["links", "ranks", "K tokens", "method", "ms a layer", "ms exposed", "operations", "speed/lasp2"]
+    show("replay: one layer of a 1B model, forward and backward", heads, rows)
+    return {"heads": heads, "rows": rows}
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    run_sections({"device": device, "methods": methods, "replay": replay}, chosen.sections, chosen, chosen.out)
