@@ -71,7 +71,8 @@ def test_unknown_options_are_told_with_all_other_mistakes(capsys: pytest.Capture
 def test_unknown_commands(capsys: pytest.CaptureFixture) -> None:
     assert main(["fly"]) == 2
     assert (
-        "'fly' is no command; there are train, check, topology, data prepare, data inspect" in capsys.readouterr().err
+        "'fly' is no command; there are train, check, topology, generate, data prepare, data inspect"
+        in capsys.readouterr().err
     )
     assert main(["data", "fly"]) == 2
 

@@ -116,7 +116,8 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, d_after: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, carried = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives each tensor out once
+        inputs, carried = saved[:6], saved[6:]
         tokens, initial, dtype = Tokens(*inputs[:5]), inputs[5], torch.promote_types(do.dtype, torch.float32)
         grads = [_room(x) if wanted else None for x, wanted in zip(inputs, ctx.needs_input_grad[4:], strict=True)]
         d_running: Tensor | None = None
