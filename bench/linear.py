@@ -19,7 +19,9 @@ import tyro
 from linear_worker import MEMBERS, Case, attend
 from tools import launch, run_sections, show
 
+from lsys.parallel.attention import cost as softmax_cost
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.linear import cost
 from lsys.parallel.replay import HARDWARE, Compute, Issue, Program, SoloComm, fastest, simulate
 
 WORKER = "linear_worker.py"
@@ -189,74 +191,64 @@ def scaled(program: Program, compute: float, sizes: float, first: float) -> Prog
     return replace(program, steps=tuple(steps))
 
 
+FEW = 128  # tokens of a rank, for the operations alone
+
+
 def programs(setting: Setting, method: str) -> list[Program]:
     """One layer of every rank: operations by the method's own code, computation by published figures.
 
-    Linear attention: structure and proportions from few tokens a rank, one head of full width (states do not depend on
-    the number of tokens); the computation on states is in the proportions, so these are taken at 4,096 tokens on a
-    first, a middle and a last rank.
+    States do not depend on the number of tokens, so few tokens a rank give the operations of linear attention. How its
+    computation lies between them is measured with all, on a first, a middle and a last rank, one head of full width.
     """
-    ranks = setting.ranks
+    ranks, before = setting.ranks, setting.dense_seconds()
     if method == "ring":
-        few = 128
-        case = Case("ring", "none", (few * ranks,), "zigzag", heads=1, width=WIDTH)
+        case = Case("ring", "none", (FEW * ranks,), "zigzag", heads=1, width=WIDTH)
+        seconds, sizes = (
+            setting.softmax_seconds(),
+            setting.own / FEW * HEADS * BYTES / 4,
+        )  # bf16 of all heads and tokens
         layout = case.make_layout(ranks)
-        # fp32 of one head and few tokens -> bf16 of all heads and tokens
-        sizes = setting.own / few * HEADS * BYTES / 4
-        return [
-            scaled(solo(case, layout, rank, 1), setting.softmax_seconds(), sizes, setting.dense_seconds())
-            for rank in range(ranks)
-        ]
-    case = Case(method, "token", (), heads=HEADS if method == "ulysses" else 1, width=WIDTH)
-    made = []
-    tokens = 4096
-    big = replace(case, lengths=(tokens * ranks,))
-    templates = {rank: solo(big, big.make_layout(ranks), rank, 3) for rank in sorted({0, ranks // 2, ranks - 1})}
-    few = 128
-    small = replace(case, lengths=(few * ranks,))
-    layout = small.make_layout(ranks)
+        return [scaled(solo(case, layout, rank, 4), seconds, sizes, before) for rank in range(ranks)]
+    is_heads = method == "ulysses"
+    case = Case(method, "token", (FEW * ranks,), heads=HEADS if is_heads else 1, width=WIDTH)
+    seconds, sizes = setting.linear_seconds(), setting.own / FEW * BYTES / 4 if is_heads else HEADS
+    layout, made = case.make_layout(ranks), []
+    large = replace(case, lengths=((4096 if is_heads else setting.own) * ranks,))  # no states: any number will do
+    measured = {rank: solo(large, large.make_layout(ranks), rank, 4) for rank in {0, ranks // 2, ranks - 1}}
     for rank in range(ranks):
-        program = solo(small, layout, rank, 1)
-        template = templates[rank if rank in templates else ranks // 2]
-        steps = [
-            like if isinstance(step, Compute) and isinstance(like, Compute) else step
-            for step, like in zip(program.steps, template.steps, strict=True)
-        ]
-        sizes = setting.own / few * BYTES / 4 if method == "ulysses" else HEADS * BYTES / 4
-        made.append(
-            scaled(replace(program, steps=tuple(steps)), setting.linear_seconds(), sizes, setting.dense_seconds())
+        program, like = solo(case, layout, rank, 1), measured[rank if rank in measured else ranks // 2]
+        steps = tuple(
+            other if isinstance(step, Compute) and isinstance(other, Compute) else step
+            for step, other in zip(program.steps, like.steps, strict=True)
         )
+        made.append(scaled(replace(program, steps=steps), seconds, sizes, before))
     return made
+
+
+def steps_of(method: str, ranks: int) -> int:
+    """Transfers of a forward pass that follow one another: a message each, but for collectives."""
+    nodes = [rank // RANKS_PER_NODE for rank in range(ranks)]
+    if method == "ring":
+        layout = SequenceLayout.zigzag([FEW * ranks], ranks)
+        return len(softmax_cost.traffic("ring", layout, softmax_cost.Shape(HEADS, HEADS, WIDTH, BYTES), nodes).forward)
+    layout = SequenceLayout.contiguous([FEW * ranks], ranks)
+    return len(cost.traffic(method, layout, cost.Shape(HEADS, HEADS, WIDTH, WIDTH, "token")).forward)
 
 
 def replay(options: Options) -> dict[str, Any]:
     rows: list[list[Any]] = []
     for setting in SETTINGS:
-        names = STATE_METHODS if setting.ranks <= HEADS else STATE_METHODS[:3]
-        names = (*names, "ring") if setting.ranks <= 64 else names
-        found = {}
-        for method in names:
-            made = programs(setting, method)
-            line = simulate(made, HARDWARE[GPUS[setting.gpu].links])
-            alone = simulate(
-                [replace(made[0], steps=tuple(s for s in made[0].steps if isinstance(s, Compute)))], HARDWARE["a100"]
-            )
-            sent = sum(isinstance(step, Issue) for step in made[ranks // 2].steps) if (ranks := setting.ranks) else 0
-            found[method] = line.seconds
-            rows.append(
-                [
-                    setting.gpu,
-                    ranks,
-                    setting.tokens // 1024,
-                    method,
-                    line.seconds * 1e3,
-                    (line.seconds - alone.seconds) * 1e3,
-                    sent,
-                ]
-            )
-        for row in rows[-len(names) :]:
+        ranks, links, found = setting.ranks, HARDWARE[GPUS[setting.gpu].links], {}
+        names = STATE_METHODS if ranks <= HEADS else STATE_METHODS[:3]
+        for method in (*names, "ring") if ranks <= 64 else names:
+            found[method] = simulate(programs(setting, method), links).seconds
+            attending = setting.softmax_seconds() if method == "ring" else setting.linear_seconds()
+            exposed = found[method] - setting.dense_seconds() - attending
+            milliseconds = found[method] * 1e3, exposed * 1e3
+            rows.append([setting.gpu, ranks, setting.tokens // 1024, method, *milliseconds, steps_of(method, ranks)])
+        for row in rows[-len(found) :]:
             row.append(found["lasp2"] / found[row[3]])
-    heads = ["links", "ranks", "K tokens", "method", "ms a layer", "ms exposed", "operations", "speed/lasp2"]
+    heads = ["links", "ranks", "K tokens", "method", "ms a layer", "ms exposed", "steps", "speed/lasp2"]
     show("replay: one layer of a 1B model, forward and backward", heads, rows)
     return {"heads": heads, "rows": rows}
 
