@@ -41,7 +41,17 @@ setup(
     extras_require={
         "data": ["pyarrow"],
         "bench": ["matplotlib"],
-        "dev": ["hypothesis", "import-linter", "mypy", "pyarrow", "pytest", "ruff", "types-PyYAML"],
+        "triton": ["triton>=3.6; platform_system == 'Linux'"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "pyarrow",
+            "pytest",
+            "ruff",
+            "triton>=3.6; platform_system == 'Linux'",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["lsys = lsys.__main__:main"]},
 )

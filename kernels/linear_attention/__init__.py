@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lsys.kernels.linear_attention.channel import ChannelChunks
 from lsys.kernels.linear_attention.checks import check_direction, check_tensors, sequence_lengths
+from lsys.kernels.linear_attention.choice_triton import triton_refusal, triton_segments
 from lsys.kernels.linear_attention.chunked import ChunkedSegments, SegmentMap
 from lsys.kernels.linear_attention.chunks import Chunks, Tokens
 from lsys.kernels.linear_attention.delta import DeltaChunks
@@ -19,7 +20,7 @@ from lsys.kernels.linear_attention.transition import carry
 
 __all__ = ["BACKENDS", "SegmentMap", "Segments", "diagonal", "linear_attention", "segments"]
 
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
 class Segments(Protocol):
@@ -71,7 +72,8 @@ def linear_attention(
         causal: False also lets each token see those after it, by the same recurrence from the end: the mixing matrix is
             the causal one plus that of the reversed sequence, with the diagonal once (quasiseparable: Hydra, Hwang et
             al., 2024). There are no initial and final states then.
-        backend: "reference" (token by token), "chunked" (matrix products), or "auto", which logs its choice.
+        backend: "reference" (token by token), "chunked" (matrix products), "triton" (CUDA, and interpreted on CPU), or
+            "auto": triton on CUDA where it takes the dtype and widths, else chunked, logged.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final states [N, H, K, V] in fp32 (fp64 for fp64) or None.
@@ -123,8 +125,9 @@ def _attend(
     """With a state [N, H, K, V] before each sequence or zero: the output [T, H, V] and, if `final`, the states after."""
     linked = range(len(lengths)) if final or initial is not None else ()
     parts = segments(*tokens, lengths, linked, scale=scale, backend=backend)
-    if isinstance(parts, ChunkedSegments):
-        return parts.whole(initial, final)
+    whole = getattr(parts, "whole", None)  # both phases at once, where that is quicker
+    if whole is not None:
+        return whole(initial, final)
     segment_map = parts.segment_map()
     o = parts.apply(segment_map, parts.intra(), initial)
     return o, _final_state(segment_map, initial) if final else None
@@ -162,8 +165,17 @@ def segments(
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return ReferenceSegments(q, k, v, log_decay, beta, lengths, linked, scale)
-    if backend == "auto":
-        _log_choice(v.device.type)
+    if backend == "triton" or (backend == "auto" and v.device.type != "cpu"):
+        refusal = triton_refusal(k, v, log_decay, beta)
+        if refusal is None:
+            if backend == "auto":
+                _log_choice("triton", f"the fastest on {v.device.type}")
+            return triton_segments(q, k, v, log_decay, beta, lengths, linked, scale)
+        if backend == "triton":
+            raise ValueError(f"linear attention backend 'triton' {refusal}; backend 'chunked' computes it")
+        _log_choice("chunked", f"since triton {refusal}")
+    elif backend == "auto":
+        _log_choice("chunked", f"the fastest on {v.device.type}")
     return ChunkedSegments(_chunks(log_decay, beta), Tokens(q, k, v, log_decay, beta), lengths, linked, scale)
 
 
@@ -189,5 +201,5 @@ def _final_state(segment_map: SegmentMap, initial_state: Tensor | None) -> Tenso
 
 
 @lru_cache
-def _log_choice(device: str) -> None:
-    logging.getLogger(__name__).info("linear attention: chunked backend, the fastest on %s", device)
+def _log_choice(backend: str, why: str) -> None:
+    logging.getLogger(__name__).info("linear attention: %s backend, %s", backend, why)

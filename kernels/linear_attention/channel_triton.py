@@ -1,0 +1,135 @@
+"""Triton kernels of linear attention with a decay for each token and key channel; those of `scalar_triton.py`, for it.
+
+The decay between two tokens of a chunk differs from channel to channel, e^(b_ic - b_jc), so it stands inside the products
+over channels. It is taken apart at a border m between the tokens, as e^(b_ic - b_mc) e^(b_mc - b_jc), neither above 1. The
+chunk is halved down to single tokens; at each level, the tokens in right halves meet those in the left halves beside them
+at the border, in one product for all. Sums of log-decays are sums, never differences, so that they lose no digits.
+"""
+
+import triton
+import triton.language as tl
+
+from lsys.kernels.linear_attention.delta_tiles_triton import load_rows, store_rows, store_state
+from lsys.kernels.linear_attention.scalar_triton import LEAST, load_state, place, product
+
+
+@triton.jit
+def load_decay(g, first, left, head, column, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+    """b, e^b_i, e^(G - b_j) [C, B] and G [B]."""
+    b = tl.cumsum(tl.maximum(load_rows(g, first, left, head, column, H, D, C, B), LEAST), 0)
+    total = tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0)
+    return b, tl.exp(b), tl.exp(tl.minimum(total[None, :] - b, 0.0)), total
+
+
+@triton.jit
+def halves(b, zero, HALF: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+    """Decay between each token and the border of its two halves of HALF tokens, [C, B], and which pairs meet there, [C, C].
+
+    A pair is a token of a right half and one of the left half beside it; REVERSE, the other way round.
+    """
+    i, j = tl.arange(0, C)[:, None] + zero, tl.arange(0, C)[None, :] + zero
+    border = i // (2 * HALF) * (2 * HALF) + HALF
+    other = (j >= border) & (j < border + HALF) if REVERSE else (j < border) & (j >= border - HALF)
+    meet = (i < border) & other if REVERSE else (i >= border) & other
+    at_border = tl.gather(b, tl.broadcast_to(border - 1, (C, B)), 0)
+    return tl.exp(-tl.abs(b - at_border)), meet
+
+
+@triton.jit
+def channel_outer_kernel(
+    x, z, g, out, total, spans, scale, g_token, g_head,
+    H: tl.constexpr, X_GROUP: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    C: tl.constexpr, BLOCKS: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`scalar_outer_kernel`."""
+    first, count, _, span, head, block = place(spans, H, BLOCKS)
+    state, reach = tl.zeros((BZ, BX), tl.float32), tl.zeros((BX,), tl.float32)  # transposed
+    chunks = tl.cdiv(count, C)
+    for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
+        at = ((chunks - 1 - n) if REVERSE else n) * C
+        b, enter, leave, G = load_decay(g, first + at, count - at, head, 0, H, DX, C, BX)
+        xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+        zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
+        xs = (xs * (enter if REVERSE else leave)).to(xs.dtype)
+        state = tl.dot(tl.trans(zs), xs, state * tl.exp(G)[None, :], input_precision=PRECISION)
+        reach += G
+    state = tl.trans(state * scale if REVERSE else state)
+    store_state(out, state, span, head, block * BZ, H, DX, DZ, BX, BZ)
+    if not REVERSE:
+        keys = tl.arange(0, BX)
+        tl.store(total + (span * H + head) * DX + keys, reach, mask=keys < tl.where(block == 0, DX, 0))
+
+
+@triton.jit
+def channel_pass_kernel(
+    x, y, z, g, states, out, add, own, inner, edge, dg, spans, scale, g_token, g_head, tokens,
+    H: tl.constexpr, X_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, BLOCKS: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr, ADD: tl.constexpr, DG: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """`scalar_pass_kernel`; the channels that decay are those of x and y or, if TRANSPOSED, of z.
+
+    out_i = sum_(j <= i) sum_c e^(b_ic - b_jc) x_ic y_jc z_j + sum_c e^b_ic x_ic S_c, or
+    out_ic = sum_(j <= i) e^(b_ic - b_jc) (x_i y_j) z_jc + e^b_ic x_i S_c; inner, edge and dg have channels: none is summed.
+    """
+    first, count, row, _, head, block = place(spans, H, BLOCKS)
+    i, chunks = tl.arange(0, C), tl.cdiv(count, C)
+    column, channels, later = block * BZ, block * BZ + tl.arange(0, BZ), tl.zeros((BZ,), tl.float32)
+    state = load_state(states, row, head, column, H, DX, DZ, TRANSPOSED, BX, BZ)  # transposed, [BZ, BX]
+    if DG and REVERSE:
+        some = channels < tl.where(row >= 0, DZ, 0)
+        later = tl.load(edge + (row * H + head) * DZ + channels, mask=some, other=0.0)
+    for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
+        at = ((chunks - 1 - n) if REVERSE else n) * C
+        xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+        if TRANSPOSED:
+            b, enter, leave, G = load_decay(g, first + at, count - at, head, column, H, DZ, C, BZ)
+            os = tl.trans(product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION))  # [C, BZ]
+            os *= leave if REVERSE else enter
+            state *= tl.exp(G)[:, None]
+        else:
+            b, enter, leave, G = load_decay(g, first + at, count - at, head, 0, H, DX, C, BX)
+            weighted = (xs * (leave if REVERSE else enter)).to(WIDE)
+            os = product(state.to(WIDE), tl.trans(weighted), PRECISION)  # [BZ, C]
+            state *= tl.exp(G)[None, :]
+        if LOCAL:
+            ys = load_rows(y, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+            zs = load_rows(z, first + at, count - at, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
+            zero = tl.minimum(count - at, 0)  # else masks would be kept in registers from chunk to chunk
+            enter_or_leave = enter * scale if REVERSE else leave
+            if TRANSPOSED:
+                state = tl.dot(tl.trans((zs * enter_or_leave).to(zs.dtype)), ys, state, input_precision=PRECISION)
+                scores = product(xs, tl.trans(ys), PRECISION) * (scale if REVERSE else 1.0)
+                os += tl.sum(tl.where(i[:, None] == i[None, :], scores, 0.0), 1)[:, None] * zs
+                for level in tl.static_range(0, LEVELS):
+                    decay, meet = halves(b, zero, 1 << level, REVERSE, C, BZ)
+                    pairs = tl.where(meet, scores, 0.0).to(zs.dtype)
+                    os += product(pairs, (zs * decay).to(zs.dtype), PRECISION) * decay
+            else:
+                state = tl.dot(tl.trans(zs), (ys * enter_or_leave).to(ys.dtype), state, input_precision=PRECISION)
+                scores = tl.where(i[:, None] == i[None, :], tl.sum(xs * ys.to(tl.float32), 1)[:, None], 0.0)
+                for level in tl.static_range(0, LEVELS):
+                    decay, meet = halves(b, zero, 1 << level, REVERSE, C, BX)
+                    weighted = product((xs * decay).to(xs.dtype), tl.trans((ys * decay).to(ys.dtype)), PRECISION)
+                    scores += tl.where(meet, weighted, 0.0)
+                scores = (scores * (scale if REVERSE else 1.0)).to(zs.dtype)
+                os = tl.dot(tl.trans(zs), tl.trans(scores), os, input_precision=PRECISION)
+        if not TRANSPOSED:
+            os = tl.trans(os)
+        os = os if REVERSE else os * scale
+        if DG:
+            owns = load_rows(own, first + at, count - at, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
+            each = owns * os
+            if REVERSE:
+                if LOCAL:
+                    each -= load_rows(inner, first + at, count - at, head, column, H, DZ, C, BZ)
+                each_dg = later[None, :] - tl.cumsum(each, 0, reverse=True)
+                store_rows(dg, each_dg, first + at, count - at, head, column, H, DZ, C, BZ)
+                later = tl.sum(tl.where(i[:, None] == 0, each_dg, 0.0), 0)
+            else:
+                store_rows(inner, each, first + at, count - at, head, column, H, DZ, C, BZ)
+        if ADD:
+            os += load_rows(add, first + at, count - at, head, column, H, DZ, C, BZ)
+        store_rows(out, os, first + at, count - at, head, column, H, DZ, C, BZ)

@@ -1,0 +1,107 @@
+"""Tiles of packed tensors in Triton, and their sizes: what the kernels of the delta rule share.
+
+A tile has C tokens of one chunk and head, and a power of two of channels; what is outside is read as zero and not written.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NARROW = 128  # K up to which a state of K x 64 numbers fits in the registers of four warps
+
+
+@triton.jit
+def load_rows(
+    x, first, count, head, channel, HEADS: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, B: tl.constexpr
+):
+    """x [T, HEADS, WIDTH] -> [C, B]: `count` tokens from `first` (int64), B channels from `channel`."""
+    i, j = tl.arange(0, C)[:, None], channel + tl.arange(0, B)[None, :]
+    at = x + (first * HEADS + head) * WIDTH
+    # A mask that is always true would cost registers.
+    inside = i < count if WIDTH % B == 0 else (i < count) & (j < WIDTH)
+    return tl.load(at + i * (HEADS * WIDTH) + j, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    x, tile, first, count, head, channel, HEADS: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, B: tl.constexpr
+):
+    """The reverse of `load_rows`, in x's dtype."""
+    i, j = tl.arange(0, C)[:, None], channel + tl.arange(0, B)[None, :]
+    at = x + (first * HEADS + head) * WIDTH
+    inside = i < count if WIDTH % B == 0 else (i < count) & (j < WIDTH)
+    tl.store(at + i * (HEADS * WIDTH) + j, tile.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_vector(x, first, count, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """x [T, HEADS] -> [C]; places after the last token repeat it: as a sum of log-decays it then has nothing added."""
+    i = tl.minimum(tl.arange(0, C), count - 1)
+    return tl.load(x + first * HEADS + head + i * HEADS)
+
+
+@triton.jit
+def load_state(
+    x, row, head, column, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """x [m, H, K, V] -> [BK, BV]: columns from `column` of state `row` (int64); zero for a negative one."""
+    i, j = tl.arange(0, BK)[:, None], column + tl.arange(0, BV)[None, :]
+    at = x + (row * H + head) * (K * V)
+    rows = tl.where(row >= 0, K, 0)
+    return tl.load(at + i * V + j, mask=(i < rows) & (j < V), other=0.0)
+
+
+@triton.jit
+def load_state_block(
+    x, row, head, channel, column, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """x [m, H, K, V] -> [BK, BV]: of state `row` (int64) rows from `channel`, columns from `column`."""
+    i, j = channel + tl.arange(0, BK)[:, None], column + tl.arange(0, BV)[None, :]
+    at = x + (row * H + head) * (K * V)
+    if K % BK == 0 and V % BV == 0:
+        return tl.load(at + i * V + j)
+    else:
+        return tl.load(at + i * V + j, mask=(i < K) & (j < V), other=0.0)
+
+
+@triton.jit
+def store_state(
+    x, tile, row, head, column, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """The reverse of `load_state`, in x's dtype."""
+    i, j = tl.arange(0, BK)[:, None], column + tl.arange(0, BV)[None, :]
+    at = x + (row * H + head) * (K * V)
+    if K % BK == 0 and V % BV == 0:
+        tl.store(at + i * V + j, tile.to(x.dtype.element_ty))
+    else:
+        tl.store(at + i * V + j, tile.to(x.dtype.element_ty), mask=(i < K) & (j < V))
+
+
+def chunk_tokens(keys: int) -> int:
+    """Tokens of a chunk for K = `keys`, and a bound on columns of the state at once: both fill registers."""
+    return 64 if keys <= NARROW else 32
+
+
+def sizes(k: Tensor, width: int, heads: int, chunk: int) -> dict[str, Any]:
+    """The compile-time sizes of a kernel over k [T, H_k, K] and `heads` heads of `width` columns."""
+    half = k.element_size() == 2
+    block = chunk_tokens(k.shape[2]) if half else 32  # fp32 takes three products on the tensor cores, and registers
+    return dict(
+        H=heads,
+        GROUP=heads // k.shape[1],
+        K=k.shape[2],
+        V=width,
+        C=chunk,
+        BK=max(16, triton.next_power_of_2(k.shape[2])),
+        BV=max(16, min(block, triton.next_power_of_2(width))),
+        PRECISION="tf32" if half else "tf32x3",
+    )
+
+
+def grouped_sum(x: Tensor, like: Tensor) -> Tensor:
+    """Of gradients one a value head [T, H, K] the sums over the heads that share a key head: [T, H_k, K], as `like`."""
+    if x.shape != like.shape:
+        x = x.unflatten(1, (like.shape[1], -1)).sum(2)
+    return x.to(like.dtype)

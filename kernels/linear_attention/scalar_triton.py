@@ -1,0 +1,151 @@
+"""Triton kernels of linear attention without decay, and with one decay for all of a head's state.
+
+A program goes through a span of one head, chunk of C tokens by chunk, with the state in registers. b_i is the sum of the
+log-decays of the chunk up to token i, G that of all. The output and the gradients of q, k and v are one recurrence over
+different tensors, so they are one kernel; `TRITON.md` has the mathematics. `channel_triton.py` has the same passes with a
+decay for each key channel.
+"""
+
+import triton
+import triton.language as tl
+
+from lsys.kernels.linear_attention.delta_tiles_triton import load_rows, store_rows, store_state
+
+# Log-decays below count as this one: its exponential is zero in fp32, and sums of such are precise to 1e-5 of a decay.
+LEAST = tl.constexpr(-104.0)
+
+
+@triton.jit
+def place(spans, H: tl.constexpr, BLOCKS: tl.constexpr):
+    """What a program works on: first token, tokens, row of states (-1: none), span, head, block of columns."""
+    program = tl.program_id(0)
+    span = program // (BLOCKS * H)
+    first, count, row = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1), tl.load(spans + 4 * span + 3)
+    return first.to(tl.int64), count, row.to(tl.int64), span.to(tl.int64), (program // BLOCKS) % H, program % BLOCKS
+
+
+@triton.jit
+def load_state(
+    states, row, head, column, H: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BX: tl.constexpr, BZ: tl.constexpr,
+):  # fmt: skip
+    """Columns from `column` of a state [DX, DZ], or one that lies TRANSPOSED, as [BZ, BX]; zero for a negative row."""
+    x, z = tl.arange(0, BX), column + tl.arange(0, BZ)
+    x_stride: tl.constexpr = 1 if TRANSPOSED else DZ
+    z_stride: tl.constexpr = DX if TRANSPOSED else 1
+    at = states + (row * H + head) * (DX * DZ) + z[:, None] * z_stride + x[None, :] * x_stride
+    return tl.load(at, mask=(z[:, None] < tl.where(row >= 0, DZ, 0)) & (x[None, :] < DX), other=0.0)
+
+
+@triton.jit
+def product(x, y, PRECISION: tl.constexpr):
+    return tl.dot(x, y, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def chunk_decay(g, first, left, head, g_token, g_head, C: tl.constexpr):
+    """b [C], e^b_i, e^(G - b_j) and G. Rounding could leave a difference above 0."""
+    i = tl.arange(0, C)
+    each = tl.load(g + first * g_token + head * g_head + i * g_token, mask=i < left, other=0.0)
+    b = tl.cumsum(tl.maximum(each, LEAST), 0)
+    # The last of b itself, not another sum: G - b is then exactly zero there, however large both are.
+    total = tl.sum(tl.where(i == C - 1, b, 0.0), 0)
+    return b, tl.exp(b), tl.exp(tl.minimum(total - b, 0.0)), total
+
+
+@triton.jit
+def scalar_outer_kernel(
+    x, z, g, out, total, spans, scale, g_token, g_head,
+    H: tl.constexpr, X_GROUP: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    C: tl.constexpr, BLOCKS: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The update of a span, sum_j e^(G - b_j) k_j^T v_j with b and G of all its tokens, of x = k, z = v; and that G.
+
+    REVERSE: scale sum_i e^b_i q_i^T do_i, the gradient of the state before the span, of x = q, z = do.
+    """
+    first, count, _, span, head, block = place(spans, H, BLOCKS)
+    state, reach, chunks = tl.zeros((BX, BZ), tl.float32), 0.0, tl.cdiv(count, C)
+    for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
+        at = ((chunks - 1 - n) if REVERSE else n) * C
+        xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+        zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
+        if DECAY:
+            b, enter, leave, G = chunk_decay(g, first + at, count - at, head, g_token, g_head, C)
+            zs = (zs * (enter if REVERSE else leave)[:, None]).to(z.dtype.element_ty)
+            state *= tl.exp(G)
+            reach += G
+        state = tl.dot(tl.trans(xs), zs, state, input_precision=PRECISION)
+    store_state(out, state * scale if REVERSE else state, span, head, block * BZ, H, DX, DZ, BX, BZ)
+    if DECAY and not REVERSE:
+        tl.store(total + span * H + head, reach, mask=block == 0)
+
+
+@triton.jit
+def scalar_pass_kernel(
+    x, y, z, g, states, out, add, own, inner, edge, dg, spans, scale, g_token, g_head, tokens,
+    H: tl.constexpr, X_GROUP: tl.constexpr, Z_GROUP: tl.constexpr, DX: tl.constexpr, DZ: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, BLOCKS: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr, ADD: tl.constexpr, DG: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_(j <= i) e^(b_i - b_j) (x_i y_j) z_j + e^b_i x_i S;  S' = e^G S + sum_j e^(G - b_j) y_j^T z_j
+
+    times `scale`. S is the state [DX, DZ] before a chunk, of `states` before the span; a program has a block of its columns.
+    Of x, y, z = q, k, v and the states before spans out is o; of do, v, k and the same states transposed it is dq.
+
+    REVERSE goes from the last chunk to the first:
+    out_j = scale sum_(i >= j) e^(b_i - b_j) (x_j y_i) z_i + e^(G - b_j) x_j S;  S' = e^G S + scale sum_i e^b_i y_i^T z_i
+    Of v, do, q and the transposed gradients of states after spans out is dk; of k, q, do and these gradients it is dv.
+
+    Without LOCAL as if y were 0. ADD: `add` is added. DG, for dq (own = q) and then dk (own = k): the gradient of the
+    log-decay, dg_t = edge + sum_(s >= t) (<q_s, dq_s> - <k_s, dk_s>), edge = <gradient, state> after the span. dq leaves
+    its part in `inner`, dk completes it; both are [BLOCKS, T, H], whose blocks are to be summed.
+    """
+    first, count, row, _, head, block = place(spans, H, BLOCKS)
+    i, chunks, later = tl.arange(0, C), tl.cdiv(count, C), 0.0
+    state = load_state(states, row, head, block * BZ, H, DX, DZ, TRANSPOSED, BX, BZ)  # transposed, [BZ, BX]
+    if DG:
+        inner += block.to(tl.int64) * tokens * H + head
+        if REVERSE:  # the edge once, not in each block
+            later = tl.load(edge + row * H + head, mask=(row >= 0) & (block == 0), other=0.0)
+    for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
+        at = ((chunks - 1 - n) if REVERSE else n) * C
+        xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+        os = product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION)  # [BZ, C]
+        if DECAY:
+            b, enter, leave, G = chunk_decay(g, first + at, count - at, head, g_token, g_head, C)
+            os *= (leave if REVERSE else enter)[None, :]
+            state *= tl.exp(G)
+        if LOCAL:
+            ys = load_rows(y, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+            zs = load_rows(z, first + at, count - at, head // Z_GROUP, block * BZ, H // Z_GROUP, DZ, C, BZ)
+            weighted = zs
+            if DECAY:
+                weighted = (zs * (enter * scale if REVERSE else leave)[:, None]).to(zs.dtype)
+            elif REVERSE:
+                weighted = (zs * scale).to(zs.dtype)
+            state = tl.dot(tl.trans(weighted), ys, state, input_precision=PRECISION)
+            scores = product(ys, tl.trans(xs), PRECISION)
+            if DECAY:
+                difference = b[:, None] - b[None, :] if REVERSE else b[None, :] - b[:, None]
+                scores *= tl.exp(tl.minimum(difference, 0.0))
+            scores = tl.where(i[:, None] >= i[None, :] if REVERSE else i[None, :] >= i[:, None], scores, 0.0)
+            scores = (scores * scale if REVERSE else scores).to(zs.dtype)
+            os = tl.dot(tl.trans(zs), scores, os, input_precision=PRECISION)
+        os = tl.trans(os if REVERSE else os * scale)
+        if DG:
+            each = (first + at + i) * H
+            owns = load_rows(own, first + at, count - at, head // Z_GROUP, block * BZ, H // Z_GROUP, DZ, C, BZ)
+            each_inner = tl.sum(owns * os, 1)
+            if REVERSE:
+                if LOCAL:
+                    each_inner -= tl.load(inner + each, mask=i < count - at, other=0.0)
+                each_dg = later - tl.cumsum(each_inner, 0, reverse=True)
+                tl.store(dg + block.to(tl.int64) * tokens * H + head + each, each_dg, mask=i < count - at)
+                later -= tl.sum(each_inner, 0)
+            else:
+                tl.store(inner + each, each_inner, mask=i < count - at)
+        if ADD:
+            os += load_rows(add, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
+        store_rows(out, os, first + at, count - at, head, block * BZ, H, DZ, C, BZ)

@@ -1,0 +1,99 @@
+"""Triton kernels on CPU: a process of its own in which Triton interprets them.
+
+Triton decides at the import of a kernel whether it is interpreted, for the whole process, so the variable cannot be set
+in the one that runs all tests. The process lives on from call to call. In it, new tensors that are not filled hold NaN
+(or the largest integer), so that a place that no kernel writes shows. bf16 arithmetic is wrong in the interpreter: tests
+use fp32.
+"""
+
+import contextlib
+import importlib.util
+import operator
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+
+
+class Interpreter:
+    """`interpreter(fn, *args)`: fn(*args) in the process; fn is at the top level of a module, the rest is pickled.
+
+    An exception in it, or the end of the process, is an AssertionError here, with the traceback.
+    """
+
+    def __init__(self) -> None:
+        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", "from support.interpreter import serve; serve()"]
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
+        source = sys.modules[fn.__module__].__file__
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            pickle.dump((source, fn.__module__, fn.__qualname__, pickle.dumps(args)), self.process.stdin)
+            self.process.stdin.flush()
+            failed, result = pickle.load(self.process.stdout)
+        except (EOFError, BrokenPipeError):
+            raise AssertionError(f"the interpreter's process ended with {self.process.wait(10)}") from None
+        if failed:
+            raise AssertionError(result)
+        return pickle.loads(result)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait(10)
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[Interpreter]:
+    """For a fixture of a module or a session."""
+    interpreter = Interpreter()
+    try:
+        yield interpreter
+    finally:
+        interpreter.close()
+
+
+def serve() -> None:
+    """The process: calls, one after the other, until its input ends. What is printed goes to the standard error."""
+    results, sys.stdout = sys.stdout.buffer, sys.stderr
+    poison()
+    while True:
+        try:
+            source, module, name, args = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            outcome = (False, pickle.dumps(_load(source, module, name)(*pickle.loads(args))))
+        except BaseException:
+            outcome = (True, traceback.format_exc())
+        pickle.dump(outcome, results)
+        results.flush()
+
+
+def _load(source: str, module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a file of tests, which is imported once."""
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, source)
+        assert spec is not None and spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        sys.modules[module] = loaded
+    return operator.attrgetter(name)(sys.modules[module])
+
+
+def poison() -> None:
+    """Fill what torch leaves uninitialised; deterministic mode does so in every way of making an empty tensor."""
+    import torch
+
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
