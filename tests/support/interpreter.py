@@ -7,8 +7,6 @@ use fp32.
 """
 
 import contextlib
-import importlib.util
-import operator
 import os
 import pickle
 import subprocess
@@ -65,6 +63,8 @@ def interpreting() -> Iterator[Interpreter]:
 
 def serve() -> None:
     """The process: calls, one after the other, until its input ends. What is printed goes to the standard error."""
+    from gloo_worker import load
+
     results, sys.stdout = sys.stdout.buffer, sys.stderr
     poison()
     while True:
@@ -73,22 +73,11 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            outcome = (False, pickle.dumps(_load(source, module, name)(*pickle.loads(args))))
+            outcome = (False, pickle.dumps(load(source, module, name)(*pickle.loads(args))))
         except BaseException:
             outcome = (True, traceback.format_exc())
         pickle.dump(outcome, results)
         results.flush()
-
-
-def _load(source: str, module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a file of tests, which is imported once."""
-    if module not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module, source)
-        assert spec is not None and spec.loader is not None
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        sys.modules[module] = loaded
-    return operator.attrgetter(name)(sys.modules[module])
 
 
 def poison() -> None:
