@@ -19,6 +19,7 @@ from lsys.config.load import loads
 from lsys.config.schema import Parallel
 from lsys.data.corpus import Corpus
 from lsys.data.tokenizer import Tokenizer, load_tokenizer
+from lsys.runtime import install_megatron
 from lsys.runtime.environment import launch_from_environment
 from lsys.runtime.groups import Groups, process_groups
 
@@ -53,6 +54,7 @@ class GenerateError(ValueError):
 def main(options: GenerateOptions) -> int:
     """Print the prompt and what follows it, as it is made; the exit code."""
     check(options)
+    install_megatron()
     from lsys.checkpoint.weights import find_checkpoint
 
     path = find_checkpoint(options.checkpoint)

@@ -1,5 +1,7 @@
 """Decoding token by token, from states and caches, is what the model computes of the whole document at once."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,16 @@ def test_token_by_token_is_the_parallel_form(gloo: Any, tmp_path: Path, pattern:
         assert (found - whole).abs().max() <= TOLERANCE * whole.abs().max(), parts
         if "S" not in pattern:  # after the window's length nothing grows
             assert len(set(kept[10:])) <= 1
+
+
+def test_the_command_goes_on_from_a_prompt(gloo: Any, tmp_path: Path) -> None:
+    gloo(1, train_two_steps, {"model__vocab": 257, "model__pattern": "LS"}, tmp_path)
+    words = ["generate", str(tmp_path), "--prompt", "def ", "--tokens", "7", "--tokenizer", "bytes"]
+    found = [subprocess.run([sys.executable, "-m", "lsys", *words], capture_output=True) for _ in range(2)]
+    for each in found:
+        assert each.returncode == 0, each.stderr.decode()
+        assert each.stdout.startswith(b"def ") and b"tokens, " in each.stderr
+    assert found[0].stdout == found[1].stdout
 
 
 def test_the_state_matters(gloo: Any, tmp_path: Path) -> None:
