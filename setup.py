@@ -24,6 +24,7 @@ setup(
     license="Apache-2.0",
     packages=packages(),
     package_dir=TREES,
+    package_data={"lsys.launch": ["*.sh"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",

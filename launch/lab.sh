@@ -2,9 +2,10 @@
 # A cluster on one machine: network namespaces as nodes, joined by a bridge in a namespace of its own.
 #
 #   lab.sh up NODES [RATE]            make the nodes; RATE as below, none if left out
-#   lab.sh rate RATE                  bandwidth of every node's interface, such as 1gbit or 100mbit; none: unshaped
+#   lab.sh rate RATE [NODE]           what every node, or one, may send by its interface: 1gbit, 100mbit; none: unshaped
 #   lab.sh run NODE COMMAND...        a command on node 0, 1, ...
 #   lab.sh torchrun LOGS ARGUMENTS... torchrun on every node, waited for; output in LOGS/nodeN.log; RANKS per node (1)
+#   lab.sh launch LOGS ARGUMENTS...   launch/run.sh on every node, likewise
 #   lab.sh bytes                      a line per node: its number, bytes sent, bytes received, by its interface
 #   lab.sh down                       end what still runs on the nodes, and remove them
 #
@@ -16,6 +17,7 @@ LAB=${LAB:-lsys-lab}
 NET=${NET:-10.91.0}
 MTU=${MTU:-9000}  # jumbo frames, as clusters have: each packet costs CPU time of the cores that compute
 SWITCH=$LAB-switch
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() { echo "lab.sh: $*" >&2; exit 1; }
 
@@ -67,7 +69,8 @@ burst() {
 rate() {
     local rate=${1:-} bucket node
     bucket=$(burst "$rate")
-    for node in $(nodes); do
+    [[ -z ${2:-} ]] || nodes | grep -qx "$2" || fail "there is no node '$2'"
+    for node in ${2:-$(nodes)}; do
         tc -n "$LAB-$node" qdisc delete dev eth0 root 2>/dev/null || true
         [[ $bucket == 0 ]] ||
             tc -n "$LAB-$node" qdisc add dev eth0 root tbf rate "$rate" burst "$bucket" latency 50ms
@@ -82,21 +85,38 @@ bytes() {
 }
 
 # All namespaces share the host's name: without is_host every agent of torchrun takes itself for the rendezvous host.
-agents() {
-    local logs=${1:?lab.sh torchrun takes a folder for logs first} node pid code=0 started=() count
-    count=$(nodes | wc -l)
-    [[ $count -gt 0 ]] || fail "no nodes; lab.sh up makes them"
-    shift
-    mkdir -p "$logs"
+agent() {
     export GLOO_SOCKET_IFNAME=eth0 TP_SOCKET_IFNAME=eth0 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    exec ip netns exec "$LAB-$1" "${TORCHRUN:-torchrun}" --nnodes "$count" --nproc-per-node "${RANKS:-1}" \
+        --rdzv-backend c10d --rdzv-endpoint "$NET.1:${PORT:-29500}" --rdzv-id "$LAB" \
+        --rdzv-conf "is_host=$(($1 == 0))" --local-addr "$NET.$(($1 + 1))" "${@:2}"
+}
+
+launcher() {
+    exec ip netns exec "$LAB-$1" bash "$HERE/run.sh" --nodes "$count" --node "$1" --ranks "${RANKS:-1}" --host "$NET.1" \
+        --port "${PORT:-29500}" --job "$LAB" --interface eth0 "${@:2}"
+}
+
+# A command on every node at once, waited for; SIGTERM and SIGINT go on to them. The code is that of one that failed, if any did.
+everywhere() {
+    local command=$1 logs=${2:-} node pid one code=0 count
+    [[ -n $logs && $# -ge 3 ]] || fail "takes a folder for logs and arguments"
+    count=$(nodes | wc -l)
+    [[ $count -gt 0 ]] || fail "no nodes; lab.sh up makes them"
+    mkdir -p "$logs"
+    started=()
+    trap 'kill -TERM "${started[@]}" 2>/dev/null || true' TERM INT
     for node in $(nodes); do
-        on "$node" "${TORCHRUN:-torchrun}" --nnodes "$count" --nproc-per-node "${RANKS:-1}" --rdzv-backend c10d \
-            --rdzv-endpoint "$NET.1:${PORT:-29500}" --rdzv-id "$LAB" --rdzv-conf "is_host=$((node == 0))" \
-            --local-addr "$NET.$((node + 1))" "$@" >"$logs/node$node.log" 2>&1 &
+        "$command" "$node" "${@:3}" >"$logs/node$node.log" 2>&1 &
         started+=($!)
     done
-    for pid in "${started[@]}"; do wait "$pid" || code=$?; done
+    for pid in "${started[@]}"; do
+        one=0
+        wait "$pid" || one=$?
+        while kill -0 "$pid" 2>/dev/null; do one=0; wait "$pid" || one=$?; done  # a signal ended the wait, not the process
+        [[ $one == 0 ]] || code=$one
+    done
     return "$code"
 }
 
@@ -112,6 +132,7 @@ down() {
 case ${1:-} in
     up | rate | bytes | down) check; "$@" ;;
     run) check; [[ $# -ge 3 ]] || fail "run takes a node and a command"; on "${@:2}" ;;
-    torchrun) check; agents "${@:2}" ;;
-    *) sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0" | head -n 8; exit 2 ;;
+    torchrun) check; everywhere agent "${@:2}" ;;
+    launch) check; everywhere launcher "${@:2}" ;;
+    *) sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0" | head -n 9; exit 2 ;;
 esac

@@ -11,33 +11,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lsys.bench import lab as bench
+from lsys.bench.lab import LabUnavailable as LabUnavailable
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "lab.sh"
 
 
-class LabUnavailable(Exception):
-    """This machine makes no lab; says why."""
-
-
-class Lab:
+class Lab(bench.Lab):
     """A lab that is up; `lab(fn, *args)` runs fn(rank, world_size, *args) on every node and gives the results by rank.
 
     `fn` is a function at the top level of a file; arguments and results are pickled.
     """
 
-    def __init__(self, name: str, nodes: int) -> None:
-        self.name, self.nodes = name, nodes
-
-    def shell(self, *arguments: str) -> str:
-        """The output of launch/lab.sh with these arguments."""
-        done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=self.environment, timeout=60)
-        if done.returncode:
-            raise RuntimeError(f"lab.sh {' '.join(arguments)}: {done.stderr or done.stdout}")
-        return done.stdout
-
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {"LAB": self.name, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        return super().environment | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
 
     def __call__(self, fn: Callable[..., Any], *args: Any, timeout: float = 100) -> list[Any]:
         with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -74,15 +63,8 @@ def lab(nodes: int, rate: str = "none") -> Iterator[Lab]:
     Raises:
         LabUnavailable: no root, no iproute2, or no network namespaces here.
     """
-    it = Lab(f"lsys-test-{os.getpid()}", nodes)
-    try:
-        it.shell("up", str(nodes), rate)
-    except (RuntimeError, OSError) as error:
-        raise LabUnavailable(str(error)) from None
-    try:
-        yield it
-    finally:
-        it.shell("down")
+    with bench.lab(nodes, rate, name=f"lsys-test-{os.getpid()}") as made:
+        yield Lab(made.name, made.nodes)
 
 
 def interface_bytes() -> tuple[int, int]:
