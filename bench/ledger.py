@@ -1,10 +1,10 @@
-"""What the ledger costs, and how replay compares with wall-clock, on two ranks.
+"""What the ledger and the waterfall cost, and how replay compares with wall-clock, on two ranks.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 bench/ledger.py overhead --parallel.context 2
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 bench/ledger.py replay
 
-overhead: training steps of configs/quickstart.yaml (`make train` prepares its corpus), with and without the recorder in
-turn, in one run; any --parallel.NAME. replay: exchanges, attention and training steps, measured, and replayed from their
+overhead: training steps of configs/quickstart.yaml (`make train` prepares its corpus), without a recorder, with the ledger,
+and with ledger and waterfall in turn, in one run; any --parallel.NAME. replay: exchanges, attention and training steps, measured, and replayed from their
 programs over links that are measured in the same run. The latter also in a lab of two nodes:
 
     launch/lab.sh up 2 1gbit; launch/lab.sh torchrun /tmp/logs bench/ledger.py replay; launch/lab.sh down
@@ -15,6 +15,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from lsys.config.schema import Config
 from lsys.data.corpus import Corpus
 from lsys.data.plan import Planner
 from lsys.data.stream import TokenStream
+from lsys.observe.waterfall_recorder import Recorder
 from lsys.parallel.attention import softmax_attention
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
@@ -35,8 +37,8 @@ from lsys.runtime.groups import Groups, process_groups
 
 
 @contextlib.contextmanager
-def training(settings: Config) -> Iterator[Callable[[int], None]]:
-    """A function that runs the training step of a number."""
+def training(settings: Config) -> Iterator[tuple[Callable[[int], None], Groups]]:
+    """A function that runs the training step of a number, and the ranks."""
     corpora = [Corpus.open(str(corpus.path)) for corpus in settings.data.corpora]
     stream = TokenStream(corpora, [1.0] * len(corpora), seed=0, split="train", validation_fraction=0.01)
     parallel, train = settings.parallel, settings.train
@@ -50,7 +52,7 @@ def training(settings: Config) -> Iterator[Callable[[int], None]]:
             engine.forward_backward(batches(planner, number, groups))
             engine.step()
 
-        yield step
+        yield step, groups
 
 
 def batches(planner: Planner, number: int, groups: Groups):
@@ -58,47 +60,87 @@ def batches(planner: Planner, number: int, groups: Groups):
     return plan.on_rank(groups.context_rank, groups.device)
 
 
-def overhead(settings: Config, pairs: int) -> None:
-    """Pairs of the same step, with the recorder first and second in turn."""
-    times: dict[bool, list[float]] = {False: [], True: []}
-    cpu = {False: 0.0, True: 0.0}
+MODES = ("off", "ledger", "ledger and waterfall")
+
+
+def overhead(settings: Config, turns: int) -> None:
+    """Turns of the same step in each mode, of which each comes first, second and third in turn."""
+    times: dict[str, list[float]] = {mode: [] for mode in MODES}
+    cpu = dict.fromkeys(MODES, 0.0)
+    own: list[float] = []  # CPU s of summing up a recorded step, or of seeing that there is none
+    reports: list[float] = []  # s
     calls = 0
-    with training(settings) as step:
+    with training(settings) as (step, groups):
+        recorder = Recorder(groups, every=2)  # steps that are called 2 are recorded, those called 1 are not
         for number in range(3):
             step(number)
-        for number in range(pairs):
-            for on in (False, True) if number % 2 else (True, False):
-                with record() if on else contextlib.nullcontext() as ledger:
+        with recorder.recording(1):
+            for number in range(turns):
+                for mode in MODES[number % 3 :] + MODES[: number % 3]:
+                    with contextlib.nullcontext() if mode == "off" else record() as ledger:
+                        dist.barrier()
+                        recorder.end_step(1 if mode == MODES[2] else 0)
+                        began, used = time.perf_counter(), time.process_time()
+                        with recorder.region("compute"):
+                            step(number)
+                        times[mode].append(time.perf_counter() - began)
+                        cpu[mode] += time.process_time() - used
+                        used = time.thread_time()
+                        recorder.end_step(0)
+                        own.append(time.thread_time() - used)
+                    calls = ledger.calls() if ledger else calls
+                if number % settings.metrics.every == settings.metrics.every - 1 or number == turns - 1:
                     dist.barrier()
-                    began, used = time.perf_counter(), time.process_time()
-                    step(number)
-                    times[on].append(time.perf_counter() - began)
-                    cpu[on] += time.process_time() - used
-                calls = ledger.calls() if ledger else calls
-        cost = cost_of_a_call()
-        if dist.get_rank() == 0:
-            ratios = [on / off for on, off in zip(times[True], times[False], strict=True)]
-            off, on = (statistics.median(times[key]) for key in (False, True))
-            print(
-                f"{pairs} pairs of steps: off {off * 1e3:.1f} ms, on {on * 1e3:.1f} ms, medians; {calls} operations a step"
-            )
-            print(f"ratio of the medians {on / off:.4f}, of the sums {sum(times[True]) / sum(times[False]):.4f}")
-            print(f"median of the pairs' ratios {statistics.median(ratios):.4f}; CPU time {cpu[True] / cpu[False]:.4f}")
-            share = calls * cost / off
-            print(f"an operation costs {cost * 1e6:.1f} us more to issue and wait for: {share:.2%} of a step")
+                    began = time.perf_counter()
+                    waterfall = recorder.take()
+                    reports.append(time.perf_counter() - began)
+        costs = [cost_of_a_call(record), cost_of_a_call(lambda: everything(groups))]
+    if groups.launch.rank == 0:
+        print_overhead(times, cpu, calls, costs)
+        sums, report, every = sum(own) / turns, statistics.median(reports), settings.metrics.every
+        print(f"summing up a step takes {sums * 1e3:.2f} ms of CPU time: {sums * turns / cpu['off']:.2%} of a step's")
+        share = report / every / statistics.median(times["off"])
+        print(
+            f"a report takes {report * 1e3:.2f} ms: {share:.2%} of the {every} steps; the waterfall: {waterfall.line}"
+        )
 
 
-def cost_of_a_call(count: int = 2000) -> float:
-    """Seconds by which recording makes an operation slower, on a group of this rank alone: best of several turns."""
+def print_overhead(times: dict[str, list[float]], cpu: dict[str, float], calls: int, costs: list[float]) -> None:
+    off, turns = statistics.median(times["off"]), len(times["off"])
+    used = cpu["off"] / turns
+    print(
+        f"{turns} turns of a step without a recorder: {off * 1e3:.1f} ms, median, {used * 1e3:.1f} ms of CPU time, mean;",
+        end=" ",
+    )
+    print(f"{calls} operations")
+    for mode, cost in zip(MODES[1:], costs, strict=True):
+        ratios = [on / off for on, off in zip(times[mode], times["off"], strict=True)]
+        on = statistics.median(times[mode])
+        print(f"{mode}: {on * 1e3:.1f} ms; ratio of the medians {on / off:.4f}, of the sums", end=" ")
+        print(f"{sum(times[mode]) / sum(times['off']):.4f}, median of ratios {statistics.median(ratios):.4f};", end=" ")
+        print(f"CPU time {cpu[mode] / cpu['off']:.4f}")
+        print(f"  an operation costs {cost * 1e6:.1f} us of CPU time more: {calls * cost / used:.2%} of a step's")
+
+
+@contextlib.contextmanager
+def everything(groups: Groups) -> Iterator[None]:
+    """Ledger and waterfall, which takes operations of one rank for those of several."""
+    recorder = Recorder(groups)
+    with mock.patch.object(Recorder, "_stops_us", lambda *_: True), record(), recorder.recording(1):
+        yield
+
+
+def cost_of_a_call(recording: Callable[[], contextlib.AbstractContextManager], count: int = 2000) -> float:
+    """CPU seconds by which recording makes an operation dearer, on a group of this rank alone: best of several turns."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     group, x = groups[dist.get_rank()], torch.ones(1)
     best = {False: float("inf"), True: float("inf")}
     for turn in range(10):
-        with record() if turn % 2 else contextlib.nullcontext():
-            began = time.perf_counter()
+        with recording() if turn % 2 else contextlib.nullcontext():
+            began = time.thread_time()
             for _ in range(count):
                 dist.all_reduce(x, group=group)
-            best[bool(turn % 2)] = min(best[bool(turn % 2)], (time.perf_counter() - began) / count)
+            best[bool(turn % 2)] = min(best[bool(turn % 2)], (time.thread_time() - began) / count)
     return best[True] - best[False]
 
 
@@ -194,7 +236,7 @@ def replay(settings: Config, repeats: int) -> None:
 
         compare(f"{method}, {kind}, 4,096 tokens", attention, link, repeats)
     for axis in ("context", "tensor"):
-        with training(with_degree(settings, axis)) as step:
+        with training(with_degree(settings, axis)) as (step, _):
             compare(f"training step, {axis} 2", lambda step=step: step(0), link, repeats)
 
 
@@ -206,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["overhead", "replay"])
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--repeats", type=int, default=30, help="pairs of steps, or runs of each case")
+    parser.add_argument("--repeats", type=int, default=30, help="turns of steps, or runs of each case")
     arguments, others = parser.parse_known_args()
     torch.set_num_threads(1)
     settings = load(arguments.config, parse_overrides(["--train.precision", "fp32", *others]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lsys.cli import main
-from lsys.config.schema import LinearMixer
+from lsys.config.schema import LinearMixer, Profile
 from lsys.runtime.environment import Launch, LaunchError, launch_from_environment
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,8 @@ def test_help_lists_every_key_of_the_configuration(command: str, capsys: pytest.
     out = capsys.readouterr().out
     keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
     assert len(keys) > 60
-    sections = {"corpora", *LinearMixer.model_fields, "linear"}  # told by their own keys, which other sections have too
+    sections = {"corpora", *LinearMixer.model_fields, "linear", *Profile.model_fields, "profile"}
+    # told by their own keys, which other sections have too
     for key in set(keys) - sections:
         assert re.search(rf"--[a-z_.0-9-]+\.{key.replace('_', '-')} ", out), key
     assert "--data.corpora.0.path" in out and "--model.linear.decay" in out and "Optimizer steps" in out

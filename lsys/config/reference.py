@@ -64,6 +64,8 @@ def kind_in_words(field: dict, schema: dict) -> str:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field.get("format") == "path":
         return "path"
+    if field.get("type") == "array":
+        return f"list of {kind_in_words(field['items'], schema)}"
     kind = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text", "null": "empty"}[
         field["type"]
     ]

@@ -198,8 +198,21 @@ def _schedule(config: Config, world_size: int) -> Iterator[Mistake]:
         )
 
 
+def _profile(config: Config, world_size: int) -> Iterator[Mistake]:
+    profile, steps = config.train.profile, config.train.steps
+    if not profile.first:
+        return
+    if beyond := [rank for rank in profile.ranks if rank >= world_size]:
+        there = f"there are ranks 0 to {world_size - 1}"
+        yield Mistake("train.profile.ranks", f"{beyond} are not among {world_size} ranks", there)
+    last = profile.first + profile.steps - 1
+    if last > steps:
+        problem = f"steps {profile.first} to {last} go beyond train.steps {steps}"
+        yield Mistake("train.profile.first", problem, f"{max(1, steps - profile.steps + 1)} or less")
+
+
 RULES: tuple[Callable[[Config, int], Iterable[Mistake]], ...] = (
-    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule
+    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule, _profile
 )  # fmt: skip
 
 

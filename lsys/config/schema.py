@@ -211,6 +211,17 @@ class Optimizer(Section):
     )
 
 
+class Profile(Section):
+    """Traces of chosen steps, written to `train.folder`/profile."""
+
+    first: NonNegativeInt = Field(0, description="First step of the trace, counted from 1; 0: no trace.")
+    steps: PositiveInt = Field(2, description="Steps of the trace.")
+    ranks: list[NonNegativeInt] = Field([0], description="Ranks that write one.")
+    shapes: bool = Field(False, description="Note the shapes of operators.")
+    stacks: bool = Field(False, description="Note the source lines that called operators; slow.")
+    memory: bool = Field(False, description="On GPUs, write a snapshot of the allocator besides.")
+
+
 class Train(Section):
     """What a step is, and how many."""
 
@@ -238,6 +249,7 @@ class Train(Section):
     timeout_minutes: PositiveFloat = Field(
         10.0, description="How long a collective may wait before the run is declared dead."
     )
+    profile: Profile = Field(Profile(), description="Traces of chosen steps.")
 
 
 class Checkpoint(Section):
@@ -257,6 +269,15 @@ class Metrics(Section):
 
     every: PositiveInt = Field(10, description="Steps between console lines and TensorBoard points.")
     tensorboard: bool = Field(True, description="Write TensorBoard events under `train.folder`/tensorboard.")
+    baseline: Path | None = Field(
+        None,
+        description="The `scaling.json` of a run, to compare this one's FLOP/s of a rank with: `scaling/efficiency(%)`. Both must do the same work, for "
+        "each rank (weak scaling) or in all (strong).",
+    )
+    waterfall_every: NonNegativeInt = Field(
+        1,
+        description="Of every so many steps, one is split into compute, exposed communication, waiting and the rest (`waterfall/*`, `comm/*`); 0: none.",
+    )
 
 
 class Config(Section):

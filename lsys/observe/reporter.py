@@ -1,27 +1,36 @@
-"""The console line and the TensorBoard curves of a run. Only rank 0 writes."""
+"""What a run tells of itself: the console line, TensorBoard, and its record. Only rank 0 writes."""
 
+from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from lsys.config import Config
+from lsys.observe.efficiency import Efficiency, History, hardware_name
 from lsys.observe.meter import Interval, memory
+from lsys.observe.tensorboard import Board
+from lsys.observe.waterfall import Waterfall
+from lsys.parallel.mesh import Mesh
+
+RECORD = "scaling.json"  # in the run's folder
 
 
 class Reporter:
     """Writes metrics of rank 0; on other ranks it does nothing.
 
     Tags are torchtitan's where it has them: `loss_metrics/global_avg_loss`, `grad_norm`, `lr`, `n_tokens_seen`, `throughput(tps)` and `tflops`
-    (both per rank), `mfu(%)`, `time_metrics/end_to_end(s)` (per step), `time_metrics/data_loading(%)`, `memory/max_reserved(GiB)`.
+    (both per rank), `mfu(%)`, `time_metrics/end_to_end(s)` (per step), `time_metrics/data_loading(%)`, `memory/max_reserved(GiB)`. Beside them
+    `waterfall/<part>(%)`, which sum to 100, `comm/<axis>/bytes`, `total(ms)` and `exposed(ms)` of a step, means of the ranks, and
+    `scaling/efficiency(%)` against the baseline, `scaling/compute_efficiency(%)` without one.
 
     Args:
         active: whether this process reports.
-        ranks: number of ranks.
+        nodes: of each rank.
         peak: peak FLOP/s of all ranks together, or None where it is unknown: then MFU is left out.
+        efficiency: against a baseline, if there is one.
         first_step: points of an earlier part of the run from this step on are dropped, so the curve of a resumed run is one.
+        text: the resolved configuration.
     """
 
     def __init__(
@@ -29,31 +38,36 @@ class Reporter:
         settings: Config,
         *,
         active: bool,
-        ranks: int,
+        mesh: Mesh,
+        nodes: Sequence[int],
         device: torch.device,
         peak: float | None,
+        efficiency: Efficiency | None,
         first_step: int,
         text: str,
     ) -> None:
-        self.settings, self.ranks, self.device, self.peak = settings, ranks, device, peak
+        self.settings, self.ranks, self.device = settings, mesh.world_size, device
+        self.peak, self.efficiency = peak, efficiency
+        self.active, self.history = active, History()
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
-        self.writer: Any = None
+        self.board: Board | None = None
         if active and settings.metrics.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(tensorboard_folder(settings)), purge_step=first_step)
-            self.writer.add_text("config", f"```yaml\n{text}```", first_step)
+            self.board = Board(settings, mesh=mesh, nodes=nodes, first_step=first_step, text=text)
 
     def say(self, message: str) -> None:
         self.console.print(message)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
-
     def training(
-        self, step: int, interval: Interval, *, loss: float, z_loss: float, grad_norm: float, lr: float, seen: int
+        self,
+        step: int,
+        interval: Interval,
+        *,
+        loss: float,
+        z_loss: float,
+        grad_norm: float,
+        lr: float,
+        seen: int,
+        waterfall: Waterfall | None = None,
     ) -> None:
         """One console line and one point per curve, for the steps up to `step`."""
         name, gib = memory(self.device)
@@ -73,25 +87,38 @@ class Reporter:
             values["loss_metrics/z_loss"] = z_loss
         if self.peak:
             values["mfu(%)"] = 100 * flops / self.peak
-        self.scalars(step, values)
+        if self.efficiency:
+            values["scaling/efficiency(%)"] = self.efficiency.percent(flops / self.ranks)
+        if waterfall:
+            values["scaling/compute_efficiency(%)"] = 100 * waterfall.efficiency
+        self.history.add(interval.step_seconds, flops / self.ranks, waterfall.parts if waterfall else None)
+        for note in waterfall.notes if waterfall else ():
+            self.say(f"waterfall: {note}")
+        if self.board:
+            self.board.scalars(step, values)
+            if waterfall:
+                self.board.waterfall(step, waterfall)
         mfu = f" | mfu {values['mfu(%)']:.1f}%" if self.peak else ""
         total = self.settings.train.steps
         left = timedelta(seconds=round((total - step) * interval.step_seconds))
         self.say(
             f"step {step:>{len(str(total))}}/{total} | loss {loss:.4f} | {interval.tokens_per_second:,.0f} tokens/s{mfu} | "
             f"memory {gib:.2f} GiB | grad norm {grad_norm:.2f} | lr {lr:.2e} | ETA {left}"
+            + (f" | efficiency {values['scaling/efficiency(%)']:.1f}%" if self.efficiency else "")
+            + (f" | {waterfall.line}" if waterfall else "")
         )
 
     def validation(self, step: int, loss: float, entropy: float | None) -> None:
         """Held-out loss, beside the corpus's bigram entropy where that is known."""
-        self.scalars(step, {"loss_metrics/validation_loss": loss})
+        if self.board:
+            self.board.scalars(step, {"loss_metrics/validation_loss": loss})
         beside = f" (bigram entropy of the corpus: {entropy:.4f})" if entropy is not None else ""
         self.say(f"step {step} | validation loss {loss:.4f} nats per token{beside}")
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
-def tensorboard_folder(settings: Config) -> Path:
-    return settings.train.folder / "tensorboard"
+        """End the curves, and write what the run achieved, for later runs to compare themselves with."""
+        if self.board:
+            self.board.close()
+        record = self.history.record(self.settings, self.ranks, hardware_name(self.device)) if self.active else None
+        if record:
+            record.save(self.settings.train.folder / RECORD)

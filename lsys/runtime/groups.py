@@ -1,7 +1,7 @@
 """Process groups: torch.distributed and Megatron's grid of tensor, context, data and pipeline ranks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,12 +30,14 @@ class Groups:
         device: where this rank computes.
         collection: Megatron's ProcessGroupCollection (tp, cp, dp, pp, dp_cp, embd, ...).
         context: the ranks that share the tokens of a micro-batch.
+        nodes: node of every rank.
     """
 
     launch: Launch
     device: torch.device
     collection: Any
     context: SequenceComm
+    nodes: tuple[int, ...]
 
     @property
     def data_rank(self) -> int:
@@ -86,22 +88,22 @@ def process_groups(parallel: Parallel, launch: Launch, *, timeout_minutes: float
         )
         model_parallel_cuda_manual_seed(0)  # Megatron's trackers want a seed; nothing here draws from them (no dropout)
         collection = ProcessGroupCollection.use_mpu_process_groups()
-        yield Groups(launch, device, collection, _context(collection, launch, device))
+        nodes = SequenceComm(None, axis=WORLD).all_gather(torch.tensor([launch.node], device=device)).tolist()
+        yield Groups(launch, device, collection, _context(collection, nodes, device), tuple(nodes))
     finally:
         parallel_state.destroy_model_parallel()
         if started:
             dist.destroy_process_group()
 
 
-def _context(collection: Any, launch: Launch, device: torch.device) -> SequenceComm:
+def _context(collection: Any, nodes: Sequence[int], device: torch.device) -> SequenceComm:
     """The context ranks and their nodes; the ledger learns which axis each of Megatron's groups belongs to."""
-    node = torch.tensor([launch.node], device=device)
-    nodes = SequenceComm(None, axis=WORLD).all_gather(node).tolist()
     for name, axis in AXES.items():
         if (group := getattr(collection, name, None)) is not None:
             label(group, axis, [nodes[rank] for rank in dist.get_process_group_ranks(group)])
-    # On the group itself: NCCL's point-to-point operations want a collective of all its ranks before.
-    return SequenceComm(collection.cp, node_of_rank=SequenceComm(collection.cp).all_gather(node).tolist())
+    # NCCL's point-to-point operations want a collective of all the group's ranks before.
+    ranks = SequenceComm(collection.cp).all_gather(torch.tensor([dist.get_rank()], device=device)).tolist()
+    return SequenceComm(collection.cp, node_of_rank=[nodes[rank] for rank in ranks])
 
 
 def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:

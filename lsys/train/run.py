@@ -7,6 +7,9 @@ from pathlib import Path
 from lsys.config import Config
 from lsys.config.load import dump
 from lsys.config.rules import check_files, require
+from lsys.inspection import mesh_of
+from lsys.observe.efficiency import open_baseline
+from lsys.observe.folder import require_own_folder
 from lsys.runtime.environment import launch_from_environment
 from lsys.runtime.groups import Groups, process_groups
 from lsys.train.errors import RunError
@@ -17,6 +20,8 @@ def main(settings: Config) -> int:
     launch = launch_from_environment()
     require(settings, launch.world_size)
     check_files(settings)
+    require_own_folder(settings)
+    open_baseline(settings, launch)
     with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
         Run(settings, groups).train()
     return 0
@@ -29,7 +34,9 @@ class Run:
         from lsys.checkpoint import Checkpoints
         from lsys.observe.hardware import peak_of_ranks
         from lsys.observe.meter import Meter
+        from lsys.observe.profiler import Profiler
         from lsys.observe.reporter import Reporter
+        from lsys.observe.waterfall_recorder import Recorder
         from lsys.train.data import open_data
         from lsys.train.engine import Engine
 
@@ -39,14 +46,23 @@ class Run:
         self.checkpoints = Checkpoints(settings.train.folder / "checkpoints", settings.checkpoint.keep)
         self.step = self._resume()
         self.saved_step = self.step
-        self.meter = Meter()
+        self.meter, self.waterfall = Meter(), Recorder(groups, settings.metrics.waterfall_every)
+        self.profiler = Profiler(
+            settings.train.profile,
+            rank=groups.launch.rank,
+            folder=settings.train.folder / "profile",
+            device=groups.device,
+            models=self.engine.chunks,
+        )
         active = groups.launch.rank == 0
         self.reporter = Reporter(
             settings,
             active=active,
-            ranks=groups.launch.world_size,
+            mesh=mesh_of(settings, groups.launch.world_size),
+            nodes=groups.nodes,
             device=groups.device,
             peak=peak_of_ranks(groups.device, settings.train.precision),
+            efficiency=open_baseline(settings, groups.launch),
             first_step=self.step + 1,
             text=dump(settings),
         )
@@ -80,14 +96,19 @@ class Run:
             )
             self.reporter.close()
             return
-        with StopRequest(self.groups.device) as stop, ThreadPoolExecutor(1) as ahead:
+        recording = self.waterfall.recording(self.step + 1)
+        with StopRequest(self.groups.device) as stop, ThreadPoolExecutor(1) as ahead, recording:
             plan = ahead.submit(self.data.training, self.step)
             while self.step < steps:
-                with self.meter.waiting_for_data():
+                with self.meter.waiting_for_data(), self.waterfall.region("data"):
                     batches, flops = plan.result()
                 if self.step + 1 < steps:
                     plan = ahead.submit(self.data.training, self.step + 1)
-                self._train_step(batches, flops)
+                with self.profiler.step(self.step + 1):
+                    self._train_step(batches, flops)
+                if self.profiler.is_complete(self.step):
+                    with self.waterfall.region("report"):
+                        print(f"rank {self.groups.launch.rank} wrote {self.profiler.write()}", flush=True)
                 if _due(self.step, settings.train.validate_every) and self.step < steps:
                     self._validate()
                 if _due(self.step, settings.checkpoint.every):
@@ -101,33 +122,38 @@ class Run:
         self.reporter.close()
 
     def _train_step(self, batches: list, flops: float) -> None:
-        losses = self.engine.forward_backward(batches)
-        if not math.isfinite(losses.entropy):
-            raise RunError(
-                f"the loss of step {self.step + 1} is {losses.mean}: no update was made; the newest checkpoint is "
-                f"{self.checkpoints.latest()}. A lower optimizer.lr, a longer warmup_steps or optimizer.clip may help"
-            )
-        lr = self.engine.learning_rate
-        norm = self.engine.step()
+        with self.waterfall.region("compute"):
+            losses = self.engine.forward_backward(batches)
+            if not math.isfinite(losses.entropy):
+                raise RunError(
+                    f"the loss of step {self.step + 1} is {losses.mean}: no update was made; the newest checkpoint is "
+                    f"{self.checkpoints.latest()}. A lower optimizer.lr, a longer warmup_steps or optimizer.clip may help"
+                )
+            lr = self.engine.learning_rate
+            norm = self.engine.step()
         self.step += 1
+        self.waterfall.end_step(self.step)
         self.meter.add(self.settings.train.batch_tokens, flops * self.groups.data_size)
         if _due(self.step, self.settings.metrics.every) or self.step == self.settings.train.steps:
-            self.reporter.training(
-                self.step,
-                self.meter.take(),
-                loss=losses.mean,
-                z_loss=losses.z_loss / max(losses.tokens, 1),
-                grad_norm=norm,
-                lr=lr,
-                seen=self.step * self.settings.train.batch_tokens,
-            )
+            interval = self.meter.take()
+            with self.waterfall.region("report"):
+                self.reporter.training(
+                    self.step,
+                    interval,
+                    loss=losses.mean,
+                    z_loss=losses.z_loss / max(losses.tokens, 1),
+                    grad_norm=norm,
+                    lr=lr,
+                    seen=self.step * self.settings.train.batch_tokens,
+                    waterfall=self.waterfall.take(),
+                )
 
     def _validate(self) -> None:
         """Loss over the held-out documents."""
         if not self.data.validation_steps:
             return
         entropy, tokens = 0.0, 0
-        with self.meter.paused(), self.engine.settled_parameters():
+        with self.meter.paused(), self.waterfall.region("paused"), self.engine.settled_parameters():
             for batches in self.data.validation():
                 losses = self.engine.forward_backward(batches, forward_only=True)
                 entropy, tokens = entropy + losses.entropy, tokens + losses.tokens
@@ -138,7 +164,7 @@ class Run:
 
         if not self.settings.checkpoint.save or self.step == self.saved_step:
             return
-        with self.meter.paused(), self.engine.settled_parameters():
+        with self.meter.paused(), self.waterfall.region("checkpoint"), self.engine.settled_parameters():
             cursor = Cursor(self.step, self.step * self.settings.train.batch_tokens, dump(self.settings))
             path = self.checkpoints.save(self.engine, cursor)
         self.saved_step = self.step

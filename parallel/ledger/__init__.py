@@ -34,6 +34,7 @@ __all__ = [
     "Operation",
     "Place",
     "Traffic",
+    "bytes_sent",
     "label",
     "record",
     "traffic",
@@ -93,7 +94,7 @@ class Ledger(Observer):
     """
 
     def __init__(self, programs: bool = False) -> None:
-        self.wants_cpu = programs
+        self.clock = time.thread_time if programs else None
         self._calls: list[Call] = []
         self._trace: list[Moment] = []
         if programs:
@@ -101,15 +102,15 @@ class Ledger(Observer):
 
     def issued(self, call: Call, before: float, after: float) -> None:
         self._calls.append(call)
-        if self.wants_cpu:
+        if self.clock is not None:
             self._trace.append(Moment(call, False, threading.get_ident(), before, after))
 
     def waited(self, call: Call, before: float, after: float) -> None:
-        if self.wants_cpu:
+        if self.clock is not None:
             self._trace.append(Moment(call, True, threading.get_ident(), before, after))
 
     def _stop(self) -> None:
-        if self.wants_cpu:
+        if self.clock is not None:
             self._trace.append(Moment(None, True, threading.get_ident(), time.thread_time(), 0.0))
 
     @property
@@ -155,7 +156,7 @@ class Ledger(Observer):
         Raises:
             ValueError: the ledger records programs, which cannot be cut.
         """
-        if self.wants_cpu:
+        if self.clock is not None:
             raise ValueError("a ledger with programs is not divided; record each part by itself")
         part = Ledger()
         part._calls, self._calls = self._calls, []
@@ -223,6 +224,11 @@ def _moved(operation: Operation, place: Place, backend: str) -> _Moved:
             links.add(place.link(peer))
             sums[way][place.link(peer)] += count
     return _Moved(NETWORK if NETWORK in links else NODE, **sums)
+
+
+def bytes_sent(call: Call) -> int:
+    """By this rank, over links of all classes."""
+    return sum(_moved(call.operation, call.place, call.backend).sent.values())
 
 
 def _event(call: Call) -> Event:

@@ -40,12 +40,12 @@ class Call:
 
 
 class Observer:
-    """What the hooks report to. `wants_cpu`: whether `issued` and `waited` are to get the thread's CPU time."""
+    """What the hooks report to. `clock`: is read before and after each issue and wait, on the thread that does it."""
 
-    wants_cpu = False
+    clock: Callable[[], float] | None = None
 
     def issued(self, call: Call, before: float, after: float) -> None:
-        """An operation was issued; CPU time of this thread before and after, s."""
+        """An operation was issued; what `clock` gave before and after, 0 without one."""
 
     def waited(self, call: Call, before: float, after: float) -> None:
         """The first wait for it returned."""
@@ -171,7 +171,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._observers: tuple[Observer, ...] = ()
-        self._cpu = False
+        self._clocks: tuple[Callable[[], float], ...] = ()
         self._originals: list[tuple[type, str, Any]] = []
         self._places = Places()
         self._waiting: weakref.WeakKeyDictionary[dist.Work, list[tuple[Call, tuple[Observer, ...]]]]
@@ -183,12 +183,12 @@ class Hooks:
             if not self._observers:
                 self._install()
             self._observers += (observer,)
-            self._cpu = any(each.wants_cpu for each in self._observers)
+            self._clocks = tuple({each.clock for each in self._observers if each.clock is not None})
 
     def remove(self, observer: Observer) -> None:
         with self._lock:
             self._observers = tuple(each for each in self._observers if each is not observer)
-            self._cpu = any(each.wants_cpu for each in self._observers)
+            self._clocks = tuple({each.clock for each in self._observers if each.clock is not None})
             if not self._observers:
                 self._uninstall()
 
@@ -210,6 +210,9 @@ class Hooks:
         self._waiting.clear()
         self._batches.clear()
 
+    def _read(self) -> dict[Callable[[], float] | None, float]:
+        return {clock: clock() for clock in self._clocks}
+
     def _replace(self, owner: type, name: str, hook: Callable[..., Any]) -> None:
         self._originals.append((owner, name, owner.__dict__[name]))
         setattr(owner, name, hook)
@@ -217,7 +220,7 @@ class Hooks:
     def _issue(self, original: Callable[..., Any], parse: Callable[..., Operation]) -> Callable[..., Any]:
         def issue(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())  # by name, too, they come in the order of the parameters
-            cuda, cpu = _is_cuda(values), time.thread_time() if self._cpu else 0.0
+            cuda, before = _is_cuda(values), self._read()
             begin = _mark(cuda)
             work = original(group, *args, **kwargs)
             issued = _mark(cuda)
@@ -229,9 +232,9 @@ class Hooks:
                 self._batches[group].append((call, observers))
             elif work is not None:
                 self._waiting[work] = [(call, observers)]
-            after = time.thread_time() if self._cpu else 0.0
+            after = self._read()
             for observer in observers:
-                observer.issued(call, cpu, after)
+                observer.issued(call, before.get(observer.clock, 0.0), after.get(observer.clock, 0.0))
             return work
 
         return issue
@@ -262,18 +265,18 @@ class Hooks:
             entries = self._waiting.pop(work, None)
             if entries is None:  # waited for before, or issued before the recording
                 return original(work, *args, **kwargs)
-            cpu, cuda = time.thread_time() if self._cpu else 0.0, not isinstance(entries[0][0].begin, float)
+            before, cuda = self._read(), not isinstance(entries[0][0].begin, float)
             begin = _mark(cuda)
             try:
                 return original(work, *args, **kwargs)
             finally:
                 end = _mark(cuda)
-                after = time.thread_time() if self._cpu else 0.0
+                after = self._read()
                 for call, observers in entries:
                     call.end = end
                     call.blocked.append((begin, end))
                     for observer in observers:
-                        observer.waited(call, cpu, after)
+                        observer.waited(call, before.get(observer.clock, 0.0), after.get(observer.clock, 0.0))
 
         return wait
 

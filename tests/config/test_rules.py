@@ -129,6 +129,14 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
         "optimizer.decay_steps: 8 after 4 steps of warm-up is above train.steps 10; 6 or fewer",
     ),
     (dict(optimizer__min_lr=1.0), 1, "optimizer.min_lr: 1.0 is above optimizer.lr 0.0003; 0.0003 or less"),
+    (
+        dict(train__profile=dict(first=3, ranks=[0, 2])), 2,
+        "train.profile.ranks: [2] are not among 2 ranks; there are ranks 0 to 1",
+    ),
+    (
+        dict(train__profile=dict(first=9, steps=3)), 1,
+        "train.profile.first: steps 9 to 11 go beyond train.steps 10; 8 or less",
+    ),
 ]  # fmt: skip
 
 

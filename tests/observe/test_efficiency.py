@@ -1,0 +1,89 @@
+"""Efficiency is what a rank does now over what it did in the baseline; other work and other hardware are refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lsys.config.schema import Config
+from lsys.observe.efficiency import BaselineError, Efficiency, History, Record, hardware_name
+from lsys.observe.folder import FolderError, mark_folder, require_own_folder
+
+
+def make(folder: Path = Path("out"), tokens: int = 4096, **model: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": dict(layers=2, hidden=32, heads=4, ffn=64, vocab=64, **model),
+            "data": {"corpora": [{"path": "a"}]},
+            "train": dict(folder=folder, steps=10, batch_tokens=tokens, micro_batch_tokens=1024),
+        }
+    )
+
+
+def baseline(path: Path, ranks: int = 2, **changes: Any) -> Path:
+    history = History()
+    history.add(9.0, 1.0)  # the first, in which things are set up
+    for seconds in (0.5, 0.4, 0.6):
+        history.add(seconds, 100 / seconds, {"compute": 0.8 * seconds, "other": 0.2 * seconds})
+    record = history.record(make(), ranks, "a processor")
+    assert record is not None
+    dataclasses.replace(record, **changes).save(path)
+    return path
+
+
+def test_a_record_is_the_median_of_the_reports_but_the_first(tmp_path):
+    record = Record.load(baseline(tmp_path / "scaling.json"))
+    assert record.step_seconds == 0.5 and record.flops == 200
+    assert record.waterfall == pytest.approx({"compute": 0.4, "other": 0.1})
+    assert record.versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("tokens, ranks, kind", [(4096, 2, "weak"), (8192, 4, "weak"), (4096, 4, "strong")])
+def test_weak_and_strong_scaling(tmp_path, tokens, ranks, kind):
+    efficiency = Efficiency(baseline(tmp_path / "b.json"), make(tokens=tokens), ranks, "a processor")
+    assert efficiency.kind == kind and efficiency.percent(150) == 75
+
+
+@pytest.mark.parametrize(
+    "config, hardware, said",
+    [
+        (make(tokens=5120), "a processor", ["train.batch_tokens is 5,120 on 4 ranks", "take 8,192", "4,096"]),
+        (make(tokens=8192, pattern="L"), "a processor", ["model.pattern is 'L', in the baseline 'LLLS'"]),
+        (make(tokens=8192), "another", ["measured on 'a processor', this is 'another'"]),
+    ],
+)
+def test_other_work_and_hardware_are_refused_with_the_difference(tmp_path, config, hardware, said):
+    path = baseline(tmp_path / "b.json")
+    with pytest.raises(BaselineError) as error:
+        Efficiency(path, config, 4, hardware)
+    assert all(words in str(error.value) for words in [str(path), *said])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "work": 3}'])
+def test_what_is_no_record_is_refused(tmp_path, text):
+    path = tmp_path / "b.json"
+    with pytest.raises(BaselineError, match="does not exist"):
+        Record.load(path)
+    path.write_text(text)
+    with pytest.raises(BaselineError, match=str(path)):
+        Record.load(path)
+
+
+def test_hardware_has_a_name():
+    assert hardware_name(torch.device("cpu"))
+
+
+def test_a_folder_keeps_the_curves_of_one_run(tmp_path):
+    first, other = make(tmp_path), make(tmp_path, tokens=8192)
+    require_own_folder(first)
+    mark_folder(first)
+    require_own_folder(first)  # the same run, started again
+    with pytest.raises(FolderError, match="another run"):
+        require_own_folder(other)
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    require_own_folder(other)  # goes on from a checkpoint of the folder
+    never = other.model_copy(update={"checkpoint": other.checkpoint.model_copy(update={"resume": "never"})})
+    with pytest.raises(FolderError, match=str(tmp_path)):
+        require_own_folder(never)

@@ -1,0 +1,148 @@
+"""A trace has lsys's ranges and the communication that the ledger saw, at their times; `lsys bench trace` sums it up."""
+
+import gzip
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lsys.bench.trace import TraceError, TraceOptions, main, overlap, summarise, union
+from lsys.config.schema import Profile
+from lsys.observe.profiler import Communication, Operation, Profiler
+
+
+class Layer(nn.Module):
+    """Looks like one of Megatron's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer_number, self.self_attention, self.mlp = number, LightningMixer(), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.mlp(self.self_attention(x))
+
+
+class LightningMixer(nn.Module):
+    def forward(self, x):
+        return x.tanh()
+
+
+def traced(folder: Path, steps: int = 2) -> tuple[Path, list[Operation]]:
+    """A trace of steps 2 and 3 of a run of two layers, each with an operation of 20 ms of which 5 are waited for."""
+    issued: list[Operation] = []
+
+    def communication(device):
+        before = len(issued)
+        return lambda: issued[before:]
+
+    model = nn.Sequential(Layer(1), Layer(2))
+    profiler = Profiler(
+        Profile(first=2, steps=steps, ranks=[1]), rank=1, folder=folder, device=torch.device("cpu"),
+        models=[model], communication=communication,
+    )  # fmt: skip
+    for number in range(1, 5):
+        with profiler.step(number):
+            begin = time.perf_counter()
+            model(torch.ones(8, 64)).sum().backward()
+            time.sleep(0.015)
+            wait = time.perf_counter()
+            time.sleep(0.005)
+            end = time.perf_counter()
+            issued.append(Operation("context", "all_gather", 1000, begin, end, [(wait, end)]))
+        assert profiler.is_complete(number) == (number == 3)
+        if profiler.is_complete(number):
+            profiler.write()
+    (path,) = folder.iterdir()
+    return path, issued[1:3]
+
+
+def test_a_trace_has_the_chosen_steps_their_ranges_and_communication(tmp_path):
+    path, operations = traced(tmp_path)
+    assert path.name == "rank1-step2.json.gz"
+    events = json.load(gzip.open(path, "rt"))["traceEvents"]
+    spans = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and "ts" in e}
+    assert {"lsys.step 2", "lsys.step 3", "lsys.layer 1", "lsys.layer 2 Lightning", "lsys.layer 2 MLP"} <= spans.keys()
+    assert "lsys.step 1" not in spans and "lsys.step 4" not in spans
+    begun = [e for e in events if e.get("ph") == "b" and e.get("cat") == "lsys.communication"]
+    assert [e["args"] for e in begun] == [{"bytes": 1000, "axis": "context"}] * 2
+    for number, event in zip((2, 3), begun, strict=True):  # the host's clock and the profiler's are brought together
+        first, last = spans[f"lsys.step {number}"]
+        assert first - 500 < event["ts"] < last
+    assert begun[1]["ts"] - begun[0]["ts"] == pytest.approx(1e6 * (operations[1].begin - operations[0].begin), abs=10)
+
+
+def communicate(rank: int, world_size: int) -> list[Operation]:
+    from lsys.parallel.comm import SequenceComm
+
+    comm = SequenceComm(None, axis="world")
+    communication = Communication(torch.device("cpu"))
+    began = time.perf_counter()
+    comm.all_gather(torch.ones(10))
+    found = communication()
+    comm.all_gather(torch.ones(10))
+    assert all(began <= each.begin <= each.blocked[0][0] <= each.end <= time.perf_counter() for each in found)
+    return found
+
+
+def test_communication_is_seen_as_the_ledger_sees_it(gloo):
+    for found in gloo(2, communicate):
+        assert [(each.axis, each.name, each.bytes) for each in found] == [("world", "all_gather", 40)]
+
+
+def test_the_summary_tells_hidden_from_exposed_communication(tmp_path, capsys):
+    path, operations = traced(tmp_path)
+    summary = summarise(path)
+    assert len(summary.steps) == 2 and summary.axes["context"].calls == 2 and summary.axes["context"].bytes == 2000
+    assert summary.communication == pytest.approx(sum(o.end - o.begin for o in operations), abs=1e-4)
+    assert summary.exposed == pytest.approx(sum(o.end - o.blocked[0][0] for o in operations), abs=1e-4)
+    assert summary.ranges["layer Lightning"][1] == 4 and summary.ranges["step"][1] == 2
+    assert main(TraceOptions([tmp_path])) == 0
+    assert "hidden by computation" in capsys.readouterr().out
+
+
+def test_a_gpus_kernels_tell_the_overlap(tmp_path):
+    def kernel(name, begin, end):
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": end - begin, "pid": 0, "tid": 7}
+
+    step = {"ph": "X", "cat": "user_annotation", "name": "lsys.step 5", "ts": 0, "dur": 1000, "pid": 0, "tid": 1}
+    copy = {**step, "cat": "gpu_user_annotation"}
+    events = [step, copy, kernel("gemm", 0, 400), kernel("ncclDevKernel_AllGather", 300, 700), kernel("gemm", 600, 900)]
+    path = tmp_path / "rank0-step5.json.gz"
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    summary = summarise(path)
+    assert summary.seconds == 1e-3 and summary.communication == 4e-4 and summary.exposed == pytest.approx(2e-4)
+
+
+def test_spans():
+    assert union([(5, 6), (0, 2), (1, 3)]) == [(0, 3), (5, 6)]
+    assert overlap([(0, 2), (4, 6)], [(1, 5)]) == 2
+
+
+def test_what_is_no_trace_is_refused(tmp_path):
+    with pytest.raises(TraceError, match="no trace"):
+        main(TraceOptions([tmp_path]))
+    for text, said in ((b"x", "no trace"), (gzip.compress(b'{"traceEvents": []}'), "no step")):
+        (tmp_path / "a.json.gz").write_bytes(text)
+        with pytest.raises(TraceError, match=said):
+            summarise(tmp_path / "a.json.gz")
+
+
+def test_a_profiler_that_is_not_asked_does_nothing(tmp_path):
+    for settings in (Profile(), Profile(first=1, ranks=[0])):
+        profiler = Profiler(settings, rank=1, folder=tmp_path, device=torch.device("cpu"))
+        with profiler.step(1):
+            pass
+        assert not profiler.is_complete(1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_within_the_steps_leaves_no_hooks(tmp_path):
+    layer = Layer(1)
+    profiler = Profiler(Profile(first=1, steps=9), rank=0, folder=tmp_path, device=torch.device("cpu"), models=[layer])
+    with pytest.raises(RuntimeError, match="out of memory"), profiler.step(1):
+        raise RuntimeError("out of memory")
+    assert not layer._forward_pre_hooks and not list(tmp_path.iterdir())

@@ -1,0 +1,288 @@
+"""The arithmetic of the waterfall on made-up marks, and the exchange of issue times on made-up operations."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lsys.observe import clocks
+from lsys.observe.clocks import RunQueue, Timer, clock_offset
+from lsys.observe.waterfall import Moved, Waterfall, part_names
+from lsys.observe.waterfall_peers import Channel, Issues
+from lsys.observe.waterfall_split import Bound, Split, Stop
+from lsys.parallel.ledger import Operation, Place
+from lsys.parallel.ledger.hooks import Call
+
+CPU = torch.device("cpu")
+
+
+# ---- one rank's steps
+
+
+class Told:
+    """Stands in for `Peers`: what the exchange is to give for every operation."""
+
+    def __init__(self, last: float, near: float | None = None) -> None:
+        self.last, self.near = last, last if near is None else near
+
+    def add(self, call: Call, begin: float) -> Issues:
+        issues = Issues()
+        issues.begins.append(begin)
+        issues.last, issues.near = [self.last], [self.near]
+        return issues
+
+
+def call(axis: str = "data", kind: str = "all_reduce", begin: float = 0.0, size: int = 8) -> Call:
+    return Call(Operation(kind, size), Place(axis, 0, (0, 1), (0, 0)), "gloo", begin, begin)
+
+
+def split(peers: Any, *step: Bound | Stop, axes: tuple[str, ...] = ("data", "pipeline", "other")) -> dict[str, float]:
+    """Parts of a step, without those that are zero; they sum to the time between its first and last bound."""
+    whole = Split(Timer(CPU), peers, axes)
+    whole.add(step)
+    whole.settle()
+    return {part: pytest.approx(seconds) for part, seconds in whole.seconds.items() if abs(seconds) > 1e-12}
+
+
+def waited_for(axis: str, begin: float, end: float, before: float = 0.0, after: float = 0.0) -> list[Stop]:
+    begin, end = float(begin), float(end)
+    one = call(axis, begin=begin)
+    return [Stop(begin, begin, before, before, [one], True), Stop(begin, end, before, after, [one], False)]
+
+
+def step(*inside: Stop, waited: float = 0.0) -> list[Bound | Stop]:
+    """0 .. 1 between regions, 1 .. 9 compute, 9 .. 10 data."""
+    bounds = [(0.0, 0.0, None), (1.0, 0.0, "compute"), (9.0, waited, "data"), (10.0, waited, None)]
+    first, second, *others = [Bound(*each) for each in bounds]
+    return [first, second, *inside, *others]
+
+
+def test_segments_between_waits_are_compute() -> None:
+    assert split(Told(-math.inf), *step(*waited_for("data", 2, 5))) == {
+        "other": 1, "compute": 5, "exposed_data": 3, "data": 1
+    }  # fmt: skip
+
+
+def test_waiting_for_peers_is_no_transfer() -> None:
+    assert split(Told(4.0), *step(*waited_for("data", 2, 5)))["imbalance"] == 2
+    assert split(Told(99.0), *step(*waited_for("data", 2, 5)))["imbalance"] == 3  # later than its end: clocks differ
+    assert split(Told(4.0), *step(*waited_for("pipeline", 2, 5)))["bubble"] == 2
+    # The last rank of this one's stage came at 3, that of another stage at 4.
+    parts = split(Told(4.0, 3.0), *step(*waited_for("data", 2, 5)))
+    assert (parts["imbalance"], parts["bubble"], parts["exposed_data"]) == (1, 1, 1)
+
+
+def test_waiting_for_a_core_is_taken_out_of_the_end_of_a_wait() -> None:
+    def parts(core: float) -> dict[str, float]:
+        return split(Told(4.0), *step(*waited_for("data", 2, 5, 0.5, 0.5 + core), waited=0.5 + core + 0.25))
+
+    assert parts(0.0) == {"other": 1, "compute": 4.25, "core": 0.75, "imbalance": 2, "exposed_data": 1, "data": 1}
+    assert parts(0.5) == {"other": 1, "compute": 4.25, "core": 1.25, "imbalance": 2, "exposed_data": 0.5, "data": 1}
+    assert parts(1.5) == {"other": 1, "compute": 4.25, "core": 2.25, "imbalance": 1.5, "data": 1}
+
+
+def test_what_a_segment_is_too_short_for_counts_later() -> None:
+    assert split(Told(0.0), *step(*waited_for("data", 2, 2.5, 1.5, 1.5), waited=3.0))["core"] == 3
+
+
+def test_stops_inside_of_a_checkpoint_are_the_checkpoint() -> None:
+    bounds = [
+        Bound(0.0, 0.0, None),
+        Bound(0.0, 0.0, "checkpoint"),
+        *waited_for("data", 1, 3),
+        Bound(4.0, 0.0, "paused"),
+    ]
+    assert split(Told(0.0), *bounds, Bound(7.0, 0.0, None), Bound(8.0, 0.0, None)) == {"checkpoint": 4, "other": 1}
+
+
+def test_a_batch_stops_once() -> None:
+    calls = [call("pipeline", "send", 2.0), call("pipeline", "recv", 2.5)]
+    issues = [Stop(each.begin, each.begin, 0.0, 0.0, [each], True) for each in calls]
+    parts = split(Told(3.0), *step(*issues, Stop(2.5, 4.0, 0.0, 0.0, calls, False)))
+    assert parts == {"other": 1, "compute": 6.5, "bubble": 0.5, "exposed_pipeline": 1, "data": 1}
+
+
+def test_an_operation_may_outlast_its_step() -> None:
+    one = call()
+    whole = Split(Timer(CPU), Told(1.5), ["data"])  # type: ignore[arg-type]
+    whole.add([Bound(0.0, 0.0, None), Stop(0.5, 0.5, 0.0, 0.0, [one], True), Bound(1.0, 0.0, None)])
+    whole.settle()
+    assert whole.seconds["other"] == 1 and whole.moved == {
+        ("data", "calls"): 1,
+        ("data", "bytes"): 8,
+        ("data", "total"): 0,
+    }
+    whole.restart()
+    whole.add([Bound(1.0, 0.0, None), Stop(1.25, 2.0, 0.0, 0.0, [one], False), Bound(3.0, 0.0, None)])
+    whole.settle()
+    assert whole.seconds == {"other": 1.25, "core": 0, "imbalance": 0.25, "exposed_data": 0.5, "bubble": 0}
+    assert whole.moved == {("data", "total"): 1.5}
+
+
+def test_axes_without_a_group_are_other() -> None:
+    assert split(Told(0.0), *step(*waited_for("spare", 2, 5)))["exposed_other"] == 3
+
+
+# ---- what is shown
+
+
+def test_what_is_shown() -> None:
+    names = part_names(["tensor", "data"], ranks=4, stages=2, cores=True)
+    seconds = dict(zip(names, (8.0, 0.5, 0.3, 0.4, 0.0, 0.0, 0.0, 0.7, 0.05, 0.05), strict=True))
+    moved = {"data": Moved(bytes=100.0, total=1.0, exposed=0.3)}
+    shown = Waterfall(3, 10.0, seconds, (seconds,) * 4, moved)
+    assert shown.line == "compute 80% exposed 8% imbalance 4% core 7%"
+    assert shown.efficiency == 0.8 and sum(shown.percent.values()) == pytest.approx(100)
+    scalars = shown.scalars
+    assert scalars["waterfall/exposed_tensor(%)"] == pytest.approx(5) and scalars["waterfall/bubble(%)"] == 0
+    assert scalars["comm/data/exposed(ms)"] == pytest.approx(300) and scalars["comm/data/bytes"] == 100
+    assert scalars["comm/data/total(ms)"] == pytest.approx(1000) and len(scalars) == 10 + 3
+    assert part_names([], ranks=1, stages=1, cores=False) == ("compute", "data", "checkpoint", "report", "other")
+
+
+# ---- several ranks
+
+
+def channel(rank: int, ranks: int, stage: int = 0, stages: int = 1) -> Channel:
+    assert dist.group.WORLD is not None
+    return Channel(dist.group.WORLD, Place("data", rank, tuple(range(ranks)), (0,) * ranks), stage, stages, CPU)
+
+
+def exchanged(rank: int, ranks: int) -> None:
+    """Operation n is issued by rank r at 10 n + r; a broadcast's followers wait for its root only."""
+    own = channel(rank, ranks)
+    for number, (kind, root) in enumerate([("all_reduce", -1), ("broadcast", 1), ("reduce", 1), ("scatter", 0)]):
+        own.add(Call(Operation(kind, 4, root), own.place, "gloo", 0.0, 0.0), 10.0 * number + rank)
+    issues = own.collectives
+    ahead = 1000.0 * rank  # of the clock
+    issues.begins[:] = [begin + ahead for begin in issues.begins]
+    own.roots[:] = [root + ahead for root in own.roots]
+    assert own.exchange(ahead)
+    last = ranks - 1.0
+    expected = [last, 10 + (last if rank == 1 else 1), 20 + last, 30 + (last if rank == 0 else 0)]
+    assert issues.last == issues.near == [each + ahead for each in expected]
+
+
+def test_issue_times_of_the_last_rank(gloo: Any) -> None:
+    gloo(3, exchanged)
+
+
+def exchanged_stages(rank: int, ranks: int) -> None:
+    """Ranks 0 and 1 are the first stage, the others the second."""
+    own = channel(rank, ranks, rank // 2, 2)
+    issues = own.add(call(), float(rank))
+    assert own.exchange(0.0)
+    assert (issues.last, issues.near) == ([3.0], [[1.0], [3.0]][rank // 2])
+
+
+def test_the_last_rank_of_the_own_stage(gloo: Any) -> None:
+    gloo(4, exchanged_stages)
+
+
+def exchanged_messages(rank: int, ranks: int) -> None:
+    """Each rank sends r + 1 messages to the next; the last one's first neighbour takes one less than it gets."""
+    own = channel(rank, ranks)
+    after, before = (rank + 1) % ranks, (rank - 1) % ranks
+    sends, receives = own.messages[after, "send"], own.messages[before, "recv"]
+    sends.begins += [100.0 * n + 10 for n in range(rank + 1)]
+    receives.begins += [100.0 * n + 20 - rank for n in range(before + 1 - (rank == 0))]
+    assert own.exchange(0.0) == (rank == 1)  # the pair that differs notices
+    assert sends.last == (None if rank == ranks - 1 else [100.0 * n + 20 - after for n in range(rank + 1)])
+    assert receives.last == (None if rank == 0 else [100.0 * n + 20 - rank for n in range(before + 1)])
+    own.restart()
+    assert own.exchange(0.0)  # nothing at all
+    one = own.add(call(), 1.0)
+    if rank == 0:
+        own.add(call(), 2.0)
+    assert not own.exchange(0.0) and one.last is None
+    own.restart()
+    one = own.add(call(kind=("all_reduce", "all_gather")[rank % 2]), 1.0)
+    assert not own.exchange(0.0) and one.last is None
+
+
+def test_messages_match_in_order_and_mismatches_teach_nothing(gloo: Any) -> None:
+    gloo(3, exchanged_messages)
+
+
+@contextlib.contextmanager
+def recorder(rank: int, ranks: int) -> Iterator[Any]:
+    from lsys.config.schema import Parallel
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.observe.waterfall_recorder import Recorder
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+
+    with process_groups(Parallel(), Launch(rank=rank, world_size=ranks)) as groups:
+        yield Recorder(groups)
+
+
+def differing(rank: int, ranks: int) -> list[Waterfall]:
+    """An operation that only rank 0 records; then it is waited for by both. In the second step all is well."""
+    found = []
+    with recorder(rank, ranks) as own, own.recording(1):
+        for number in (1, 2, 3):
+            with own.region("compute"):
+                if rank == 1:
+                    time.sleep(0.2)
+                dist.all_reduce(torch.ones(4))
+            if number < 3:
+                with own.region("compute" if rank == 0 else "paused"):
+                    dist.all_reduce(torch.ones(4))
+            own.end_step(number)
+            with own.region("report"):
+                found.append(own.take())
+    return found
+
+
+def test_differing_operations_are_said_once(gloo: Any) -> None:
+    for first, second, third in gloo(2, differing):
+        assert [len(each.notes) for each in (first, second, third)] == [1, 0, 0]
+        assert first.notes[0].startswith("world: its ranks issued different operations")
+        assert first.per_rank[0]["exposed_world"] > 0.15 and first.per_rank[0]["imbalance"] < 0.05
+        assert third.per_rank[0]["imbalance"] > 0.15 and third.per_rank[0]["exposed_world"] < 0.05
+
+
+def without_counts(rank: int, ranks: int) -> list[Waterfall]:
+    found = []
+    missing = mock.patch.object(clocks.os, "open", side_effect=FileNotFoundError)
+    with recorder(rank, ranks) as own, missing, own.recording(1):
+        for number in (1, 2):
+            dist.all_reduce(torch.ones(4))
+            own.end_step(number)
+            found.append(own.take())
+    return found
+
+
+def test_a_system_that_does_not_count_waits_for_cores(gloo: Any) -> None:
+    first, second = gloo(2, without_counts)[0]
+    assert first.parts["core"] == 0 and "does not tell how long" in first.notes[0]
+    assert second.notes == () and dataclasses.replace(second, notes=()) == second
+
+
+def shifted(rank: int, ranks: int) -> float:
+    """Rank 2 is alone on a node, whose clock is ahead."""
+    real = time.perf_counter
+    with mock.patch.object(time, "perf_counter", lambda: real() + (12.5 if rank == 2 else 0.0)):
+        return min((clock_offset((0, 0, 1), CPU) for _ in range(5)), key=lambda found: abs(found - 12.5))
+
+
+def test_offset_of_clocks(gloo: Any) -> None:
+    first, second, third = gloo(3, shifted)
+    assert first == second == 0 and third == pytest.approx(12.5, abs=0.005)
+
+
+def test_time_waited_for_a_core_grows() -> None:
+    queue = RunQueue()
+    readings = [queue() for _ in range(1000)]
+    queue.close()
+    assert readings[0] >= 0 and all(a <= b for a, b in itertools.pairwise(readings))
