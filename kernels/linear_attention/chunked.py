@@ -7,27 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lsys.kernels.linear_attention.blocks import in_blocks
 from lsys.kernels.linear_attention.chunks import Chunks, Tokens
-from lsys.kernels.linear_attention.grid import chunk_grid
-from lsys.kernels.linear_attention.scan import scan
+from lsys.kernels.linear_attention.phases import Apply, Intra, Maps, Work
 from lsys.kernels.linear_attention.sweep import sweep
-from lsys.kernels.linear_attention.transition import carry
 
 
 class SegmentMap(NamedTuple):
-    """What each of the L linked segments does to a state, S -> A S + state, and what `apply` reuses of it.
+    """What each of the L linked segments does to a state, S -> A S + state.
+
+    S is the state that `apply` is given: gradients through `transition` are taken to be those of such states.
 
     Attributes:
         transition: A in one of the forms of `transition.py`, [L, H ...].
         state: [L, H, K, V], the state after the segment when zero before it.
-        before: [m, H, K, V], the states before the scanned chunks, zero before their segment.
-        reach: [m, H ...], the transition from the start of the segment to the chunk.
     """
 
     transition: Tensor | None
     state: Tensor
-    before: Tensor | None = None
-    reach: Tensor | None = None
 
 
 class ChunkedSegments:
@@ -48,36 +45,38 @@ class ChunkedSegments:
         self.lengths, self.linked = lengths, linked
 
     @cached_property
-    def chunks(self) -> Chunks:
-        """Of all tokens."""
-        k, v = self.tokens.k, self.tokens.v
-        size = self.member.chunk_size(self.lengths, k.shape[-1], v.shape[-1])
-        return self.member(self.tokens, chunk_grid(self.lengths, self.linked, size, v.device), self.scale)
+    def work(self) -> Work:
+        among = set(self.linked)
+        apart = [i for i in range(len(self.lengths)) if i not in among]
+        linked = in_blocks(self.member, self.tokens, self.lengths, self.linked, True)
+        others = in_blocks(self.member, self.tokens, self.lengths, apart, False)
+        return Work(self.member, linked, others, self.scale, [x is not None and x.requires_grad for x in self.tokens])
+
+    @cached_property
+    def mapped(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The states and transitions of the linked segments, and the ticket to `Intra`."""
+        q, *others = self.tokens
+        return Maps.apply(self.work, [self.lengths[i] for i in self.linked], q.detach(), *others)
 
     def segment_map(self) -> SegmentMap:
-        """The maps of the linked segments; also scans the chunks' states, from zero before each segment."""
+        """The maps of the linked segments."""
         if not self.linked:
             return self._no_maps()
-        grid = self.chunks.grid
-        before, reach, state, total = scan(*self.chunks.maps(), grid.plan)
-        if grid.linked is not None:
-            state = state.index_select(0, grid.linked)
-            total = None if total is None else total.index_select(0, grid.linked)
-        return SegmentMap(total, state, before, reach)
+        state, transition, _ = self.mapped
+        return SegmentMap(transition, state)
 
     def intra(self) -> Tensor:
-        """What tokens get from their own chunk, [n, H, C, V]; without links the output, [T, H, V]."""
-        return self.chunks.intra() if self.linked else self.whole()[0]
+        """What tokens get from their own chunk, of segments that are not linked all, [T, H, V]."""
+        if not self.linked:
+            return self.whole()[0]
+        q, *others = self.tokens
+        return Intra.apply(self.work, self.mapped[2], q, *(x if x is None else x.detach() for x in others))
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
         """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
         if not self.linked:
             return intra
-        before = segment_map.before
-        assert before is not None
-        if state is not None and len(before):
-            before = self._enter(before, segment_map.reach, state.to(before.dtype))
-        return self.chunks.read(before, intra)
+        return Apply.apply(self.work, intra, state, *(x if x is None else x.detach() for x in self.tokens))
 
     def whole(self, initial: Tensor | None = None, final: bool = False) -> tuple[Tensor, Tensor | None]:
         """Both phases at once, for known states before all segments, [N, H, K, V], default zero.
@@ -85,17 +84,6 @@ class ChunkedSegments:
         The output [T, H, V] and, if `final`, the states after the segments [N, H, K, V].
         """
         return sweep(self.member, self.tokens, self.lengths, self.scale, initial, final)
-
-    def _enter(self, before: Tensor, reach: Tensor | None, state: Tensor) -> Tensor:
-        """Add what is left of the states before linked segments to those before their chunks: [m, H, K, V]."""
-        grid = self.chunks.grid
-        # One segment's state is broadcast; those of several are copied to their chunks.
-        carried = state if len(state) == 1 else state.index_select(0, grid.entry)
-        if reach is not None:
-            carried = carry(reach if grid.entered is None else reach.index_select(0, grid.entered), carried)
-        if grid.entered is None:
-            return before + carried
-        return before.index_add(0, grid.entered, carried.expand(len(grid.entered), *carried.shape[1:]))
 
     def _no_maps(self) -> SegmentMap:
         _, k, v, log_decay, beta = self.tokens

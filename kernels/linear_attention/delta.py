@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.channel import ChannelDecay
-from lsys.kernels.linear_attention.chunks import ChunkDecay, Chunks, matmul
+from lsys.kernels.linear_attention.chunks import ChunkDecay, Chunks, Written, matmul
 from lsys.kernels.linear_attention.scalar import NoDecay, scalar_decay
-from lsys.kernels.linear_attention.transition import operator
 
 
 class DeltaChunks(Chunks):
@@ -31,33 +30,16 @@ class DeltaChunks(Chunks):
         return ChannelDecay(self.grid.cut(self.log_decay, self.dtype))
 
     @cached_property
-    def written(self) -> tuple[Tensor, Tensor]:
+    def written(self) -> Written:
         """u [n, H, C, V] and w [n, H, C, K]."""
-        assert self.beta is not None
-        beta = self.beta.unsqueeze(-1)  # [n, H, C, 1]
+        tokens, grid = self.tokens, self.grid
+        assert tokens.beta is not None
+        beta, v = grid.cut(tokens.beta.unsqueeze(-1), self.dtype), grid.cut(tokens.v, self.dtype)  # beta [n, H, C, 1]
         unmixed = _Inverse.apply(beta * self.decay.scores(self.k, self.k, self.group))
-        u = matmul(unmixed, beta * self.v)
-        return u, matmul(unmixed, beta * self.decay.entering(self.heads(self.k)))
+        return matmul(unmixed, beta * v), matmul(unmixed, beta * self.decay.entering(self.heads(self.k)))
 
-    @cached_property
-    def scores(self) -> Tensor:
-        return self.decay.scores(self.q, self.k, self.group)  # [n, H, C, C]
-
-    def maps(self) -> tuple[Tensor, Tensor | None]:
-        rows, total = self.grid.scan_rows, self.decay.total
-        u, w = (rows(x) for x in self.written)
-        k = rows(self.decay.leaving(self.heads(self.k))).transpose(2, 3)  # [m, H, K, C]
-        kept = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-        if total is not None:
-            kept = kept * operator(rows(total))  # [m, H, K, K]
-        return matmul(k, u), kept - matmul(k, w)
-
-    def intra(self) -> Tensor:
-        return matmul(self.scores, self.written[0], self.scale)
-
-    def queries(self) -> Tensor:
-        rows = self.grid.scan_rows
-        return rows(self.decay.entering(self.heads(self.q))) - matmul(rows(self.scores), rows(self.written[1]))
+    def costly(self) -> Written:
+        return self.written
 
 
 class _Inverse(torch.autograd.Function):

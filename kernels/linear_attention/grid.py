@@ -26,8 +26,6 @@ class ChunkGrid:
         scanned: the chunks of scanned segments, int64 [m]; None if all n are.
         plan: of the scan over these chunks.
         linked: of each linked segment its row among the scanned segments, int64 [L]; None if it is these in order.
-        entered: which of the m scanned chunks are in a linked segment, int64; None if all are.
-        entry: the linked segment (0 to L - 1) of each of these.
     """
 
     size: int
@@ -37,8 +35,6 @@ class ChunkGrid:
     scanned: Tensor | None
     plan: ScanPlan
     linked: Tensor | None
-    entered: Tensor | None
-    entry: Tensor
 
     def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, H, D] -> [n, H, C, D], contiguous; zeros where there is no token."""
@@ -55,6 +51,16 @@ class ChunkGrid:
     def scan_rows(self, x: Tensor) -> Tensor:
         """Of [n, ...] (or [1, ...], the same for all chunks) the scanned chunks: [m, ...]."""
         return x if self.scanned is None or x.shape[0] != self.chunks else x.index_select(0, self.scanned)
+
+    def among_scanned(self, state: Tensor | None) -> Tensor | None:
+        """Of each linked segment [L, ...] -> of each scanned one, zero if it is not linked; None is zero."""
+        if state is None or self.linked is None:
+            return state
+        return state.new_zeros(len(self.plan.counts), *state.shape[1:]).index_copy(0, self.linked, state)
+
+    def of_linked(self, x: Tensor) -> Tensor:
+        """The reverse."""
+        return x if self.linked is None else x.index_select(0, self.linked)
 
 
 def chunk_size(lengths: Sequence[int], key_width: int, value_width: int) -> int:
@@ -91,10 +97,7 @@ def chunk_grid(lengths: Sequence[int], linked: Sequence[int], size: int, device:
     is_linked[linked_segments] = True
     is_scanned = is_linked | (counts > 1)
     chunk_scanned = is_scanned[segment]
-    chunk_linked = is_linked[segment[chunk_scanned]]
     row = is_scanned.cumsum(0) - 1  # of a segment among the scanned ones
-    number = torch.zeros(len(lengths), dtype=torch.int64)
-    number[linked_segments] = torch.arange(len(linked))
     linked_rows = row[linked_segments]
     identity = torch.equal(linked_rows, torch.arange(int(is_scanned.sum())))
 
@@ -109,6 +112,4 @@ def chunk_grid(lengths: Sequence[int], linked: Sequence[int], size: int, device:
         scanned=None if chunk_scanned.all() else place(chunk_scanned.nonzero()[:, 0]),
         plan=scan_plan(counts[is_scanned].tolist(), device),
         linked=None if identity else place(linked_rows),
-        entered=None if chunk_linked.all() else place(chunk_linked.nonzero()[:, 0]),
-        entry=number[segment[chunk_scanned]][chunk_linked].to(device),
     )

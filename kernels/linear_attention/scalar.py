@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -27,23 +27,30 @@ class NoDecay:
         return repeat_heads(matmul(q, k.transpose(2, 3)).tril(), group)
 
 
-@dataclass(frozen=True)
 class ScalarDecay:
-    """Of a `ChunkDecay` the numbers; the first dimension is 1 where all chunks are alike."""
+    """Of b [1 | n, H, C], which has one row where all chunks are alike, as `difference` has."""
 
-    inside: Tensor  # [1 | n, H, C, C]: e^(b_i - b_j) for i >= j, else 0
-    entry: Tensor  # [1 | n, H, C, 1]: e^b_i, from before the chunk to token i
-    exit: Tensor  # [1 | n, H, C, 1]: e^(G - b_j), from token j to after the chunk
-    total: Tensor  # [n, H]: G
+    def __init__(self, b: Tensor, difference: Callable[[], Tensor], chunks: int) -> None:
+        self.b, self.difference, self.chunks = b, difference, chunks
+
+    @property
+    def total(self) -> Tensor:
+        return self.b[..., -1].expand(self.chunks, -1)
 
     def entering(self, x: Tensor) -> Tensor:
-        return x * self.entry
+        return x * self.b.exp()[..., None]
 
     def leaving(self, x: Tensor) -> Tensor:
-        return x * self.exit
+        return x * (self.b[..., -1:] - self.b).exp()[..., None]
 
     def scores(self, q: Tensor, k: Tensor, group: int) -> Tensor:
         return repeat_heads(matmul(q, k.transpose(2, 3)), group) * self.inside
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """e^(b_i - b_j) for i >= j, else 0: [1 | n, H, C, C]."""
+        place = torch.arange(self.b.shape[-1], device=self.b.device)
+        return self.difference().masked_fill(place > place[:, None], -torch.inf).exp()
 
 
 class ScalarChunks(Chunks):
@@ -56,16 +63,10 @@ class ScalarChunks(Chunks):
 
 def scalar_decay(log_decay: Tensor, grid: ChunkGrid) -> ScalarDecay:
     """Of a decay per head [H] or per token and head [T, H]."""
-    place = torch.arange(grid.size, device=log_decay.device)
     if log_decay.dim() == 1:
+        place = torch.arange(grid.size, device=log_decay.device)
         tokens = (place + 1).expand(1, -1) if grid.filled is None else (place + 1).minimum(grid.filled[:, None])
         b = log_decay[:, None] * tokens[:, None]  # [1 | n, H, C]
-        difference = log_decay[:, None, None] * (place[:, None] - place)[None, None]  # [1, H, C, C]
-    else:
-        b = grid.cut(log_decay.unsqueeze(-1), log_decay.dtype).squeeze(-1).cumsum(-1)  # [n, H, C]
-        difference = b[..., :, None] - b[..., None, :]  # [n, H, C, C]
-    later = place > place[:, None]
-    inside = difference.masked_fill(later, -torch.inf).exp()
-    total = b[..., -1]
-    exit = (total[..., None] - b).exp()
-    return ScalarDecay(inside, b.exp()[..., None], exit[..., None], total.expand(grid.chunks, -1))
+        return ScalarDecay(b, lambda: log_decay[:, None, None] * (place[:, None] - place)[None, None], grid.chunks)
+    b = grid.cut(log_decay.unsqueeze(-1), log_decay.dtype).squeeze(-1).cumsum(-1)  # [n, H, C]
+    return ScalarDecay(b, lambda: b[..., :, None] - b[..., None, :], grid.chunks)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.transition import act, gradient, identity, is_matrix, operator, transposed
+from lsys.kernels.linear_attention.transition import gradient, identity, is_matrix, operator, transposed
 
 
 @dataclass(frozen=True)
@@ -72,29 +72,56 @@ class Scanned(NamedTuple):
     total_reach: Tensor | None  # [sequences, H ...]
 
 
-def compose(update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None) -> Scanned:
+def compose(
+    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None, reach: bool = True
+) -> Scanned:
     """Compose the maps S -> A S + update of each sequence, from `initial` (default zero). No autograd.
 
-    update [n, H, K, V], transition [n, H ...], initial [sequences, H, K, V]. Of matrices, `reach` is not made: see `scan`.
+    update [n, H, K, V], transition [n, H ...], initial [sequences, H, K, V]. `reach` only if asked for, and not of
+    matrices: see `scan`.
     """
     sequences = len(plan.counts)
     running = update.new_zeros(sequences, *update.shape[1:]) if initial is None else plan.sorted(initial)
     before = torch.empty_like(update, memory_format=torch.contiguous_format)
-    if transition is None or is_matrix(transition):
-        for rows, active in plan.steps:
-            before[rows] = running[:active]
-            if transition is not None:
-                running[:active] = transition[rows] @ running[:active]
-            running[:active] += update[rows]
-        return Scanned(before, None, plan.restored(running), None)
-    reach = torch.empty_like(transition, memory_format=torch.contiguous_format)
-    running_reach = transition.new_zeros(sequences, *transition.shape[1:])
-    decay = operator(transition)
+    a = None if transition is None else operator(transition)
     for rows, active in plan.steps:
-        before[rows], reach[rows] = running[:active], running_reach[:active]
-        running[:active].mul_(decay[rows]).add_(update[rows])
-        running_reach[:active] += transition[rows]
-    return Scanned(before, reach, plan.restored(running), plan.restored(running_reach))
+        now = running[:active]
+        before[rows] = now
+        step(now, None if a is None else a[rows]).add_(update[rows])
+    total = plan.restored(running)
+    if transition is None or is_matrix(transition) or not reach:
+        return Scanned(before, None, total, None)
+    passed = torch.empty_like(transition, memory_format=torch.contiguous_format)
+    running = transition.new_zeros(sequences, *transition.shape[1:])
+    for rows, active in plan.steps:
+        passed[rows] = running[:active]
+        running[:active] += transition[rows]
+    return Scanned(before, passed, total, plan.restored(running))
+
+
+def last(
+    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor, reach: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The states [sequences, H, K, V] and transitions [sequences, H ...] after the maps, given those before. No autograd."""
+    running, passed = plan.sorted(initial), None if reach is None else plan.sorted(reach)
+    a = None if transition is None else operator(transition)
+    for rows, active in plan.steps:
+        now = None if a is None else a[rows]
+        step(running[:active], now).add_(update[rows])
+        if passed is None or transition is None:
+            continue
+        if is_matrix(transition):
+            step(passed[:active], now)
+        else:
+            passed[:active] += transition[rows]
+    return plan.restored(running), None if passed is None else plan.restored(passed)
+
+
+def step(state: Tensor, a: Tensor | None) -> Tensor:
+    """A S in place of S, of A as `transition.operator` gives it; None is 1."""
+    if a is None:
+        return state
+    return state.mul_(a) if a.shape[-1] == 1 else state.copy_(a @ state)
 
 
 def adjoint(
@@ -110,9 +137,7 @@ def adjoint(
     back = None if transition is None else transposed(operator(transition))
     for rows, active in reversed(plan.steps):
         d_update[rows] = running[:active]
-        if back is not None:
-            running[:active] = act(back[rows], running[:active])
-        running[:active] += d_before[rows]
+        step(running[:active], None if back is None else back[rows]).add_(d_before[rows])
     return d_update, plan.restored(running)
 
 

@@ -81,7 +81,9 @@ def linear_attention(
         back = (q.flip(0), k.flip(0), v.flip(0), _flipped(log_decay), _flipped(beta))
         parts.append(kernel.segments(*back, lengths[::-1], linked.linked[1], scale=scale, backend=backend))
     way = _exchange(method, comm, layout, linked, inputs)
-    reached = (*inputs[1:], initial_state)  # by gradients of states
+    reached: tuple[Tensor | None, ...] = (*inputs[1:], initial_state)  # by gradients of states
+    if any(x is not None and x.requires_grad for x in reached):
+        reached = (q, *reached)  # whose gradient alone starts the backward exchange as well
     (o, *others), final = exchange.attention(parts, linked, way, comm, initial_state, reached)
     if others:
         o = o + others[0].flip(0) - kernel.diagonal(q, k, v, beta, scale)

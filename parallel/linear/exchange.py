@@ -47,7 +47,7 @@ def attention(
 ) -> tuple[list[Tensor], Tensor | None]:
     """The outputs of each direction's `parts` [T_r, H, V] and the states [documents, H, K, V] after documents, if wanted.
 
-    `exchange` None: no state leaves a rank. `inputs` are all that gradients of states reach; initial [documents, H, K, V].
+    `exchange` None: no state leaves a rank. `inputs` are all that has a gradient if states have one; initial [documents, H, K, V].
     """
     maps = [part.segment_map() for part in parts]
     composed = links.compose(maps)
@@ -140,7 +140,8 @@ class _Ends:
 class _Send(torch.autograd.Function):
     """Maps [R, H, K, V], [R, H ...] of this rank's runs -> a ticket that `_Receive` takes.
 
-    `inputs` get no gradient here; with them ranks without runs, whose maps depend on nothing, end the exchange as well.
+    `inputs` get no gradient here. By them the exchange is ended, too, on ranks without runs, whose maps depend on nothing,
+    and where the gradient of queries alone is asked for, which no map depends on.
     """
 
     @staticmethod

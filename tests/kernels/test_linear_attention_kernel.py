@@ -14,7 +14,7 @@ from support.linear_kernels import (
     with_gradients,
 )
 
-from lsys.kernels.linear_attention import linear_attention, segments, sweep
+from lsys.kernels.linear_attention import blocks, linear_attention, segments
 from lsys.kernels.linear_attention.channel import ChannelChunks
 from lsys.kernels.linear_attention.delta import DeltaChunks
 from lsys.kernels.linear_attention.grid import chunk_grid
@@ -111,6 +111,61 @@ def test_two_phases_are_the_definition(member, linked):
 
 
 @pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize(("size", "block"), [(16, 1), (32, 2**11)])
+def test_two_phases_by_blocks_are_the_definition(member, size, block, monkeypatch):
+    """Blocks of one and of several chunks: their borders are in linked segments, in others, and beside empty ones."""
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    for of in (ScalarChunks, ChannelChunks, DeltaChunks):
+        monkeypatch.setattr(of, "chunk_size", staticmethod(lambda *_: size))
+    lengths = [2 * size, 0, size + 3, 1, 0, 3 * size + 5, 5 * size, 0, 4]
+    inputs = tensors(member, lengths)
+    for linked in ([0, 1, 5, 7], [2, 3, 4], [6], [*range(9)], [1]):
+        wanted = two_phases(inputs, lengths, linked, "reference")
+        compare(two_phases(inputs, lengths, linked, "chunked"), wanted, 1e-10, linked)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_two_phases_give_any_gradient_alone(member, monkeypatch):
+    """Of the output or of the states alone, one tensor at a time: nodes that others count on need not run."""
+    monkeypatch.setattr(blocks, "BLOCK", 2**10)
+    lengths, linked = [70, 0, 150, 9], [0, 2]
+    inputs, found = tensors(member, lengths), {}
+    flat = [x if x is None or x.dim() == 1 else x[0] for x in (*inputs[:3], *inputs[4:6])]
+    for backend in ("reference", "chunked"):
+        phases = segments(*flat, lengths, linked, backend=backend)
+        segment_map, intra, state = phases.segment_map(), phases.intra(), inputs.state[linked]
+        o = phases.apply(segment_map, intra, state)
+        after = segment_map.state + carry(segment_map.transition, state)
+        losses = (o * inputs.do[0]).sum(), (after * inputs.d_state[linked]).sum()
+        asked = [(loss, x) for _ in range(2) for x in inputs.leaves for loss in losses]
+        found[backend] = [
+            torch.autograd.grad(loss, x, retain_graph=True, materialize_grads=True)[0] for loss, x in asked
+        ]
+    compare(found["chunked"], found["reference"], 1e-10, names=[str(i) for i in range(len(found["chunked"]))])
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_two_phases_keep_inputs_and_a_state_a_chunk(member):
+    inputs = tensors(member, [640, 100])
+    flat = [x if x is None or x.dim() == 1 else x[0] for x in (*inputs[:3], *inputs[4:6])]
+    given, kept = {x.untyped_storage().data_ptr() for x in inputs.leaves}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in given:
+            kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        phases = segments(*flat, [640, 100], [0], backend="chunked")
+        segment_map, intra = phases.segment_map(), phases.intra()
+        o = phases.apply(segment_map, intra, inputs.state[[0]])
+    (chunks,) = {-(-640 // block.grid.size) for block in phases.work.linked}
+    transition = 0 if segment_map.transition is None else segment_map.transition[0].numel()
+    assert sum(kept.values()) <= chunks * (segment_map.state[0].numel() + transition) + 3 * inputs.state[0].numel()
+    assert not phases.work.held.maps and o.grad_fn is not None
+
+
+@pytest.mark.parametrize("member", MEMBERS)
 def test_a_batch_is_sequences(member):
     for tokens in (64, 77):
         inputs = tensors(member, [tokens] * 3, batch=3)
@@ -119,7 +174,7 @@ def test_a_batch_is_sequences(member):
 
 @pytest.mark.parametrize(("size", "block"), [(16, 1), (64, 2**11)])
 def test_chunks_and_blocks_cover_the_tokens_in_any_size(size, block, monkeypatch):
-    monkeypatch.setattr(sweep, "BLOCK", block)  # one chunk, two chunks
+    monkeypatch.setattr(blocks, "BLOCK", block)  # one chunk, two chunks
     for of in (ScalarChunks, ChannelChunks, DeltaChunks):
         monkeypatch.setattr(of, "chunk_size", staticmethod(lambda *_: size))
     for member in MEMBERS:
@@ -157,7 +212,7 @@ def test_unlinked_segments_have_no_states():
     q, k, v, _, log_decay, _ = tensors("head", [75])[:6]
     phases = segments(q[0], k[0], v[0], log_decay, None, [5] * 15, [2, 7])
     segment_map = phases.segment_map()
-    assert segment_map.before.shape[0] == 2 and segment_map.state.shape == (2, 4, 8, 6)
+    assert sum(len(update) for update, _ in phases.work.held.maps) == 2 and segment_map.state.shape == (2, 4, 8, 6)
     assert torch.allclose(segment_map.transition, 5 * log_decay.expand(2, 4))
 
 

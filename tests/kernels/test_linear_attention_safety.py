@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.linear_kernels import MEMBERS, compare, cu, run, tensors
 
-from lsys.kernels.linear_attention import linear_attention, sweep
+from lsys.kernels.linear_attention import blocks, linear_attention
 from lsys.kernels.linear_attention.channel import SMALLEST, ChannelChunks
 from lsys.kernels.linear_attention.delta import DeltaChunks
 from lsys.kernels.linear_attention.scalar import ScalarChunks
@@ -39,7 +39,7 @@ def test_the_state_matters(member):
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_token_changes_only_those_from_there_on(member, dtype, monkeypatch):
-    monkeypatch.setattr(sweep, "BLOCK", 2**11)  # several blocks
+    monkeypatch.setattr(blocks, "BLOCK", 2**11)  # several blocks
     lengths, begin = [50, 200, 30], 50
     inputs = tensors(member, lengths, dtype, strength=0.02)
     q, k, v, _, log_decay, beta = (x if x is None else x.detach() for x in inputs[:6])

@@ -267,6 +267,23 @@ def test_gradients_that_nobody_wants_do_not_travel(gloo, method):
     gloo(4, _partly_frozen, method)
 
 
+def _queries_alone(rank, world_size, method):
+    """Of all that is trained, only the gradient of queries is asked for: what starts ends, on every rank."""
+    comm, tensors = SequenceComm(None), inputs(CROSSING.lengths, "token")
+    q, k, v, g, do = (CROSSING.shard(x, rank) for x in (*tensors[:4], tensors.do))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, g)]
+    for _ in range(2):
+        o, _ = linear_attention(*leaves[:3], CROSSING, comm, log_decay=leaves[3], method=method)
+        (alone,) = torch.autograd.grad(o, leaves[:1], do, retain_graph=True)
+        among = torch.autograd.grad(o, leaves, do)
+        assert torch.equal(alone, among[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_queries_alone(gloo, method):
+    gloo(4, _queries_alone, method)
+
+
 def test_wrong_shapes_of_layers_are_refused():
     with pytest.raises(ValueError, match=f"decay 'slow' is not one of: {', '.join(DECAYS)}"):
         Shape(2, 2, 8, 8, "slow")
