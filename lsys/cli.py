@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 HELP = ("-h", "--help", "help")
+GROUPS = ("data", "bench")  # commands of two words
 
 USAGE = """usage: lsys COMMAND ...
 
@@ -21,6 +22,9 @@ USAGE = """usage: lsys COMMAND ...
   generate CHECKPOINT --prompt TEXT   go on from a prompt, token by token
   data prepare INPUT ... --out PATH   make a corpus from text
   data inspect PATH                   look into a corpus
+  bench scaling CONFIG --ranks 1,2,4  the same work on more and more ranks: efficiency, waterfall, a picture
+  bench trace PATH                    what traces say about communication and its overlap
+  bench lab CONFIG --nodes N          train across network namespaces on this machine, over links of any speed
 
 `lsys COMMAND --help` lists a command's options. Every key of the YAML is one too: --parallel.tensor 2.
 `--debug` shows the traceback of a refusal.
@@ -32,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if not words or words[0] in HELP or (words[0] == "data" and (len(words) == 1 or words[1] in HELP)):
+    if not words or words[0] in HELP or (words[0] in GROUPS and (len(words) == 1 or words[1] in HELP)):
         print(USAGE, end="")
         return 0
     if words[0] == "--version":
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"lsys {__version__}")
         return 0
-    name = " ".join(words[:2]) if words[0] == "data" else words[0]
+    name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
     if name not in COMMANDS:
         print(f"lsys: {name!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
@@ -109,7 +113,8 @@ def _check(words: list[str]) -> int:
     def rules(config: "Config") -> "list[Mistake]":
         return check(config, options.world_size) + (file_mistakes(config) if options.files else [])
 
-    print_check(load(options.config, overrides, rules), options.world_size, options.ranks_per_node)
+    config = load(options.config, overrides, rules)
+    print_check(config, options.world_size, options.ranks_per_node, options.hardware, options.search)
     return 0
 
 
@@ -146,6 +151,26 @@ def _inspect(words: list[str]) -> int:
     return 0
 
 
+def _bench_lab(words: list[str]) -> int:
+    from lsys.bench.lab import LabOptions, main
+
+    end = words.index("--") if "--" in words else len(words)
+    options, overrides = _with_overrides(LabOptions, "bench lab", words[:end])
+    return main(options, overrides, words[end + 1 :])
+
+
+def _bench_scaling(words: list[str]) -> int:
+    from lsys.bench.scaling import ScalingOptions, main
+
+    return main(*_with_overrides(ScalingOptions, "bench scaling", words))
+
+
+def _bench_trace(words: list[str]) -> int:
+    from lsys.bench.trace import TraceOptions, main
+
+    return main(_options(TraceOptions, "bench trace", words))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "check": _check,
@@ -153,4 +178,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "data prepare": _prepare,
     "data inspect": _inspect,
+    "bench lab": _bench_lab,
+    "bench scaling": _bench_scaling,
+    "bench trace": _bench_trace,
 }

@@ -11,6 +11,10 @@ from lsys.config.notices import notices
 from lsys.config.schema import Config
 from lsys.observe.flops import flops_per_token, parameters, recompute_flops_per_token
 from lsys.parallel.mesh import AXES, Mesh
+from lsys.predict.hardware import Hardware
+from lsys.predict.hardware import hardware as find_hardware
+from lsys.predict.plan import Plan
+from lsys.predict.report import memory, report
 
 
 def mesh_of(config: Config, world_size: int) -> Mesh:
@@ -18,8 +22,20 @@ def mesh_of(config: Config, world_size: int) -> Mesh:
     return Mesh(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
 
 
-def print_check(config: Config, world_size: int, ranks_per_node: int) -> None:
-    """The resolved configuration and what follows from it. The configuration passes `lsys.config.rules.check`."""
+def print_check(
+    config: Config, world_size: int, ranks_per_node: int, hardware: str | None = None, wants_search: bool = False
+) -> None:
+    """The resolved configuration and what follows from it. The configuration passes `lsys.config.rules.check`.
+
+    Args:
+        hardware: a name or a calibration's path (`lsys.predict.hardware`), which says how many ranks a node has, too.
+        wants_search: propose the best degrees for this many ranks.
+
+    Raises:
+        ConfigError: `hardware` is neither.
+    """
+    machine = find_hardware(hardware, config.train.precision, ranks_per_node) if hardware else None
+    ranks_per_node = machine.ranks_per_node if machine else ranks_per_node
     console = _console()
     mesh = mesh_of(config, world_size)
     print(dump(config))
@@ -27,9 +43,14 @@ def print_check(config: Config, world_size: int, ranks_per_node: int) -> None:
     for notice in notices(config, world_size):
         console.print(f"notice: {notice}")
     console.print(_grid(mesh), _parameters(config), _flops(config), _batches(config, mesh), sep="\n")
-    if mesh.context > 1 and {*"SW"} & {*config.model.kinds}:  # torch is imported only here
+    if mesh.context > 1 and {*"SW"} & {*config.model.kinds}:
         nodes = mesh.nodes(ranks_per_node)
         console.print(*_attention(config, [nodes[rank] for rank in mesh.peers(0, "context")]), sep="\n")
+    if machine is None:
+        console.print(memory(Plan(config, world_size, Hardware("GPUs", ranks_per_node, gpu=True))))
+        return
+    for each in report(Plan(config, world_size, machine), wants_search):
+        console.print(each)
 
 
 def print_topology(config: Config, world_size: int, ranks_per_node: int) -> None:

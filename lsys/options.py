@@ -24,6 +24,11 @@ class CheckOptions:
     """Number of ranks that the run is to have."""
     ranks_per_node: int = 8
     """Ranks of one node; nodes are filled one after the other."""
+    hardware: str | None = None
+    """What it is to run on, for memory, bytes and times: a GPU and how many a node has, such as h100x8, h200x8, a100x8 or b200x8, or the
+    JSON of a calibration."""
+    search: bool = False
+    """Propose the best degrees for this world size, with --hardware."""
     files: bool = False
     """Look whether the corpora and the checkpoint to resume from are on this machine, too."""
 

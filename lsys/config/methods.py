@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 from lsys.config.schema import Config
-
-if TYPE_CHECKING:
-    from lsys.parallel.attention.cost import Estimate
+from lsys.parallel.messages import Placement
+from lsys.parallel.messages.attention import Estimate, Shape, choose
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 
@@ -16,23 +15,24 @@ ITEMSIZE = {"fp32": 4, "bf16": 2}
 def attention_costs(config: Config, node_of_rank: Sequence[int]) -> dict[str, tuple[Estimate, ...]]:
     """What each method costs one layer of each kind (`S`, `W`) that the model has.
 
-    For the pack that costs most: one document as long as a micro-batch. Imports torch.
+    For the pack that costs most: one document as long as a micro-batch.
 
     Args:
         node_of_rank: node of each context rank.
     """
-    from lsys.parallel.attention.cost import Shape, choose
-    from lsys.parallel.layout import SequenceLayout
-
     model, tensor = config.model, config.parallel.tensor
-    layout = getattr(SequenceLayout, config.parallel.layout)([config.train.micro_batch_tokens], len(node_of_rank))
     shape = Shape(model.heads // tensor, model.kv_heads // tensor, model.head_width, ITEMSIZE[config.train.precision])
     windows = {"S": None, "W": model.window}
     return {
-        kind: choose(layout, shape, node_of_rank, window=window)
+        kind: _choose(config.parallel.layout, config.train.micro_batch_tokens, shape, tuple(node_of_rank), window)
         for kind, window in windows.items()
         if kind in model.kinds
     }
+
+
+@lru_cache(maxsize=256)
+def _choose(layout: str, tokens: int, shape: Shape, nodes: tuple[int, ...], window: int | None) -> tuple[Estimate, ...]:
+    return choose(Placement.of(layout, [tokens], len(nodes)), shape, nodes, window=window)
 
 
 def attention_methods(config: Config, node_of_rank: Sequence[int]) -> dict[str, str]:

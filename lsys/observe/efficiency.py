@@ -118,7 +118,10 @@ def kind_of_scaling(baseline: Record, work: Work, ranks: int) -> str:
 
 
 def _differences(then: Work, now: Work) -> Iterator[str]:
-    pairs = {"train.precision": (then.precision, now.precision), "train.recompute": (then.recompute, now.recompute)}
+    pairs: dict[str, tuple[Any, Any]] = {
+        "train.precision": (then.precision, now.precision),
+        "train.recompute": (then.recompute, now.recompute),
+    }
     for key, value in _leaves("model", now.model).items():
         pairs[key] = _leaves("model", then.model).get(key), value
     for key, (before, after) in pairs.items():

@@ -185,10 +185,11 @@ def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for module in model.modules():
         number = getattr(module, "layer_number", None)
         if number is not None and hasattr(module, "self_attention"):
-            kind = type(module.self_attention).__name__.removesuffix("Mixer")
+            layer: Any = module
+            kind = type(layer.self_attention).__name__.removesuffix("Mixer")
             yield f"lsys.layer {number}", module
-            yield f"lsys.layer {number} {kind}", module.self_attention
-            yield f"lsys.layer {number} MLP", module.mlp
+            yield f"lsys.layer {number} {kind}", layer.self_attention
+            yield f"lsys.layer {number} MLP", layer.mlp
 
 
 def add_tracks(trace: dict[str, Any], operations: Sequence[Operation], clock: float) -> None:
@@ -207,7 +208,7 @@ def add_tracks(trace: dict[str, Any], operations: Sequence[Operation], clock: fl
     for number, each in enumerate(operations):
         common = {"cat": "lsys.communication", "name": f"{each.axis} {each.name}", "pid": process, "tid": STANDING}
         about = {"bytes": each.bytes, "axis": each.axis}
-        ends = (("b", each.begin, about), ("e", each.end, {}))
+        ends: tuple[tuple[str, float, dict[str, Any]], ...] = (("b", each.begin, about), ("e", each.end, {}))
         events += [{**common, "ph": ph, "id": number, "ts": 1e6 * at + offset, "args": args} for ph, at, args in ends]
         for begin, end in each.blocked:
             place = {"ph": "X", "tid": STANDING + axes.index(each.axis), "cat": "lsys.standing"}

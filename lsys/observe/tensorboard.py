@@ -175,7 +175,7 @@ class Board:
             *hyperparameter_summaries(config, mesh.world_size),
         )
         for summary in summaries:
-            self.writer.file_writer.add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)  # what add_custom_scalars does
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():

@@ -1,4 +1,7 @@
-"""What each method of attention communicates, to the byte, and which one is estimated to take the least time."""
+"""What each method of attention communicates, to the byte, by the schedules that run; and which one to take.
+
+`lsys.parallel.messages` counts the same by formulas, without torch.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lsys.parallel.attention import METHODS, gather, ring, usp
+from lsys.parallel.attention import gather, ring, usp
 from lsys.parallel.attention.heads import Share, shares
 from lsys.parallel.comm import is_uneven
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import NETWORK, NODE
-from lsys.parallel.replay import HARDWARE, Links
+from lsys.parallel.links import HARDWARE, Links
+from lsys.parallel.messages import Part, Placement
+from lsys.parallel.messages import attention as counts
+from lsys.parallel.messages.attention import Estimate, Shape
 from lsys.parallel.schedule import Schedule, Transfer, returns
 from lsys.parallel.segments import count
-
-# A method is not chosen if some rank computes so much more than the mean because of how heads fall.
-_MOST_IMBALANCE = 1.25
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of one layer's attention on one rank (of tensor parallelism): heads, key heads, width and bytes of a number."""
-
-    heads: int
-    kv_heads: int
-    width: int
-    itemsize: int = 2
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a number of a sum of gradients: fp32, fp64 for fp64."""
-        return max(4, self.itemsize)
 
 
 class Messages(NamedTuple):
@@ -148,10 +136,12 @@ def _gather(schedule: Schedule, ranks: int, shape: Shape) -> Traffic:
     if not offered:
         return Traffic((), ())
     sizes = [offered.get(rank, 0) for rank in range(ranks)]
-    padded = sizes if is_uneven(sizes) else [max(sizes)] * ranks
     row = 2 * shape.kv_heads * shape.width
     pairs = [(i, j) for i in range(ranks) for j in range(ranks) if i != j]
-    blocks = _messages((i, j, padded[i] * row * shape.itemsize) for i, j in pairs)
+    blocks = _messages((i, j, sizes[i] * row * shape.itemsize) for i, j in pairs)
+    if not is_uneven(sizes):  # padded to the largest, around the ring
+        each = (ranks - 1) * max(sizes) * row * shape.itemsize
+        blocks = _messages((i, (i + 1) % ranks, each) for i in range(ranks))
     return Traffic((blocks,), (blocks, _messages((i, j, sizes[j] * row * shape.wide) for i, j in pairs)))
 
 
@@ -170,63 +160,24 @@ def _by_rank(messages: Messages, end: Tensor, node_of_rank: Sequence[int]) -> Te
 # ---- the choice
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """One method in the table of `choose`, for a forward and a backward pass of one layer.
-
-    Attributes:
-        same_node, across_nodes: bytes received by all ranks together.
-        most: bytes received by the rank that receives most.
-        steps: phases that follow one another.
-        seconds: of communication, none of it hidden.
-        chosen: whether this is the method to take.
-        note: why it is not, or is the same as another.
-    """
-
-    method: str
-    same_node: int
-    across_nodes: int
-    most: int
-    steps: int
-    seconds: float
-    chosen: bool = False
-    note: str = ""
-
-
 def choose(
     layout: SequenceLayout,
     shape: Shape,
     node_of_rank: Sequence[int],
     links: Links = HARDWARE["h100"],
     *,
-    causal: bool = True,
     window: int | None = None,
 ) -> tuple[Estimate, ...]:
-    """All methods, one of them chosen: the least time of those that keep all ranks busy, in doubt the one named first.
+    """All causal methods, one of them chosen: the least time of those that keep all ranks busy, in doubt the one named first.
 
     Args:
-        layout: of a typical pack.
+        layout: of a typical pack of few documents.
         shape: of the layer.
         node_of_rank: node of each rank of the layout.
         links: their speed.
-        causal, window: as for `softmax_attention`.
+        window: as for `softmax_attention`.
     """
-    rows = []
-    for method in METHODS:
-        sent = traffic(method, layout, shape, node_of_rank, causal=causal, window=window)
-        received = sent.received(node_of_rank).sum(0)
-        same, across = received.sum(0).tolist()
-        most, steps = int(received.sum(1).max()), len(sent.forward) + len(sent.backward)
-        note = _note(method, layout.ranks, shape, node_of_rank)
-        rows.append(Estimate(method, same, across, most, steps, sent.seconds(node_of_rank, links), note=note))
-    best = min((row for row in rows if not row.note), key=lambda row: row.seconds)
-    return tuple(Estimate(**{**vars(row), "chosen": row is best}) for row in rows)
-
-
-def _note(method: str, ranks: int, shape: Shape, node_of_rank: Sequence[int]) -> str:
-    members = 1 if method == "gather" else len(_groups(method, ranks, shape, node_of_rank)[0])
-    if method == "usp" and members in (1, ranks):
-        return f"here the same as {'ring' if members == 1 else 'ulysses'}"
-    if -(-shape.heads // members) * members > _MOST_IMBALANCE * shape.heads:
-        return f"{shape.heads} heads do not keep {members} ranks equally busy"
-    return ""
+    held = layout.sorted()
+    columns = (column.tolist() for column in (held.rank, held.document, held.begin, held.end))
+    place = Placement(layout.lengths, layout.ranks, tuple(map(Part, *columns)))
+    return counts.choose(place, shape, node_of_rank, links, window)

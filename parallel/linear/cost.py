@@ -10,63 +10,17 @@ With S = H K V numbers, a state, W ranks and one document cut in W, each rank re
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from lsys.parallel.attention.cost import Messages, Traffic
-from lsys.parallel.attention.heads import Share, shares
+from lsys.parallel.attention.heads import shares
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.chain import block_count, columns, hops
 from lsys.parallel.linear.links import Runs, all_runs
+from lsys.parallel.messages.linear import DECAYS, Shape
 
-DECAYS = ("none", "head", "token", "channel")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of one layer's linear attention on one rank (of tensor parallelism).
-
-    Attributes:
-        heads, key_heads, key_width, value_width: H, H_k, K, V.
-        decay: one of DECAYS: of what there is a log-decay each.
-        delta: whether it has the delta rule.
-        itemsize: bytes of a number of q, k, v and o. States, log-decays and betas are in fp32 (fp64 for fp64).
-    """
-
-    heads: int
-    key_heads: int
-    key_width: int
-    value_width: int
-    decay: str = "head"
-    delta: bool = False
-    itemsize: int = 2
-
-    def __post_init__(self) -> None:
-        if self.decay not in DECAYS:
-            raise ValueError(f"decay {self.decay!r} is not one of: {', '.join(DECAYS)}")
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a number of a state."""
-        return max(4, self.itemsize)
-
-    @property
-    def state(self) -> int:
-        """Bytes of a state, S."""
-        return self.heads * self.key_width * self.value_width * self.wide
-
-    @property
-    def transition(self) -> int:
-        """Bytes of the transition over a run that travels beside its state; those of fixed decays follow from lengths."""
-        numbers = {"token": 1, "channel": self.key_width}.get(self.decay, 0)
-        return self.heads * (self.key_width**2 if self.delta else numbers) * self.wide
-
-    def token(self, share: Share) -> int:
-        """Bytes of what one token needs for a share of the heads."""
-        gates = {"token": 1, "channel": self.key_width}.get(self.decay, 0) + self.delta
-        each = self.value_width * self.itemsize + gates * self.wide
-        return 2 * _count(share.key) * self.key_width * self.itemsize + _count(share.query) * each
+__all__ = ["DECAYS", "Shape", "traffic"]
 
 
 def traffic(method: str, layout: SequenceLayout, shape: Shape, *, causal: bool = True, final: bool = False) -> Traffic:
@@ -122,7 +76,7 @@ def _gathered(runs: Runs, layout: SequenceLayout, shape: Shape, final: bool) -> 
 
 def _heads(layout: SequenceLayout, shape: Shape, final: bool) -> Traffic:
     split, sizes = shares(shape.heads, shape.key_heads, layout.ranks), layout.sizes
-    inputs = [shape.token(share) for share in split]
+    inputs = [shape.token(_count(share.query), _count(share.key)) for share in split]
     outputs = [_count(share.query) * shape.value_width * shape.itemsize for share in split]
     before = _messages((i, j, sizes[i] * inputs[j]) for i, j in _pairs(layout.ranks))
     after = _messages((i, j, sizes[j] * outputs[i]) for i, j in _pairs(layout.ranks))

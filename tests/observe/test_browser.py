@@ -67,7 +67,9 @@ def tensorboard(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser, and is not installed")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright drives the browser, and is not installed"
+    )
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)}")

@@ -1,0 +1,241 @@
+"""One rank of `bench/predict.py`: runs steps of small models under torchrun and writes what all ranks saw as JSON.
+
+torchrun --standalone --nproc-per-node 2 bench/predict_worker.py CASES.json RESULTS.json
+"""
+
+import gc
+import json
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """tree: the configuration. wants_layers: time layers one by one, and operations, for a calibration. links: for the replay."""
+
+    name: str
+    ranks: int
+    tree: dict[str, Any]
+    steps: int = 4
+    wants_layers: bool = False
+    links: tuple[float, float] = (1e-4, 1e9)
+
+
+class OneDocument:
+    """A stream whose every micro-batch is one document."""
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def batch(self, start: int, count: int) -> Any:
+        tokens = np.random.default_rng(start).integers(0, self.vocab, count)
+        mask = np.ones(count, dtype=np.float32)
+        return SimpleNamespace(lengths=np.array([count]), tokens=tokens, targets=tokens, loss_mask=mask)
+
+
+class LayerTimes:
+    """CPU seconds of this thread in each layer, its MLP, forward and backward; issuing operations of communication is not in it.
+
+    inside: tells the CPU seconds spent in such operations so far.
+    """
+
+    def __init__(self, engine: Any, kinds: str, inside: Any) -> None:
+        self.inside = inside
+        self.rows: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        layers = [layer for chunk in engine.chunks for layer in chunk.module.decoder.layers]
+        for layer, kind in zip(layers, kinds, strict=True):
+            for name, module in (("layer", layer), ("mlp", layer.mlp)):
+                self._watch(module, (name, kind))
+        self.outside: list[float] = []
+        layers[-1].register_forward_hook(self._beyond)
+
+    def _beyond(self, module: Any, args: Any, output: Any) -> None:
+        began = self.clock()
+        output[0].register_hook(lambda _: self.outside.append(self.clock() - began))
+
+    def clock(self) -> float:
+        return time.thread_time() - self.inside.seconds
+
+    def _watch(self, module: Any, key: tuple[str, str]) -> None:
+        """Backward time is from the gradient of the output to that of the input, which tensor hooks see."""
+        began: dict[str, float] = {}
+
+        def mark(way: str) -> Any:
+            return lambda _: began.__setitem__(way, self.clock())
+
+        def stop(way: str) -> Any:
+            return lambda _: self.rows[(*key, way)].append(self.clock() - began[way])
+
+        def before(_: Any, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            if x.requires_grad:
+                x.register_hook(stop("backward"))
+            began["forward"] = self.clock()
+
+        def after(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+            stop("forward")(None)
+            y = output[0] if isinstance(output, tuple) else output
+            if y.requires_grad:
+                y.register_hook(mark("backward"))
+
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
+
+    def output(self) -> float:
+        """From the end of the layers to the gradient that comes back to them."""
+        return min(self.outside)
+
+    def take(self) -> list[list[Any]]:
+        """[module, kind, way, the least seconds]."""
+        return [[*key, min(times)] for key, times in self.rows.items()]
+
+
+def inside_operations() -> Any:
+    """An observer of the ledger's hooks that adds up the CPU seconds of operations of communication."""
+    from lsys.parallel.ledger.hooks import Observer
+
+    class Adds(Observer):
+        wants_cpu, seconds = True, 0.0
+
+        def issued(self, call: Any, before: float, after: float) -> None:
+            self.seconds += after - before
+
+        waited = issued
+
+    return Adds()
+
+
+def measure(case: Case) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from lsys.config import Config
+    from lsys.data.plan import Planner
+    from lsys.observe.live import LiveBytes, engine_bytes, held
+    from lsys.observe.waterfall_recorder import Recorder
+    from lsys.parallel.ledger import record
+    from lsys.parallel.ledger.hooks import HOOKS
+    from lsys.runtime.environment import launch_from_environment
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    config = Config.model_validate(case.tree)
+    train, parallel, steps = config.train, config.parallel, []
+    with process_groups(parallel, launch_from_environment()) as groups:
+        engine = Engine(config, groups)
+        stream: Any = OneDocument(config.model.vocab)
+        degrees = (parallel.context, parallel.tensor, parallel.layout)
+        planner = Planner(stream, train.batch_tokens, train.micro_batch_tokens, *degrees)
+
+        def batches(step: int) -> Any:
+            return planner.step(step, groups.data_rank, groups.data_size).on_rank(groups.context_rank, groups.device)
+
+        engine.forward_backward(batches(0))
+        engine.step()
+        inside = inside_operations()
+        HOOKS.add(inside)
+        layers = LayerTimes(engine, config.model.kinds, inside) if case.wants_layers else None
+        cpu, recorder = [], Recorder(groups)
+        with recorder.recording(first=1):
+            for step in range(1, case.steps + 1):
+                ready = batches(step)
+                dist.barrier()
+                recorder.end_step(10 * step)  # the preparation is a step of its own, and forgotten
+                recorder.take()
+                marks = [time.thread_time() - inside.seconds]
+                with recorder.region("compute"):
+                    engine.forward_backward(ready)
+                    marks.append(time.thread_time() - inside.seconds)
+                    engine.step()
+                    marks.append(time.thread_time() - inside.seconds)
+                recorder.end_step(10 * step + 1)
+                waterfall = recorder.take()
+                steps.append({"seconds": waterfall.seconds, "parts": waterfall.parts})
+                cpu.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
+        HOOKS.remove(inside)
+        gc.collect()
+        ready = batches(case.steps + 1)
+        with record() as ledger, LiveBytes(held(engine)) as live:
+            engine.forward_backward(ready)
+            engine.step()
+        moved = {
+            f"{axis} {link} {way}": ledger.bytes(axis=axis, link=link, direction=way)
+            for axis in {event.axis for event in ledger.events}
+            for link in ("node", "network")
+            for way in ("sent", "received")
+        }
+        peak = peak_of(engine, batches(case.steps + 2), LiveBytes, held)
+        mine = {"cpu": cpu, "bytes": moved, "held": engine_bytes(engine), "peak": peak}
+        mine["layers"], mine["output"] = (layers.take(), layers.output()) if layers else ([], 0.0)
+        mine["events"] = transfers(engine, batches(case.steps + 3), record) if case.wants_layers else []
+        timeline = None if case.wants_layers else replay(case, engine, batches)
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        del live
+    return {"name": case.name, "steps": steps, "ranks": every, "replay": timeline}
+
+
+def replay(case: Case, engine: Any, batches: Any) -> dict[str, Any]:
+    """A step as if each rank had a core of its own: its seconds and parts, means over the ranks."""
+    from lsys.parallel.ledger import record
+    from lsys.parallel.replay import Link, fastest, gather_programs, recorded_program, simulate
+
+    runs = []
+    for step in range(case.steps):
+        ready = batches(step + 100)
+        with record(programs=True) as ledger:
+            engine.forward_backward(ready)
+            engine.step()
+        runs.append(recorded_program(ledger))
+    timeline = simulate(gather_programs(fastest(runs)), {"node": Link(*case.links)}, backend="gloo")
+    shares = timeline.shares
+    parts = {"compute": sum(share.compute for share in shares) / len(shares)}
+    for axis in {axis for share in shares for axis in share.exposed}:
+        parts[f"exposed_{axis}"] = timeline.exposed(axis)
+    parts["waiting"] = sum(share.waiting + share.idle for share in shares) / len(shares)
+    return {"seconds": timeline.seconds, "parts": parts}
+
+
+def peak_of(engine: Any, ready: Any, tracker: Any, held: Any) -> int:
+    """Most live bytes of a forward and backward pass."""
+    gc.collect()
+    with tracker(held(engine)) as live:
+        engine.forward_backward(ready)
+    engine.step()
+    return live.peak
+
+
+def transfers(engine: Any, ready: Any, record: Any) -> list[list[Any]]:
+    """[axis, kind, bytes, ranks, seconds of standing still] of a step's operations."""
+    with record() as ledger:
+        engine.forward_backward(ready)
+        engine.step()
+    return [
+        [e.axis, e.operation.kind, max(sum(e.sent.values()), sum(e.received.values())), len(e.ranks), e.exposed]
+        for e in ledger.events
+    ]
+
+
+def main(cases: str, results: str) -> None:
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    measured = [measure(Case(**case)) for case in json.loads(Path(cases).read_text())]
+    if dist.get_rank() == 0:
+        Path(results).write_text(json.dumps(measured))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""Bytes that the kernels of token mixers keep and use: on CPUs as `lsys.kernels` has them in torch operations.
+
+In chunks of C tokens, H heads, keys of width K, values of width V. Kernels go through a sequence in blocks of chunks
+(`lsys.kernels.linear_attention.blocks`) and keep their inputs alone; of segments whose states come from or go to other ranks, also
+the states before the chunks.
+"""
+
+from __future__ import annotations
+
+from lsys.predict.shape import Shape
+
+SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.grid`
+BLOCK = 2**18  # elements of a block, as `lsys.kernels.linear_attention.blocks`
+
+# Numbers a token that are alive in a kernel's backward pass: of keys, values, H K, H C, H K V / C, H K^2 / C.
+WORKSPACE = {
+    "L": (4, 5, 4, 4, 3, 0),
+    "R": (4, 5, 4, 4, 3, 0),
+    "G": (1, 3, 20, 1, 2, 0),
+    "M": (4, 5, 4, 6, 3, 0),
+    "D": (4, 7, 8, 8, 3, 1),
+}
+
+# The same of what is kept of linked segments beside their inputs: the states before chunks, and how far these reach.
+SAVED = {
+    "L": (0, 0, 0, 0, 1, 0),
+    "R": (0, 0, 0, 0, 1, 0),
+    "G": (0, 0, 0, 0, 1, 0),
+    "M": (0, 0, 0, 0, 1, 0),
+    "D": (0, 0, 0, 0, 1, 1),
+}
+
+
+def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
+    """As `lsys.kernels.linear_attention.grid.chunk_size`: the least estimated work."""
+    move, start = 32, 50_000
+    costs = []
+    for size in SIZES:
+        chunks = [-(-length // size) for length in lengths]
+        width, state = key_width + value_width, key_width * value_width
+        inside = size * size * (width + move) + size * width * move
+        across = 2 * size * state + state * move
+        many = sum(n for n in chunks if n > 1)
+        costs.append(sum(chunks) * inside + many * across + max(chunks, default=0) * start)
+    return SIZES[costs.index(min(costs))]
+
+
+def _widths(shape: Shape, kind: str) -> tuple[int, int, int, int, float]:
+    """H, H_k, K, V of a tensor rank, and C."""
+    model, t = shape.config.model, shape.mesh.tensor
+    k = model.linear_key_width * (2 if kind == "L" and model.linear.lrpe == "all" else 1)
+    parts = 1 if shape.mesh.context == 1 else 2 if shape.config.parallel.layout == "zigzag" else 1
+    length = max(1, max(shape.documents) // shape.mesh.context // parts)
+    return (
+        model.linear_heads // t,
+        model.linear_key_heads // t,
+        k,
+        model.linear_head_width,
+        chunk_size([length] * parts, k, model.linear_head_width),
+    )
+
+
+def _numbers(shape: Shape, kind: str, counts: tuple[int, ...]) -> float:
+    """Numbers a token, by their counts."""
+    heads, key_heads, k, v, c = _widths(shape, kind)
+    sizes = (key_heads * k, heads * v, heads * k, heads * c, heads * k * v / c, heads * k * k / c)
+    return sum(count * size for count, size in zip(counts, sizes, strict=True))
+
+
+def linear_workspace(shape: Shape, kind: str) -> float:
+    """Bytes of a backward pass: gradients of the inputs, and a block's intermediate results."""
+    heads, key_heads, k, v, c = _widths(shape, kind)
+    b, tokens = shape.itemsize, shape.slots
+    gates = {"G": heads * k, "M": heads, "D": 2 * heads}.get(kind, 0)
+    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * gates
+    counts = (3, 7, 6, 6, 2, 1) if kind == "D" and is_linked(shape, kind) else WORKSPACE[kind]
+    room = c * max(1, BLOCK // (c * max(1, heads * max(k, v))))
+    return tokens * whole + 4 * min(tokens, room) * _numbers(shape, kind, counts)
+
+
+def is_linked(shape: Shape, kind: str) -> bool:
+    """Whether states come from and go to other ranks."""
+    return shape.mesh.context > 1 and shape.config.parallel.linear != "ulysses" and kind not in "SW"
+
+
+def linear_saved(shape: Shape, kind: str) -> float:
+    """Bytes that the kernel itself keeps where segments are linked; else nothing but its inputs and output, which mixers count.
+
+    The gather of states (`lasp2`) keeps all ranks' where their transitions travel beside them.
+    """
+    if not is_linked(shape, kind):
+        return 0.0
+    heads, _, k, v, _ = _widths(shape, kind)
+    runs = (2 * shape.mesh.context - 1) if shape.config.parallel.layout == "zigzag" else shape.mesh.context
+    own: float = 2 if shape.config.parallel.layout == "zigzag" else 1
+    if kind in "GMD" and shape.config.parallel.linear == "lasp2":
+        own += runs * (1 + (k / v if kind == "D" else 1 / v if kind == "G" else 0))
+    return 4.0 * (shape.slots * _numbers(shape, kind, SAVED[kind]) + own * heads * k * v)
+
+
+def attention_workspace(shape: Shape, kind: str) -> float:
+    """Bytes of softmax attention's backward pass: gradients of queries, keys, values, and its output's."""
+    model, t, b = shape.config.model, shape.mesh.tensor, shape.itemsize
+    q, k = model.heads * model.head_width / t, model.kv_heads * model.head_width / t
+    return shape.slots * b * (2 * q + 2 * k)

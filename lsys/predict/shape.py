@@ -1,0 +1,118 @@
+"""Who holds which layers and how many tokens: what all other parts of the predictor start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lsys.config.methods import ITEMSIZE
+from lsys.config.schema import Config
+from lsys.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A configuration on a number of ranks.
+
+    Attributes:
+        config: it passes `lsys.config.rules.check` for this many ranks.
+        ranks_per_node: nodes are filled one after the other.
+        gpu: whether ranks compute on GPUs: there gradients overlap by default, and NCCL carries messages.
+        lengths: tokens of each document of a micro-batch; None is one document as long as it, which costs most.
+    """
+
+    config: Config
+    world_size: int
+    ranks_per_node: int = 8
+    gpu: bool = True
+    lengths: tuple[int, ...] | None = None
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        parallel = self.config.parallel
+        return Mesh(self.world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
+
+    @cached_property
+    def nodes(self) -> list[int]:
+        return self.mesh.nodes(self.ranks_per_node)
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.gpu else "gloo"
+
+    @property
+    def overlap(self) -> bool:
+        """Whether gradients are reduced while others are computed."""
+        wanted = self.config.train.overlap
+        return self.gpu if wanted is None else wanted
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the model."""
+        return ITEMSIZE[self.config.train.precision]
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, and share out the optimizer's states."""
+        return self.mesh.data * self.mesh.context
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one replica in a step."""
+        return self.config.micro_batches // self.mesh.data
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        return self.lengths or (self.config.train.micro_batch_tokens,)
+
+    @property
+    def slots(self) -> int:
+        """Token slots of a context rank, a multiple of the tensor degree (`lsys.data.plan.Planner.slots`)."""
+        share = -(-self.config.train.micro_batch_tokens // self.mesh.context)
+        return -(-share // self.mesh.tensor) * self.mesh.tensor
+
+    # ---- layers
+
+    @property
+    def chunks(self) -> int:
+        """Of a stage."""
+        return self.config.parallel.virtual_pipeline
+
+    def kinds(self, stage: int, chunk: int = 0) -> str:
+        """Letters of the layers of a virtual chunk: chunk v of stage p of P is number v P + p of the P V chunks."""
+        stages, model = self.mesh.pipeline, self.config.model
+        each = model.layers // (stages * self.chunks)
+        first = (chunk * stages + stage) * each
+        return model.kinds[first : first + each]
+
+    def alike(self, stage: int) -> tuple[tuple[str, ...], bool, bool]:
+        """What two stages must share to need and take the same."""
+        return tuple(self.kinds(stage, v) for v in range(self.chunks)), stage == 0, stage == self.mesh.pipeline - 1
+
+    def is_first(self, stage: int, chunk: int = 0) -> bool:
+        """Whether it has the embedding."""
+        return stage == 0 and chunk == 0
+
+    def is_last(self, stage: int, chunk: int | None = None) -> bool:
+        """Whether it has the output layer."""
+        return stage == self.mesh.pipeline - 1 and chunk in (None, self.chunks - 1)
+
+    # ---- ranks
+
+    def rank(self, stage: int, context: int = 0, data: int = 0, tensor: int = 0) -> int:
+        return self.mesh.rank(tensor=tensor, context=context, data=data, pipeline=stage)
+
+    def group(self, axis: str, rank: int) -> Sequence[int]:
+        """The ranks of the process group of an axis that this rank is in, in its order: as Megatron's."""
+        mesh, place = self.mesh, self.mesh.coordinates(rank)
+        if axis == "replicas":  # data x context
+            first = mesh.rank(tensor=place["tensor"], pipeline=place["pipeline"])
+            return range(first, first + self.replicas * mesh.tensor, mesh.tensor)
+        if axis == "model":  # tensor x pipeline
+            return [
+                mesh.rank(**{**place, "tensor": tensor, "pipeline": stage})
+                for stage in range(mesh.pipeline)
+                for tensor in range(mesh.tensor)
+            ]
+        return range(self.world_size) if axis == "world" else mesh.peers(rank, axis)

@@ -1,0 +1,258 @@
+"""Every byte that a step moves, by axis and link class: what the ledger would count, exactly.
+
+Of one micro-batch on a rank, with s slots, hidden width h, tensor degree t (sequence parallelism: between layers each tensor rank
+has s / t slots; Korthikanti et al., 2022) and numbers of b bytes:
+
+    a projection into heads or channels   gathers s h b before it; backward gathers its input again and scatters its gradient
+    a projection out of them              scatters s h b behind it; backward gathers
+    embedding, output layer               as the latter, as the former
+    cross-entropy                         three sums of s fp32 numbers over the tensor ranks, a fourth with z-loss
+    a mixer over context ranks            lsys.parallel.messages, forward and backward
+    a stage's border                      s h b / t, sent and received
+
+Recomputing a layer repeats its forward pass, but for nothing of the output layer. Once a step: gradients and parameters over the
+data x context ranks, bucket by bucket; sums over tensor ranks of the gradients of norms; over first and last stage of a tied
+embedding's; and scalars: tokens, losses, the norm, and whether to stop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from lsys.config.methods import attention_methods
+from lsys.config.schema import STATE_MIXERS
+from lsys.parallel.links import NETWORK, NODE
+from lsys.parallel.messages import Phases, Placement, attention, linear
+from lsys.predict.collectives import Operation, traffic
+from lsys.predict.shape import Shape
+from lsys.predict.weights import convolved, weights
+
+
+@dataclass(frozen=True)
+class Issued:
+    """An operation that a rank issues so many times in a step: of which axis, over which ranks."""
+
+    axis: str
+    ranks: tuple[int, ...]
+    operation: Operation
+    times: int
+
+
+class Bytes(Counter[tuple[str, str, str]]):
+    """Bytes by (axis, link class, "sent" or "received")."""
+
+    def moved(self, axis: str | None = None, link: str | None = None, way: str = "received") -> int:
+        """Of this selection; None takes all."""
+        return sum(n for (a, k, w), n in self.items() if w == way and axis in (None, a) and link in (None, k))
+
+
+class StepTraffic:
+    """What the ranks of a configuration move in a step."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.config = shape, shape.config
+
+    def bytes(self, rank: int) -> Bytes:
+        """Of one rank, in a training step."""
+        total, nodes = Bytes(), self.shape.nodes
+        for issued in self.operations(rank):
+            place = issued.ranks.index(rank)
+            moved = traffic(issued.operation, place, len(issued.ranks), self.shape.backend)
+            for way, by_peer in moved._asdict().items():
+                for peer, size in by_peer.items():
+                    link = NODE if nodes[issued.ranks[peer]] == nodes[rank] else NETWORK
+                    total[issued.axis, link, way] += issued.times * size
+        for phase, times in self.context_phases(rank):
+            self._add(total, phase, times, rank)
+        return Bytes({key: size for key, size in total.items() if size})
+
+    def _add(self, total: Bytes, phase: Iterable[tuple[int, int, int]], times: int, rank: int) -> None:
+        peers, nodes = self.shape.mesh.peers(rank, "context"), self.shape.nodes
+        mine = peers.index(rank)
+        for source, destination, size in phase:
+            link = NODE if nodes[peers[source]] == nodes[peers[destination]] else NETWORK
+            if source == mine:
+                total["context", link, "sent"] += times * size
+            elif destination == mine:
+                total["context", link, "received"] += times * size
+
+    # ---- operations that all ranks of a group issue alike
+
+    def operations(self, rank: int) -> Iterator[Issued]:
+        """All but the context ranks' exchanges."""
+        shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
+        yield from self._tensor(rank, stage)
+        yield from self._pipeline(rank, stage)
+        yield from self._data(rank, stage)
+        yield self._issued("model", rank, Operation("all_reduce", 4), 1, self.norm_axis)  # the gradients' norm
+        yield Issued("world", tuple(range(shape.world_size)), Operation("all_reduce", 8), 1)  # whether to stop
+
+    @property
+    def norm_axis(self) -> str:
+        """Over whom the norm of gradients is summed: the distributed optimizer's shards are everywhere."""
+        return "world" if self.config.optimizer.distributed else "model"
+
+    def _issued(self, axis: str, rank: int, operation: Operation, times: int, group: str | None = None) -> Issued:
+        return Issued(axis, tuple(self.shape.group(group or axis, rank)), operation, times)
+
+    def _tensor(self, rank: int, stage: int) -> Iterator[Issued]:
+        shape, model = self.shape, self.config.model
+        whole = shape.slots * model.hidden * shape.itemsize
+        gathers = scatters = low_rank = sums = 0
+        for chunk in range(shape.chunks):
+            kinds = shape.kinds(stage, chunk)
+            again = 2 if self.config.train.recompute == "full" else 1
+            gathers += (2 * again + 2 + 2) * len(kinds)  # two projections in; their inputs again; two out, backward
+            scatters += (2 * again + 2) * len(kinds)
+            low_rank += kinds.count("G")
+            if shape.is_first(stage, chunk):
+                gathers, scatters = gathers + 1, scatters + 1
+            if shape.is_last(stage, chunk):
+                gathers, scatters = gathers + 2, scatters + 1
+                sums += 4 if self.config.train.z_loss else 3
+        times, part = shape.micro_batches, whole // shape.mesh.tensor
+        yield self._issued("tensor", rank, Operation("all_gather", part), gathers * times)
+        yield self._issued("tensor", rank, Operation("reduce_scatter", whole), scatters * times)
+        yield self._issued("tensor", rank, Operation("all_reduce", 4 * shape.slots), sums * times)
+        if low_rank:  # what makes the decay of `G`: gathered between its two products
+            rows = shape.slots * model.linear.gate_rank * shape.itemsize
+            again = 3 if self.config.train.recompute == "full" else 2
+            operation = Operation("all_gather", rows // shape.mesh.tensor)
+            yield self._issued("tensor", rank, operation, again * low_rank * times)
+            yield self._issued("tensor", rank, Operation("reduce_scatter", rows), low_rank * times)
+        held = weights(shape, stage)
+        if held.summed:
+            yield self._issued("tensor", rank, Operation("all_reduce", 4 * held.summed), 1)
+
+    def _pipeline(self, rank: int, stage: int) -> Iterator[Issued]:
+        shape, ranks = self.shape, tuple(self.shape.group("pipeline", rank))
+        stages = len(ranks)
+        for size in (4, 24):  # tokens; sums of losses
+            yield Issued("pipeline", ranks, Operation("broadcast", size, stages - 1), 1)
+        if stages == 1:
+            return
+        size, each = self.border_bytes, shape.micro_batches
+        up, down = (stage + 1) % stages, (stage - 1) % stages
+        for chunk in range(shape.chunks):
+            if not shape.is_last(stage, chunk):  # outputs go up, their gradients come back
+                yield Issued("pipeline", ranks, Operation("send", size, up), each)
+                yield Issued("pipeline", ranks, Operation("recv", size, up), each)
+            if not shape.is_first(stage, chunk):
+                yield Issued("pipeline", ranks, Operation("recv", size, down), each)
+                yield Issued("pipeline", ranks, Operation("send", size, down), each)
+        held = weights(shape, stage)
+        if held.shared:
+            yield Issued("pipeline", (ranks[0], ranks[-1]), Operation("all_reduce", 4 * held.shared), 1)
+
+    @property
+    def border_bytes(self) -> int:
+        """Of a micro-batch between two stages."""
+        shape = self.shape
+        return shape.slots // shape.mesh.tensor * self.config.model.hidden * shape.itemsize
+
+    def _data(self, rank: int, stage: int) -> Iterator[Issued]:
+        for size in (4, 24):
+            yield self._issued("data", rank, Operation("all_reduce", size), 1, "replicas")
+        for bucket in (bucket for chunk in weights(self.shape, stage).buckets for bucket in chunk):
+            if self.config.optimizer.distributed:
+                part = bucket // self.shape.replicas * self.shape.itemsize
+                yield self._issued("data", rank, Operation("reduce_scatter", 4 * bucket), 1, "replicas")
+                yield self._issued("data", rank, Operation("all_gather", part), 1, "replicas")
+            else:
+                yield self._issued("data", rank, Operation("all_reduce", 4 * bucket), 1, "replicas")
+
+    # ---- exchanges between context ranks
+
+    @cached_property
+    def place(self) -> Placement:
+        """Of the documents over the context ranks."""
+        return Placement.of(self.config.parallel.layout, self.shape.documents, self.shape.mesh.context)
+
+    @cached_property
+    def context_nodes(self) -> list[int]:
+        return [self.shape.nodes[rank] for rank in self.shape.mesh.peers(0, "context")]
+
+    @cached_property
+    def methods(self) -> dict[str, str]:
+        """By letter, how a layer crosses the context ranks."""
+        state = dict.fromkeys(STATE_MIXERS, self.config.parallel.linear)
+        return {**state, **attention_methods(self.config, self.context_nodes)}
+
+    def layer_phases(self, kind: str, is_first_linear: bool = False) -> list[Phases]:
+        """What one layer exchanges: its mixer's messages, and those of its short convolution before them."""
+        model, tensor, itemsize = self.config.model, self.config.parallel.tensor, self.shape.itemsize
+        if self.shape.mesh.context == 1:
+            return []
+        if kind in "SW":
+            one = attention.Shape(model.heads // tensor, model.kv_heads // tensor, model.head_width, itemsize)
+            window, parallel = model.window if kind == "W" else None, self.config.parallel
+            where = (parallel.layout, self.shape.documents, one, tuple(self.context_nodes), window, self.shape.backend)
+            return [_softmax(self.methods[kind], *where)]
+        wider = (
+            2 if kind == "L" and (model.linear.lrpe == "all" or is_first_linear and model.linear.lrpe == "first") else 1
+        )
+        decay = {"L": "head" if model.linear.decay else "none", "R": "head", "G": "channel"}.get(kind, "token")
+        shape = linear.Shape(
+            model.linear_heads // tensor,
+            model.linear_key_heads // tensor,
+            wider * model.linear_key_width,
+            model.linear_head_width,
+            decay,
+            kind == "D",
+            itemsize,
+        )
+        found = [linear.phases(self.methods[kind], self.place, shape)]
+        if kind in "MD":
+            channels = convolved(self.config, kind) // tensor
+            reach = model.linear.conv_width - 1
+            found.insert(0, linear.halo(self.place, reach, channels * itemsize, channels * max(4, itemsize)))
+        return found
+
+    @cached_property
+    def first_linear(self) -> tuple[int, int, int] | None:
+        """Stage, chunk and place of the model's first `L` layer."""
+        number, stages = self.config.model.kinds.find("L"), self.shape.mesh.pipeline
+        each = self.config.model.layers // (stages * self.shape.chunks)
+        return None if number < 0 else (number // each % stages, number // each // stages, number % each)
+
+    @cached_property
+    def _phases(self) -> dict[tuple[str, bool], list[Phases]]:
+        kinds = self.config.model.kinds
+        first = kinds.find("L")
+        wanted = {(kind, kind == "L" and number == first) for number, kind in enumerate(kinds)}
+        return {key: self.layer_phases(*key) for key in wanted}
+
+    def context_phases(self, rank: int) -> Iterator[tuple[Sequence[tuple[int, int, int]], int]]:
+        """The phases of all layers of the rank's stage, and how often each happens in a step."""
+        shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
+        again = 1 if self.config.train.recompute == "none" else 2
+        for key, layers in self.layer_counts(stage).items():
+            for phases in self._phases[key]:
+                for phase in phases.forward:
+                    yield phase, layers * again * shape.micro_batches
+                for phase in phases.backward:
+                    yield phase, layers * shape.micro_batches
+
+    def layer_counts(self, stage: int) -> Counter[tuple[str, bool]]:
+        """Layers of a stage by (letter, whether it is the model's first `L`)."""
+        counts: Counter[tuple[str, bool]] = Counter()
+        for chunk in range(self.shape.chunks):
+            for number, kind in enumerate(self.shape.kinds(stage, chunk)):
+                counts[kind, kind == "L" and self.first_linear == (stage, chunk, number)] += 1
+        return counts
+
+
+@lru_cache(maxsize=64)
+def _softmax(
+    method: str,
+    layout: str,
+    documents: tuple[int, ...],
+    one: attention.Shape,
+    nodes: tuple[int, ...],
+    window: int | None,
+    backend: str,
+) -> Phases:
+    return attention.phases(method, Placement.of(layout, documents, len(nodes)), one, nodes, window, backend)

@@ -1,0 +1,207 @@
+"""Parameters, gradients and optimizer states of one rank, to the byte, as Megatron-core 0.16.1 lays them out.
+
+Megatron's DDP puts a chunk's gradients in one fp32 buffer, in reverse order of the parameters, cut in buckets
+(`megatron/core/distributed/param_and_grad_buffer.py`). With the distributed optimizer each parameter begins at a multiple of
+64 numbers, each bucket's end is padded to a multiple of lcm(data x context ranks, 128), parameters live in such a buffer too,
+and each of the D ranks keeps the states of the D-th part of every bucket. Adam has two fp32 moments a number, a step count
+(4 bytes) a parameter, and for bf16 an fp32 copy of the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import lcm
+
+from lsys.config.methods import ITEMSIZE
+from lsys.config.schema import STATE_MIXERS, Config
+from lsys.predict.shape import Shape
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A rank's piece of a parameter.
+
+    Attributes:
+        numbers: of the piece.
+        summed: whether the tensor ranks sum its gradients: those of norms, and of what is whole on every tensor rank.
+        shared: whether it is the embedding that first and last stage share, which has a bucket of its own.
+    """
+
+    name: str
+    numbers: int
+    summed: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of one rank. `tuple`s are by virtual chunk.
+
+    Attributes:
+        parameters, gradients, optimizer: bytes.
+        buckets: by chunk, numbers of each bucket, padding included.
+        summed: numbers whose gradients the tensor ranks sum.
+        shared: numbers of the embedding's piece, if first and last stage sum its gradients.
+        count: numbers of parameters, without padding.
+        updated: numbers that this rank's optimizer updates.
+        tensors: parameters of which this rank's optimizer updates a part.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buckets: tuple[tuple[int, ...], ...]
+    summed: int
+    shared: int
+    count: int
+    updated: int
+    tensors: int
+
+
+def layer_parameters(config: Config, kind: str) -> Iterator[Parameter]:
+    """Of one layer, in the order in which its modules were made."""
+    model, tensor = config.model, config.parallel.tensor
+    sharded = tensor > 1
+    hidden = model.hidden
+    yield Parameter("input_layernorm", hidden, sharded)
+    yield Parameter("in_proj", in_width(config, kind) // tensor * hidden)
+    yield Parameter("out_proj", out_width(config, kind) // tensor * hidden)
+    for name, numbers in _small(config, kind):
+        whole = name in ("q_layernorm", "k_layernorm", "decay_in")
+        yield Parameter(name, numbers if whole else numbers // tensor, whole and sharded)
+    yield Parameter("pre_mlp_layernorm", hidden, sharded)
+    yield Parameter("linear_fc1", 2 * model.ffn_width // tensor * hidden)
+    yield Parameter("linear_fc2", model.ffn_width // tensor * hidden)
+
+
+def in_width(config: Config, kind: str) -> int:
+    """Rows of a mixer's input projection, over all tensor ranks (`widths` of the mixers in lsys.model)."""
+    model = config.model
+    if kind in "SW":
+        return (model.heads + 2 * model.kv_heads) * model.head_width
+    keys, values = model.linear_key_heads * model.linear_key_width, model.linear_heads * model.linear_head_width
+    return 2 * (keys + values) + {"M": 1, "D": 2}.get(kind, 0) * model.linear_heads
+
+
+def out_width(config: Config, kind: str) -> int:
+    """Channels that a mixer hands to its output projection."""
+    model = config.model
+    return model.heads * model.head_width if kind in "SW" else model.linear_heads * model.linear_head_width
+
+
+def convolved(config: Config, kind: str) -> int:
+    """Channels of a short convolution, over all tensor ranks."""
+    return in_width(config, kind) - out_width(config, kind) - _steps(config, kind) if kind in "MD" else 0
+
+
+def _steps(config: Config, kind: str) -> int:
+    return {"M": 1, "D": 2}[kind] * config.model.linear_heads
+
+
+def _small(config: Config, kind: str) -> Iterator[tuple[str, int]]:
+    """Parameters of a mixer beside its projections, whole."""
+    model = config.model
+    if kind in "SW":
+        if model.qk_norm:
+            yield from (("q_layernorm", model.head_width), ("k_layernorm", model.head_width))
+        return
+    keys, values, heads = model.linear_key_heads * model.linear_key_width, out_width(config, kind), model.linear_heads
+    if kind in "MD":
+        yield "conv.weight", convolved(config, kind) * model.linear.conv_width
+        if kind == "M":
+            yield "conv.bias", convolved(config, kind)
+        yield from (("decay.A_log", heads), ("decay.dt_bias", heads))
+        if kind == "M":
+            yield "skip.D", heads
+    if kind != "R" and not (kind == "L" and model.linear.norm == "srms"):
+        yield "out_norm", values
+    if kind == "G":
+        rank = model.linear.gate_rank
+        yield from (("decay_in", rank * model.hidden), ("decay_out.weight", keys * rank), ("decay_out.bias", keys))
+
+
+assert set("LRGMD") == set(STATE_MIXERS)
+
+
+def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
+    """Of one virtual chunk of a stage, in the order of its modules."""
+    config = shape.config
+    model, tensor = config.model, config.parallel.tensor
+    embedding = model.padded_vocab // tensor * model.hidden
+    first, last, one = shape.is_first(stage, chunk), shape.is_last(stage, chunk), shape.mesh.pipeline == 1
+    found = [Parameter("embedding", embedding, shared=model.tied and not one)] if first else []
+    for kind in shape.kinds(stage, chunk):
+        found += layer_parameters(config, kind)
+    if last:
+        found.append(Parameter("final_layernorm", model.hidden, tensor > 1))
+        if not (first and model.tied):
+            found.append(Parameter("output_layer", embedding, shared=model.tied and not one))
+    return found
+
+
+def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
+    """Of the ranks of a stage; replica: which of the data x context ranks, for the distributed optimizer's part."""
+    config, ranks = shape.config, shape.replicas
+    distributed, itemsize = config.optimizer.distributed, ITEMSIZE[config.train.precision]
+    buckets, placed, every = [], 0, []
+    updated = tensors = 0
+    for chunk in range(shape.chunks):
+        parameters = chunk_parameters(shape, stage, chunk)
+        every += parameters
+        limit = max(40_000_000, 1_000_000 * ranks) if shape.overlap and stage == 0 and chunk == 0 else None
+        cut = _buckets(parameters, ranks if distributed else 0, limit)
+        buckets.append(tuple(stop - start for start, stop, _ in cut))
+        placed += sum(buckets[-1])
+        for start, stop, places in cut:
+            part = (stop - start) // ranks if distributed else stop - start
+            begin = start + replica * part if distributed else start
+            held = [min(b, begin + part) - max(a, begin) for a, b in places]
+            updated += sum(n for n in held if n > 0)
+            tensors += sum(n > 0 for n in held)
+    count = sum(parameter.numbers for parameter in every)
+    states = (8 + (4 if itemsize == 2 else 0)) * updated + 4 * tensors
+    return Weights(
+        parameters=itemsize * (placed if distributed else count),
+        gradients=4 * placed,
+        optimizer=states,
+        buckets=tuple(buckets),
+        summed=sum(p.numbers for p in every if p.summed),
+        shared=sum(p.numbers for p in every if p.shared),
+        count=count,
+        updated=updated,
+        tensors=tensors,
+    )
+
+
+Bucket = tuple[int, int, list[tuple[int, int]]]  # begin and end, padded, and where its parameters are
+
+
+def _buckets(parameters: Sequence[Parameter], ranks: int, limit: int | None) -> list[Bucket]:
+    """The buckets of a chunk, for a distributed optimizer over `ranks` (0: a plain one); limit: numbers of a full one."""
+
+    def pad(at: int, unit: int) -> int:
+        return -(-at // unit) * unit if ranks else at
+
+    unit, found = lcm(max(ranks, 1), 128), list[Bucket]()
+    begin, at = 0, 0
+    places: list[tuple[int, int]] = []
+
+    def close() -> None:
+        nonlocal begin, at, places
+        found.append((begin, pad(at, unit), places))
+        begin = at = found[-1][1]
+        places = []
+
+    for parameter in reversed(parameters):
+        at = pad(at, 64)
+        alone = parameter.shared and ranks > 0
+        if alone and places:
+            close()
+        places.append((at, at + parameter.numbers))
+        at += parameter.numbers
+        if alone or (limit is not None and at - begin >= limit):
+            close()
+    if places:
+        close()
+    return found

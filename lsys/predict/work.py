@@ -1,0 +1,154 @@
+"""How much a rank has to do, in the quantities that hardware has rates for: one vocabulary for data sheets and calibrations.
+
+    matmul                    FLOPs of products with weights
+    attention                 FLOPs of softmax attention: 4 H D for each query and key that it sees (2.5 times as many backward)
+    kernel:K, linked:K        bytes of intermediate results in the mixer of letter K; linked: where states cross ranks
+    bytes                     of other activations that layers keep: each is written once and read a few times
+    weights                   numbers of weights, whose gradients are added up
+    tensor                    operations over tensor ranks: what they take their issuer beside the transfer
+    logits                    bytes of what the loss makes
+    layer:K                   one layer: what it takes whatever its size
+    optimizer, tensors        numbers that the optimizer updates, parameters that they are in
+    gradients                 bytes of gradient buffers
+    micro_batch, step         one
+
+A `_backward` after the name is the same quantity in a backward pass, whose rate differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lsys.parallel.messages import Placement
+from lsys.parallel.messages.attention import rank_groups, shares
+from lsys.predict.activations import Activations
+from lsys.predict.kernels import WORKSPACE, _numbers, is_linked
+from lsys.predict.shape import Shape
+from lsys.predict.weights import in_width, out_width, weights
+
+
+class Work(dict[str, float]):
+    """Quantities by name; those that are not there are 0."""
+
+    def __missing__(self, name: str) -> float:
+        return 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work({name: self[name] + other[name] for name in {**self, **other}})
+
+
+def backward(work: Mapping[str, float]) -> Work:
+    """Of a backward pass: products twice, attention's 2.5 times; the rates say the rest."""
+    found = Work()
+    for name, amount in work.items():
+        if name in ("matmul",):
+            found[name] += 2 * amount
+        elif name == "attention":
+            found["attention_backward"] += 2.5 * amount
+        else:
+            head, _, kind = name.partition(":")
+            found[f"{head}_backward:{kind}" if kind else f"{head}_backward"] += amount
+    return found
+
+
+class StageWork:
+    """What the ranks of a configuration do, layer by layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.config, self.model = shape, shape.config, shape.config.model
+        self.activations = Activations(shape)
+        self.place = Placement.of(self.config.parallel.layout, shape.documents, shape.mesh.context)
+        self._mixers: dict[tuple[str, bool], Work] = {}
+        self._layers: dict[tuple[str, bool], Work] = {}
+
+    def mixer(self, kind: str, methods: Mapping[str, str], most: bool = False) -> Work:
+        """Of one layer's mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
+        key = (kind, most)
+        if key not in self._mixers:
+            layer, work = self.activations.layers[kind], Work()
+            work["bytes"] = layer.before + layer.after + layer.middle
+            if kind in "SW":
+                flops = self.attention_flops(kind, methods[kind])
+                work["attention"] = max(flops) if most else sum(flops) / len(flops)
+                work[f"kernel:{kind}"], work["bytes"] = layer.before, layer.after + layer.middle
+            else:
+                linked = is_linked(self.shape, kind)
+                name = f"linked:{kind}" if linked else f"kernel:{kind}"
+                work[name] = 4.0 * self.shape.slots * _numbers(self.shape, kind, WORKSPACE[kind])
+                work["bytes"] = layer.after + layer.middle
+            work[f"layer:{kind}"] = 1
+            self._mixers[key] = work
+        return self._mixers[key]
+
+    def attention_flops(self, kind: str, method: str) -> list[float]:
+        """Forward, by context rank: of the pairs that its queries see, or of its share of the heads."""
+        model, context = self.model, self.shape.mesh.context
+        heads = model.heads // self.shape.mesh.tensor
+        each = 4.0 * model.head_width
+        window = model.window if kind == "W" else None
+        groups = rank_groups(method, context, heads, [0] * context) if method == "ulysses" else None
+        if groups:
+            total = sum(visible(n, window) for n in self.shape.documents)
+            split = shares(heads, model.kv_heads // self.shape.mesh.tensor, context)
+            return [each * queries * total for queries, _ in split]
+        pairs = [0.0] * context
+        for part in self.place.parts:
+            start = part.begin - self.place.places[part.document]
+            pairs[part.rank] += visible(start + part.length, window) - visible(start, window)
+        return [each * heads * n for n in pairs]
+
+    def layer(self, kind: str, methods: Mapping[str, str], most: bool = False) -> Work:
+        """Of one layer, forward; most: as of `mixer`."""
+        if (kind, most) not in self._layers:
+            self._layers[kind, most] = self._layer(kind, methods, most)
+        return self._layers[kind, most]
+
+    def _layer(self, kind: str, methods: Mapping[str, str], most: bool) -> Work:
+        model, t = self.model, self.shape.mesh.tensor
+        numbers = (in_width(self.config, kind) + out_width(self.config, kind)) * model.hidden
+        if kind == "G":
+            numbers += model.linear.gate_rank * (model.hidden + model.linear_key_heads * model.linear_key_width)
+        found = self.mlp(kind) + Work({"matmul": 2.0 * self.shape.slots * numbers / t, "weights": numbers / t})
+        found["bytes"] += self.activations.layers[kind].entry
+        if t > 1:
+            found["tensor"] += 2
+        return found + self.mixer(kind, methods, most)
+
+    def mlp(self, kind: str) -> Work:
+        """Of a layer's MLP alone, forward."""
+        numbers = 3.0 * self.model.ffn_width * self.model.hidden / self.shape.mesh.tensor
+        inside = self.activations.layers[kind].mlp
+        found = Work({"matmul": 2 * self.shape.slots * numbers, "weights": numbers, "bytes": inside})
+        if self.shape.mesh.tensor > 1:
+            found["tensor"] += 2
+        return found
+
+    def output(self) -> Work:
+        """Output layer and loss, forward."""
+        numbers = self.shape.slots * self.model.padded_vocab / self.shape.mesh.tensor
+        return Work({"matmul": 2.0 * numbers * self.model.hidden, "logits": 4.0 * numbers})
+
+    def chunk(self, stage: int, chunk: int, methods: Mapping[str, str], most: bool = False) -> tuple[Work, Work]:
+        """Of one micro-batch through a chunk of a stage: forward, backward (what is recomputed is in it)."""
+        forward, again = Work({"micro_batch": 1}), Work()
+        for kind in self.shape.kinds(stage, chunk):
+            layer = self.layer(kind, methods, most)
+            forward += layer
+            if self.config.train.recompute == "full":
+                again += layer
+            elif self.config.train.recompute == "selective":
+                again += self.mixer(kind, methods, most)
+        if self.shape.is_last(stage, chunk):
+            forward += self.output()
+        return forward, backward(forward) + again
+
+    def update(self, stage: int) -> Work:
+        """After the last micro-batch: gradients are cleared, scaled and measured, and the optimizer makes a step."""
+        held = weights(self.shape, stage)
+        return Work({"optimizer": held.updated, "tensors": held.tensors, "gradients": held.gradients, "step": 1})
+
+
+def visible(length: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, in the first so many tokens of a causal document."""
+    full = length if window is None else min(length, window)
+    return full * (full + 1) // 2 + (length - full) * full

@@ -1,0 +1,121 @@
+"""Which rank holds which part of which document, as `lsys.parallel.layout.SequenceLayout` lays them, without torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+Phase = list[tuple[int, int, int]]  # messages under way together: source, destination, bytes
+
+
+class Phases(NamedTuple):
+    """The messages of one layer, forward and backward, in the phases that follow one another."""
+
+    forward: list[Phase]
+    backward: list[Phase]
+
+
+class Part(NamedTuple):
+    """Tokens [begin, end) of the stream, all of one document, on one rank."""
+
+    rank: int
+    document: int
+    begin: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Parts in the order of the stream; none is empty."""
+
+    lengths: tuple[int, ...]
+    ranks: int
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, kind: str, lengths: Iterable[int], ranks: int) -> Placement:
+        """kind: "contiguous" or "zigzag", as SequenceLayout's constructors of these names."""
+        lengths = tuple(lengths)
+        make = {"contiguous": _contiguous, "zigzag": _zigzag}[kind]
+        return cls(lengths, ranks, tuple(part for part in make(lengths, ranks) if part.length))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each rank."""
+        sizes = [0] * self.ranks
+        for part in self.parts:
+            sizes[part.rank] += part.length
+        return tuple(sizes)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Where each document begins in the stream, then how many tokens there are."""
+        return (0, *accumulate(self.lengths))
+
+    @cached_property
+    def documents(self) -> tuple[tuple[Part, ...], ...]:
+        """The parts of each document that several ranks hold, in order of positions."""
+        found: dict[int, list[Part]] = {}
+        for part in self.parts:
+            found.setdefault(part.document, []).append(part)
+        return tuple(tuple(parts) for parts in found.values() if len({part.rank for part in parts}) > 1)
+
+    def pooled(self, groups: Sequence[Sequence[int]]) -> Placement:
+        """Over groups of ranks: each holds its members' tokens; neighbours in the stream become one part."""
+        group_of = {rank: number for number, group in enumerate(groups) for rank in group}
+        merged: list[Part] = []
+        for part in self.parts:
+            part = part._replace(rank=group_of[part.rank])
+            if merged and merged[-1][:2] == part[:2] and merged[-1].end == part.begin:
+                part = merged.pop()._replace(end=part.end)
+            merged.append(part)
+        return Placement(self.lengths, len(groups), tuple(merged))
+
+    def pairs(self, causal_rank: int) -> int:
+        """Query-key pairs of causal attention for which the rank holds the query."""
+        total = 0
+        for part in self.parts:
+            if part.rank == causal_rank:
+                start = part.begin - self.places[part.document]
+                total += part.length * start + part.length * (part.length + 1) // 2
+        return total
+
+
+def _contiguous(lengths: Sequence[int], ranks: int) -> Iterator[Part]:
+    places = [0, *accumulate(lengths)]
+    base, longer = divmod(places[-1], ranks)
+    begins = [base * rank + min(rank, longer) for rank in range(ranks)]
+    cuts = sorted({*places, *begins})
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        yield Part(bisect_right(begins, begin) - 1, bisect_right(places, begin) - 1, begin, end)
+
+
+def _zigzag(lengths: Sequence[int], ranks: int) -> Iterator[Part]:
+    begin = 0
+    for document, length in enumerate(lengths):
+        base, longer = divmod(length, ranks)
+        quota = [base + ((rank - begin) % ranks < longer) for rank in range(ranks)]
+        second = [tokens // 2 for tokens in quota[:-1]] + [0]
+        chunks = [(rank, quota[rank] - second[rank]) for rank in range(ranks)]
+        chunks += [(rank, second[rank]) for rank in reversed(range(ranks))]
+        for rank, tokens in chunks:
+            yield Part(rank, document, begin, begin + tokens)
+            begin += tokens
+
+
+def pairs_of(ranks: int) -> list[tuple[int, int]]:
+    """All (source, destination)."""
+    return [(i, j) for i in range(ranks) for j in range(ranks) if i != j]
+
+
+def around(each: int, ranks: int) -> list[Phase]:
+    """A collective around the ring in which every rank sends its neighbour so many bytes; no phase without any."""
+    return [[(rank, (rank + 1) % ranks, each) for rank in range(ranks)]] if each else []

@@ -1,0 +1,70 @@
+"""The counts without torch equal those that go by the schedules that run."""
+
+from collections import Counter
+
+import pytest
+
+from lsys.parallel.attention import cost as attention_cost
+from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.linear import cost as linear_cost
+from lsys.parallel.messages import Placement, attention, linear
+
+PACKS = [(64,), (20000,), (1, 41, 7, 130, 0, 3, 1, 59, 2), (13, 5, 1, 1, 1, 90), (3, 2, 1)]
+KINDS = ("contiguous", "zigzag")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", PACKS)
+def test_placement_is_the_layout(kind, lengths):
+    for ranks in (1, 2, 3, 4, 7, 16):
+        layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)
+        held = layout.sorted()
+        assert [*zip(*(x.tolist() for x in (held.rank, held.document, held.begin, held.end)), strict=True)] == [
+            *place.parts
+        ]
+        assert place.sizes == layout.sizes
+
+
+def sums(traffic, nodes):
+    return traffic.received(nodes).sum(-1).tolist()
+
+
+def counted(phases, ranks):
+    totals = []
+    for way in phases:
+        received = Counter()
+        for phase in way:
+            for _, destination, size in phase:
+                received[destination] += size
+        totals.append([received[rank] for rank in range(ranks)])
+    return totals
+
+
+@pytest.mark.parametrize("window", [None, 6, 1000])
+@pytest.mark.parametrize("method", attention.METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_counted_alike(kind, method, window):
+    for lengths in PACKS:
+        for ranks in (2, 3, 4, 8, 12):
+            layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)
+            nodes = [rank // 2 for rank in range(ranks)]
+            told = attention_cost.traffic(method, layout, attention_cost.Shape(6, 2, 8), nodes, window=window)
+            found = attention.phases(method, place, attention.Shape(6, 2, 8), nodes, window)
+            assert counted(found, ranks) == sums(told, nodes), (lengths, ranks)
+            assert [len(way) for way in found] == [len(told.forward), len(told.backward)]
+            for mine, theirs in zip((*found.forward, *found.backward), (*told.forward, *told.backward), strict=True):
+                assert sum(size for *_, size in mine) == int(theirs.bytes.sum())
+
+
+@pytest.mark.parametrize("method", linear.METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_counted_alike(kind, method):
+    shapes = [(6, 2, 5, 8, "head"), (4, 4, 16, 16, "channel"), (6, 3, 5, 7, "token", True), (16, 1, 64, 64, "none")]
+    for lengths in PACKS:
+        for ranks in (2, 3, 4, 8):
+            layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)
+            for shape in shapes:
+                told = linear_cost.traffic(method, layout, linear_cost.Shape(*shape))
+                found = linear.phases(method, place, linear.Shape(*shape))
+                assert counted(found, ranks) == sums(told, [0] * ranks), (lengths, ranks, shape)
+                assert [len(way) for way in found] == [len(told.forward), len(told.backward)]

@@ -1,0 +1,99 @@
+"""`lsys check --hardware`: what it prints, what it refuses, and that it answers without torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lsys.cli import main
+from lsys.config.load import load
+from lsys.predict.hardware import Hardware, hardware
+from lsys.predict.hardware import load as load_calibration
+from lsys.predict.plan import Plan
+from lsys.predict.search import changed, nearest, overrides, search
+
+LARGE = "configs/hybrid_7b_256k.yaml"
+
+
+def printed(capsys: pytest.CaptureFixture, *words: str) -> str:
+    assert main(["check", LARGE, "--world-size", "512", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_memory_bytes_and_time(capsys: pytest.CaptureFixture) -> None:
+    text = printed(capsys, "--hardware", "h100x8")
+    for words in ("GiB of a rank, recompute full", "across nodes", "exposed_tensor", "bubble", "MFU", "GPU-hours"):
+        assert words in text
+    assert "does not fit" not in text
+
+
+def test_without_hardware_memory_is_printed_and_no_time(capsys: pytest.CaptureFixture) -> None:
+    text = printed(capsys)
+    assert "GiB of a rank" in text and "predicted step" not in text
+
+
+def test_unknown_hardware_is_said_once(capsys: pytest.CaptureFixture) -> None:
+    text = printed(capsys, "--hardware", "z9000x8", "--search")
+    assert text.count("z9000x8 is unknown: no times and no MFU") == 1
+    assert "GiB of a rank" in text and "across nodes" in text and "predicted step" not in text
+
+
+@pytest.mark.parametrize("name", ["h100 x 8", "h100x0", "missing.json", "configs/quickstart.json"])
+def test_what_is_no_hardware_is_refused(capsys: pytest.CaptureFixture, name: str) -> None:
+    assert main(["check", LARGE, "--world-size", "512", "--hardware", name]) == 2
+    assert f"--hardware {name}".split(" ")[1][:4] in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said_with_the_nearest_that_does(capsys: pytest.CaptureFixture) -> None:
+    words = ("--train.recompute", "none", "--parallel.tensor", "2")
+    text = printed(capsys, "--hardware", "h100x8", *words)
+    assert "does not fit" in text
+    line = next(line for line in text.splitlines() if line.startswith("nearest that does"))
+    more = line.split(": ", 1)[1].split()
+    assert "does not fit" not in printed(capsys, "--hardware", "h100x8", *words, *more)
+
+
+def test_nearest_changes_one_key_if_that_does() -> None:
+    config = changed(load(LARGE), {"train.recompute": "none", "parallel.tensor": 2, "parallel.context": 8})
+    plan = Plan(config, 512, hardware("h100x8", "bf16"))
+    assert not plan.fits
+    found = nearest(plan)
+    assert found is not None and len(found[0]) == 1 and found[1].fits
+
+
+def test_search_proposes_what_fits_and_is_no_slower() -> None:
+    machine, config = hardware("h100x8", "bf16"), load("configs/hybrid_1b.yaml")
+    found = search(config, 64, machine, 3)
+    times = [plan.prediction.seconds for _, plan in found]
+    assert times == sorted(times) and all(plan.fits for _, plan in found)
+    assert times[0] <= Plan(config, 64, machine).prediction.seconds
+    assert overrides({"parallel.virtual_pipeline": 2}) == "--parallel.virtual-pipeline 2"
+
+
+def test_parts_sum_to_the_step_and_a_calibration_reads_back(tmp_path) -> None:
+    machine = hardware("h100x8", "bf16")
+    prediction = Plan(load(LARGE), 512, machine).prediction
+    assert sum(prediction.parts.values()) == pytest.approx(prediction.seconds)
+    path = tmp_path / "machine.json"
+    import json
+
+    path.write_text(json.dumps(machine.to_json()))
+    assert load_calibration(path) == machine == hardware(str(path), "fp32")
+
+
+def test_ranks_that_outnumber_cores_wait_for_them() -> None:
+    config = changed(load(LARGE), {"parallel.pipeline": 1, "parallel.virtual_pipeline": 1})
+    machine = hardware("h100x8", "bf16")
+    shared = Hardware(**{**vars(machine), "cores": 4})
+    alone, crowded = (Plan(config, 512, each).prediction for each in (machine, shared))
+    assert crowded.parts["core"] == pytest.approx(alone.parts["compute"] + alone.parts["imbalance"], rel=0.01)
+
+
+def test_check_with_hardware_imports_no_torch() -> None:
+    code = (
+        "import sys; from lsys.cli import main; "
+        f"code = main(['check', {LARGE!r}, '--world-size', '512', '--hardware', 'h100x8']); "
+        "assert not {'torch', 'megatron'} & sys.modules.keys(); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
