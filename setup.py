@@ -42,10 +42,12 @@ setup(
     extras_require={
         "data": ["pyarrow"],
         "bench": ["matplotlib"],
+        "trace": ["HolisticTraceAnalysis"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "dev": [
             "hypothesis",
             "import-linter",
+            "matplotlib",
             "mypy",
             "pyarrow",
             "pytest",

@@ -17,8 +17,9 @@ COLOURS = {
     "other": (189, 189, 189),
 }
 EXPOSED = ((21, 101, 192), (0, 151, 167), (92, 107, 192), (0, 121, 107), (100, 181, 246), (128, 203, 196))
+COLUMNS = 4  # of the legend
 BARS = 64  # ranks up to which each has a bar
-WIDTH, ROW, LABEL, EDGE = 900, 16, 120, 10  # pixels
+WIDTH, ROW, LABEL, EDGE = 560, 16, 96, 10  # pixels; TensorBoard shows about half of 1,000
 INK, PAPER = (33, 33, 33), (255, 255, 255)
 
 
@@ -32,7 +33,7 @@ def ranks_picture(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], ti
     """Every rank's parts of a step: uint8 [height, width, 3].
 
     Up to 64 ranks have a bar each. More are cells of a grid, a row for each node, whose colour says how far the rank's own
-    work is from the median; the eight farthest above are named.
+    work is from the median; the five farthest above are named.
 
     Args:
         ranks: of each rank, seconds of each part. nodes: of each rank.
@@ -50,7 +51,7 @@ def _canvas(height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 def _bars(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], title: str) -> np.ndarray:
     parts = [part for part in ranks[0] if any(rank[part] > 0 for rank in ranks)]
-    colour, top = colours(list(ranks[0])), EDGE + 3 * ROW
+    colour, top = colours(list(ranks[0])), EDGE + ROW * (2 + -(-len(parts) // COLUMNS))
     image, draw = _canvas(top + (ROW + 4) * len(ranks) + EDGE, title)
     _legend(draw, parts, colour)
     longest = max(sum(rank.values()) for rank in ranks) or 1.0
@@ -70,11 +71,10 @@ def _bars(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], title: str
 
 
 def _legend(draw: ImageDraw.ImageDraw, parts: Sequence[str], colour: Mapping[str, tuple[int, int, int]]) -> None:
-    x, y = float(EDGE), EDGE + ROW + 6
-    for part in parts:
+    for number, part in enumerate(parts):
+        x, y = EDGE + number % COLUMNS * (WIDTH // COLUMNS), EDGE + ROW * (1 + number // COLUMNS) + 4
         draw.rectangle((x, y, x + 10, y + 10), fill=colour[part])
         draw.text((x + 14, y - 2), part, INK)
-        x += 24 + draw.textlength(part)
 
 
 def _cells(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], title: str) -> np.ndarray:
@@ -85,8 +85,8 @@ def _cells(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], title: st
     side = max(3, min(ROW, (WIDTH - LABEL - 2 * EDGE) // max(map(len, rows.values()))))
     top = EDGE + 3 * ROW
     image, draw = _canvas(top + side * len(rows) + EDGE, title)
-    slowest = ", ".join(f"{rank} ({1e3 * compute[rank]:,.0f} ms)" for rank in np.argsort(-compute)[:8])
-    draw.text((EDGE, EDGE + ROW), f"longest own work: rank {slowest}; median {1e3 * median:,.0f} ms", INK)
+    slowest = ", ".join(f"{rank} ({1e3 * compute[rank]:,.0f})" for rank in np.argsort(-compute)[:5])
+    draw.text((EDGE, EDGE + ROW), f"longest own work, ms: rank {slowest}; median {1e3 * median:,.0f}", INK)
     for row, (node, members) in enumerate(rows.items()):
         y = top + side * row
         if side * row % ROW < side:  # labels where there is room

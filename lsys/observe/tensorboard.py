@@ -12,6 +12,7 @@ from lsys.parallel.mesh import AXES, Mesh
 # The borders of a part in the stack of the waterfall. TensorBoard has one colour for each run, not for each tag: so each part
 # is a run of its own, in a folder of this name.
 STACK = "waterfall"
+LEAST = 0.1  # %; a part is shown from when it first takes as much
 LOWER, UPPER = "waterfall_stack/lower(%)", "waterfall_stack/upper(%)"
 
 
@@ -63,12 +64,14 @@ def groups(waterfall: bool) -> list[Group]:
             Lines("MFU, %", (r"mfu\(%\)",)),
         ),
     )
-    time = Group(
-        "scaling waterfall",
+    title = "where a step's time goes, % (mean of the ranks), one part upon the other"
+    time = Group("scaling waterfall", (Bands(title, LOWER, UPPER),))
+    ranks = Group(
+        "parts and ranks",
         (
-            Bands("where a step's time goes, % (mean of the ranks), one part upon the other", LOWER, UPPER),
             Lines("all parts but compute, %", (r"waterfall/(?!compute).*\(%\)",)),
-            Lines("compute of the fastest, the mean and the slowest rank, ms", (r"ranks/compute_.*\(ms\)",)),
+            Lines("own work of the quickest rank, the mean and the slowest, ms", (r"ranks/compute_.*\(ms\)",)),
+            Lines("which rank is the slowest", (r"ranks/slowest",)),
         ),
     )
     communication = Group(
@@ -80,7 +83,7 @@ def groups(waterfall: bool) -> list[Group]:
         ),
     )
     memory = Group("memory", (Lines("GiB", (r"memory/.*\(GiB\)",)),))
-    return [training, speed, *([time, communication] if waterfall else []), memory]
+    return [training, speed, *([time, ranks, communication] if waterfall else []), memory]
 
 
 def layout(chosen: Sequence[Group]) -> Any:
@@ -190,6 +193,8 @@ class Board:
         self.scalars(step, waterfall.scalars | _of_ranks(waterfall))
         for part, borders in stacked(waterfall.percent).items():
             if part not in self.parts:
+                if borders[UPPER] - borders[LOWER] < LEAST:
+                    continue
                 self.parts[part] = SummaryWriter(str(self.folder / STACK / part), purge_step=self.first_step)
             for tag, value in borders.items():
                 self.parts[part].add_scalar(tag, value, step)

@@ -94,7 +94,7 @@ def show(page: Any, name: str) -> Any:
 @pytest.mark.slow
 def test_the_groups_of_charts_are_there(page):
     tab = show(page, "custom_scalars")
-    for title in ("training", "speed", "scaling waterfall", "communication", "memory"):
+    for title in ("training", "speed", "scaling waterfall", "parts and ranks", "communication", "memory"):
         tab.get_by_text(title, exact=True).first.wait_for()
     stack = tab.locator("tf-custom-scalar-margin-chart-card")
     stack.scroll_into_view_if_needed()

@@ -16,7 +16,7 @@ def read_layout(waterfall=True):
 
 def test_the_layout_has_a_group_for_what_the_run_has():
     assert [category.title for category in read_layout().category] == [
-        "training", "speed", "scaling waterfall", "communication", "memory",
+        "training", "speed", "scaling waterfall", "parts and ranks", "communication", "memory",
     ]  # fmt: skip
     assert [category.title for category in read_layout(waterfall=False).category] == ["training", "speed", "memory"]
 
@@ -35,7 +35,7 @@ def test_the_areas_of_the_stack_lie_upon_each_other():
 def test_every_expression_of_the_layout_matches_what_it_is_for():
     tags = [
         "loss_metrics/global_avg_loss", "grad_norm", "lr", "scaling/efficiency(%)", "throughput(tps)", "mfu(%)",
-        "time_metrics/end_to_end(s)", "waterfall/imbalance(%)", "ranks/compute_max(ms)", "comm/context/exposed(ms)",
+        "time_metrics/end_to_end(s)", "waterfall/imbalance(%)", "ranks/compute_max(ms)", "ranks/slowest", "comm/context/exposed(ms)",
         "comm/context/total(ms)", "comm/context/bytes", "memory/max_resident(GiB)",
     ]  # fmt: skip
     expressions = [
@@ -78,7 +78,7 @@ def test_a_straggler_among_many_is_the_reddest_cell():
     red = (picture[..., 0] - picture[..., 1] > 200).nonzero()
     side = 16
     assert len(red[0]) > 100
-    assert (red[0].min() - 58) // side == 77 // 8 and (red[1].min() - 120) // side == 77 % 8
+    assert (red[0].min() - 58) // side == 77 // 8 and (red[1].min() - 96) // side == 77 % 8
 
 
 def test_axes_have_colours_of_their_own():
