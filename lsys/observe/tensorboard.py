@@ -12,8 +12,11 @@ from lsys.parallel.mesh import AXES, Mesh
 # The borders of a part in the stack of the waterfall. TensorBoard has one colour for each run, not for each tag: so each part
 # is a run of its own, in a folder of this name.
 STACK = "waterfall"
+# Its custom scalars take what follows the first parenthesis of a tag for the name of the run, and draw nothing. So what has
+# one, as names with units do, is written once more without, in a run of this name.
+PAGE = "page"
 LEAST = 0.1  # %; a part is shown from when it first takes as much
-LOWER, UPPER = "waterfall_stack/lower(%)", "waterfall_stack/upper(%)"
+LOWER, UPPER = "waterfall_stack/lower", "waterfall_stack/upper"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Lines:
     """A chart of lines.
 
     Attributes:
-        tags: regular expressions; TensorBoard draws every tag that matches one.
+        tags: regular expressions; TensorBoard draws every tag that matches one. Of tags with units, see `page_tag`.
     """
 
     title: str
@@ -58,10 +61,10 @@ def groups(waterfall: bool) -> list[Group]:
     speed = Group(
         "speed",
         (
-            Lines("scaling efficiency, %", (r"scaling/.*efficiency\(%\)",)),
-            Lines("tokens/s of a rank", (r"throughput\(tps\)",)),
-            Lines("s of a step", (r"time_metrics/end_to_end\(s\)",)),
-            Lines("MFU, %", (r"mfu\(%\)",)),
+            Lines("scaling efficiency, %", (r"scaling/.*efficiency %",)),
+            Lines("tokens/s of a rank", ("throughput tps",)),
+            Lines("s of a step", ("time_metrics/end_to_end s",)),
+            Lines("MFU, %", ("mfu %",)),
         ),
     )
     title = "where a step's time goes, % (mean of the ranks), one part upon the other"
@@ -69,21 +72,26 @@ def groups(waterfall: bool) -> list[Group]:
     ranks = Group(
         "parts and ranks",
         (
-            Lines("all parts but compute, %", (r"waterfall/(?!compute).*\(%\)",)),
-            Lines("own work of the quickest rank, the mean and the slowest, ms", (r"ranks/compute_.*\(ms\)",)),
+            Lines("all parts but compute, %", (r"waterfall/(?!compute).* %",)),
+            Lines("own work of the quickest rank, the mean and the slowest, ms", (r"ranks/compute_.* ms",)),
             Lines("which rank is the slowest", (r"ranks/slowest",)),
         ),
     )
     communication = Group(
         "communication",
         (
-            Lines("exposed, ms of a step", (r"comm/.*/exposed\(ms\)",)),
-            Lines("total, ms of a step", (r"comm/.*/total\(ms\)",)),
+            Lines("exposed, ms of a step", (r"comm/.*/exposed ms",)),
+            Lines("total, ms of a step", (r"comm/.*/total ms",)),
             Lines("bytes that a rank sends in a step", (r"comm/.*/bytes",)),
         ),
     )
-    memory = Group("memory", (Lines("GiB", (r"memory/.*\(GiB\)",)),))
+    memory = Group("memory", (Lines("GiB", (r"memory/.* GiB",)),))
     return [training, speed, *([time, ranks, communication] if waterfall else []), memory]
+
+
+def page_tag(tag: str) -> str:
+    """`mfu(%)` as the page of custom scalars can draw it: `mfu %`."""
+    return tag.replace("(", " ").replace(")", "")
 
 
 def layout(chosen: Sequence[Group]) -> Any:
@@ -170,6 +178,7 @@ class Board:
         self.nodes, self.first_step = nodes, first_step
         self.folder = tensorboard_folder(config)
         self.writer = SummaryWriter(str(self.folder), purge_step=first_step)
+        self.page = SummaryWriter(str(self.folder / PAGE), purge_step=first_step)
         self.parts: dict[str, Any] = {}  # a writer for each part of the waterfall
         self.writer.add_text("config", f"```yaml\n{text}```", first_step)
         self.writer.add_text("ranks", rank_grid(mesh, nodes), first_step)
@@ -183,6 +192,8 @@ class Board:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
+            if page_tag(tag) != tag:
+                self.page.add_scalar(page_tag(tag), value, step)
 
     def waterfall(self, step: int, waterfall: Waterfall) -> None:
         """Curves of the parts, their stack, and the picture of the ranks."""
@@ -203,7 +214,7 @@ class Board:
         self.writer.add_image("ranks/time", picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        for writer in (self.writer, *self.parts.values()):
+        for writer in (self.writer, self.page, *self.parts.values()):
             writer.close()
 
 

@@ -79,13 +79,15 @@ def page(tmp_path_factory) -> Iterator[Any]:
         window = driver.chromium.launch(executable_path=browser, args=list(FLAGS), env={**os.environ})
         tab = window.new_page(viewport={"width": 1400, "height": 2400})
         tab.set_default_timeout(PATIENCE)
+        errors: list[str] = []
+        tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(address)
-        yield tab, address
+        yield tab, address, errors
         window.close()
 
 
 def show(page: Any, name: str) -> Any:
-    tab, address = page
+    tab, address, _ = page
     tab.goto("about:blank")
     tab.goto(f"{address}#{name}")
     return tab
@@ -99,6 +101,8 @@ def test_the_groups_of_charts_are_there(page):
     stack = tab.locator("tf-custom-scalar-margin-chart-card")
     stack.scroll_into_view_if_needed()
     stack.get_by_text(f"Matches ({len(PARTS)})").wait_for()  # every part is a run of its own, and so has its colour
+    tab.wait_for_timeout(2000)
+    assert page[2] == []  # what a chart cannot draw is one
 
 
 @pytest.mark.slow
