@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-NODE, NETWORK = "node", "network"  # link classes, as `lsys.parallel.ledger` has them
+from lsys.parallel.traffic import NETWORK, NODE
+
+__all__ = ["HARDWARE", "NETWORK", "NODE", "Link", "Links"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lsys.parallel.ledger.hooks import Call
 from lsys.parallel.ledger.labels import Place, Places
-from lsys.parallel.ledger.traffic import ANY
+from lsys.parallel.traffic import ANY
 
 PIPELINE = "pipeline"
 NEVER = -math.inf

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phase, Phases
-from lsys.predict.collectives import Operation, traffic
+from lsys.parallel.traffic import Operation, traffic
 from lsys.predict.hardware import Hardware
 from lsys.predict.schedule import Pass, passes
 from lsys.predict.shape import Shape

@@ -26,7 +26,7 @@ from lsys.config.methods import attention_methods
 from lsys.config.schema import STATE_MIXERS
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phases, Placement, attention, linear
-from lsys.predict.collectives import Operation, traffic
+from lsys.parallel.traffic import Operation, traffic
 from lsys.predict.shape import Shape
 from lsys.predict.weights import convolved, weights
 

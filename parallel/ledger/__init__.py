@@ -7,7 +7,7 @@
     print(ledger.table())
 
 All operations that Python issues through a ProcessGroup are seen, on every thread, whoever issues them (`hooks.py` says
-how, and what is not). What counts as moved is in `traffic.py`. Outside of `record` nothing is changed or measured.
+how, and what is not). What counts as moved is in `lsys.parallel.traffic`. Outside of `record` nothing is changed or measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from lsys.parallel.ledger.hooks import HOOKS, Call, Mark, Observer
 from lsys.parallel.ledger.labels import OTHER, WORLD, Place, label
-from lsys.parallel.ledger.traffic import NETWORK, NODE, Operation, Traffic, traffic
+from lsys.parallel.traffic import NETWORK, NODE, Operation, Traffic, traffic
 
 __all__ = [
     "NETWORK",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsys.parallel.ledger.labels import Place, Places
-from lsys.parallel.ledger.traffic import ANY, Operation
+from lsys.parallel.traffic import ANY, Operation
 
 Mark = float | torch.cuda.Event  # a moment: seconds of the clock, or a place in a CUDA stream
 Tensors = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from lsys.parallel.ledger.traffic import NETWORK, NODE
+from lsys.parallel.traffic import NETWORK, NODE
 
 OTHER = "other"  # the axis of groups without a label
 WORLD = "world"  # the axis of the default group, where it is labelled to tell its nodes

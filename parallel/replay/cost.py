@@ -1,6 +1,6 @@
 """What one transfer takes: the alpha-beta costs of the ring and pairwise algorithms, from what they move.
 
-With latency a and bandwidth b of the link, P ranks and n as in `lsys.parallel.ledger.traffic`:
+With latency a and bandwidth b of the link, P ranks and n as in `lsys.parallel.traffic`:
 
 | operation | seconds, all links alike |
 |---|---|
@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lsys.parallel.ledger import NETWORK, NODE, Operation, traffic
-from lsys.parallel.ledger.traffic import RINGS
 from lsys.parallel.replay.links import Links
+from lsys.parallel.traffic import RINGS
 
 Port = tuple[int, str, str]  # rank, link class, "out" or "in"
 

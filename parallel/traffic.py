@@ -1,4 +1,4 @@
-"""What each operation of a process group moves, by rank and peer: a function of the operation alone.
+"""What each operation of a process group moves, by rank and peer: a function of the operation alone. Needs no torch.
 
 P ranks; n is the operation's `bytes`. What a rank sends, which is what its peers receive:
 
