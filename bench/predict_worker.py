@@ -102,7 +102,7 @@ def inside_operations() -> Any:
     from lsys.parallel.ledger.hooks import Observer
 
     class Adds(Observer):
-        wants_cpu, seconds = True, 0.0
+        clock, seconds = time.thread_time, 0.0
 
         def issued(self, call: Any, before: float, after: float) -> None:
             self.seconds += after - before
