@@ -9,8 +9,8 @@ at the border, in one product for all. Sums of log-decays are sums, never differ
 import triton
 import triton.language as tl
 
-from lsys.kernels.linear_attention.delta_tiles_triton import load_rows, store_rows, store_state
 from lsys.kernels.linear_attention.scalar_triton import LEAST, load_state, place, product
+from lsys.kernels.linear_attention.tiles_triton import load_rows, store_rows, store_state
 
 
 @triton.jit

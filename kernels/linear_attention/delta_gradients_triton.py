@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lsys.kernels.linear_attention.delta_passes_triton import Tokens, chunk_gradients, chunk_states
-from lsys.kernels.linear_attention.delta_spans_triton import Spans
-from lsys.kernels.linear_attention.delta_tiles_triton import (
+from lsys.kernels.linear_attention.spans_triton import Spans
+from lsys.kernels.linear_attention.tiles_triton import (
     NARROW,
     grouped_sum,
     load_rows,

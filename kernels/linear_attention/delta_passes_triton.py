@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsys.kernels.linear_attention.delta_spans_triton import Spans
-from lsys.kernels.linear_attention.delta_tiles_triton import (
+from lsys.kernels.linear_attention.spans_triton import Spans
+from lsys.kernels.linear_attention.tiles_triton import (
     load_rows,
     load_state,
     load_vector,

@@ -22,10 +22,10 @@ from lsys.kernels.linear_attention.delta_passes_triton import (
     span_states,
     start_gradients,
 )
-from lsys.kernels.linear_attention.delta_spans_triton import Division, divide, span_chunks
-from lsys.kernels.linear_attention.delta_tiles_triton import chunk_tokens
 from lsys.kernels.linear_attention.delta_wy_triton import WY
 from lsys.kernels.linear_attention.scan import adjoint, compose, scan
+from lsys.kernels.linear_attention.spans_triton import Division, divide, span_chunks
+from lsys.kernels.linear_attention.tiles_triton import chunk_tokens
 
 WIDEST = 256  # columns or rows of a state
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.delta_spans_triton import Spans
-from lsys.kernels.linear_attention.delta_tiles_triton import grouped_sum, load_rows, load_vector, sizes, store_rows
+from lsys.kernels.linear_attention.spans_triton import Spans
+from lsys.kernels.linear_attention.tiles_triton import grouped_sum, load_rows, load_vector, sizes, store_rows
 
 
 @triton.jit

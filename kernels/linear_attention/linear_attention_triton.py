@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
-from lsys.kernels.linear_attention.delta_spans_triton import divide, span_chunks
 from lsys.kernels.linear_attention.passes_triton import CHUNK, Passes, log_decays
 from lsys.kernels.linear_attention.scan_triton import Scan
+from lsys.kernels.linear_attention.spans_triton import divide, span_chunks
 
 
 @dataclass

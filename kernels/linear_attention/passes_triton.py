@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lsys.kernels.linear_attention import channel_triton, scalar_triton
-from lsys.kernels.linear_attention.delta_spans_triton import Division, Spans
-from lsys.kernels.linear_attention.delta_tiles_triton import grouped_sum
 from lsys.kernels.linear_attention.scan_triton import Scan, scan_spans
+from lsys.kernels.linear_attention.spans_triton import Division, Spans
+from lsys.kernels.linear_attention.tiles_triton import grouped_sum
 from lsys.kernels.linear_attention.transition import carry
 
 CHUNK = 64  # tokens; of fp32, half of them, and of a state, for shared memory

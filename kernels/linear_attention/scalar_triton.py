@@ -9,7 +9,7 @@ decay for each key channel.
 import triton
 import triton.language as tl
 
-from lsys.kernels.linear_attention.delta_tiles_triton import load_rows, store_rows, store_state
+from lsys.kernels.linear_attention.tiles_triton import load_rows, store_rows, store_state
 
 # Log-decays below count as this one: its exponential is zero in fp32, and sums of such are precise to 1e-5 of a decay.
 LEAST = tl.constexpr(-104.0)

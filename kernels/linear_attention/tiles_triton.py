@@ -1,4 +1,4 @@
-"""Tiles of packed tensors in Triton, and their sizes: what the kernels of the delta rule share.
+"""Tiles of packed tensors in Triton, and their sizes: what the kernels share.
 
 A tile has C tokens of one chunk and head, and a power of two of channels; what is outside is read as zero and not written.
 """

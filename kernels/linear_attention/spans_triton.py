@@ -1,4 +1,4 @@
-"""How packed segments are cut for the Triton delta rule: in spans of several chunks, each one program a head."""
+"""How packed segments are cut for the Triton kernels: in spans of several chunks, each one program a head."""
 
 from __future__ import annotations
 
