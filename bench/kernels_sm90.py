@@ -42,6 +42,7 @@ class Call(NamedTuple):
 def linear_attention_calls(member: str) -> Iterator[Call]:
     """Forward and backward of two linked segments with incoming states, bf16, B1 H16, K = V of WIDTHS."""
     from lsys.kernels.linear_attention.choice_triton import triton_segments
+    from lsys.kernels.linear_attention.chunks import Tokens
 
     for width in WIDTHS:
 
@@ -52,7 +53,7 @@ def linear_attention_calls(member: str) -> Iterator[Call]:
             beta = torch.rand(TOKENS, HEADS).requires_grad_() if "delta" in member else None
             state = torch.randn(2, HEADS, width, width, requires_grad=True)
             lengths = [TOKENS // 2] * 2
-            parts = triton_segments(q, k, v, decay, beta, lengths, [0, 1], width**-0.5)
+            parts = triton_segments(Tokens(q, k, v, decay, beta), lengths, [0, 1], width**-0.5)
             maps = parts.segment_map()
             o = parts.apply(maps, parts.intra(), state)
             ends = [x for x in (o, maps.state, maps.transition) if x is not None and x.requires_grad]

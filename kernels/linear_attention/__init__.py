@@ -162,21 +162,21 @@ def segments(
     check_tensors(q, k, v, log_decay, beta)
     if backend not in BACKENDS:
         raise ValueError(f"linear attention backend {backend!r} is not one of: {', '.join(BACKENDS)}")
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    tokens, scale = Tokens(q, k, v, log_decay, beta), k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return ReferenceSegments(q, k, v, log_decay, beta, lengths, linked, scale)
+        return ReferenceSegments(tokens, lengths, linked, scale)
     if backend == "triton" or (backend == "auto" and v.device.type != "cpu"):
-        refusal = triton_refusal(k, v, log_decay, beta)
+        refusal = triton_refusal(tokens)
         if refusal is None:
             if backend == "auto":
                 _log_choice("triton", f"the fastest on {v.device.type}")
-            return triton_segments(q, k, v, log_decay, beta, lengths, linked, scale)
+            return triton_segments(tokens, lengths, linked, scale)
         if backend == "triton":
             raise ValueError(f"linear attention backend 'triton' {refusal}; backend 'chunked' computes it")
         _log_choice("chunked", f"since triton {refusal}")
     elif backend == "auto":
         _log_choice("chunked", f"the fastest on {v.device.type}")
-    return ChunkedSegments(_chunks(log_decay, beta), Tokens(q, k, v, log_decay, beta), lengths, linked, scale)
+    return ChunkedSegments(_chunks(log_decay, beta), tokens, lengths, linked, scale)
 
 
 def _chunks(log_decay: Tensor | None, beta: Tensor | None) -> type[Chunks]:

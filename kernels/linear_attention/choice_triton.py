@@ -7,14 +7,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from lsys.kernels.linear_attention.chunks import Tokens
 
 WIDEST = 256  # columns or rows of a state
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def triton_refusal(k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> str | None:
+def triton_refusal(tokens: Tokens) -> str | None:
     """Why not, in words that follow the backend's name; None if they do."""
+    _, k, v, log_decay, beta = tokens
     keys, columns = k.shape[2], v.shape[2]
     if v.dtype not in DTYPES:
         return f"takes fp32, bf16 and fp16, not {v.dtype}"
@@ -40,21 +42,12 @@ def _interpreted() -> bool:
     return not isinstance(scan_kernel, JITFunction)
 
 
-def triton_segments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    lengths: Sequence[int],
-    linked: Sequence[int],
-    scale: float,
-) -> Any:
+def triton_segments(tokens: Tokens, lengths: Sequence[int], linked: Sequence[int], scale: float) -> Any:
     """The two phases. See `lsys.kernels.linear_attention.segments`."""
-    if beta is not None:
+    if tokens.beta is not None:
         from lsys.kernels.linear_attention.delta_triton import DeltaTritonSegments
 
-        return DeltaTritonSegments(q, k, v, log_decay, beta, lengths, linked, scale)
+        return DeltaTritonSegments(tokens, lengths, linked, scale)
     from lsys.kernels.linear_attention.linear_attention_triton import TritonSegments
 
-    return TritonSegments(q, k, v, log_decay, lengths, linked, scale)
+    return TritonSegments(tokens, lengths, linked, scale)

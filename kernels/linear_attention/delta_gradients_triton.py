@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsys.kernels.linear_attention.delta_passes_triton import Tokens, chunk_gradients, chunk_states
+from lsys.kernels.linear_attention.delta_passes_triton import Prepared, chunk_gradients, chunk_states
 from lsys.kernels.linear_attention.spans_triton import Spans
 from lsys.kernels.linear_attention.tiles_triton import (
     NARROW,
@@ -76,7 +76,7 @@ def tokens_backward(
 
 
 def gradients(
-    x: Tokens, p: Tensor | None, spans: Spans, start: Tensor, end: Tensor, do: Tensor | None
+    x: Prepared, p: Tensor | None, spans: Spans, start: Tensor, end: Tensor, do: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Of q (None without do), k, w, u and b, in these shapes, zero for tokens in none of the spans.
 

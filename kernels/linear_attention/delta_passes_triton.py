@@ -157,7 +157,7 @@ def reverse_pass(
         store_state(d_start, d, span.to(tl.int64), head, column, H, K, V, BK, BV)
 
 
-class Tokens(NamedTuple):
+class Prepared(NamedTuple):
     """What the passes read of tokens: q, k [T, H_k, K], w [T, H, K], u [T, H, V] (None: zero), b [T, H] in fp32.
 
     Without q there are no outputs.
@@ -182,7 +182,7 @@ class Tokens(NamedTuple):
         return (len(spans) * shape["H"], triton.cdiv(width, shape["BV"])), shape
 
 
-def scores(x: Tokens, spans: Spans) -> Tensor:
+def scores(x: Prepared, spans: Spans) -> Tensor:
     """P of the spans' chunks, [T, H, C] in k's dtype: the rows of a chunk's [C, C] lie with its tokens."""
     heads = x.b.shape[1]
     p = x.k.new_empty(*x.b.shape, x.chunk)
@@ -192,7 +192,7 @@ def scores(x: Tokens, spans: Spans) -> Tensor:
     return p
 
 
-def span_states(x: Tokens, spans: Spans, width: int, start: int) -> Tensor:
+def span_states(x: Prepared, spans: Spans, width: int, start: int) -> Tensor:
     """The states [m, H, K, width] after the spans, from ZERO with x.u or from ONE without."""
     grid, shape = x.launch(spans, width)
     end = x.b.new_empty(len(spans), shape["H"], shape["K"], width)
@@ -202,7 +202,7 @@ def span_states(x: Tokens, spans: Spans, width: int, start: int) -> Tensor:
     return end
 
 
-def chunk_states(x: Tokens, spans: Spans, start: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_states(x: Prepared, spans: Spans, start: Tensor) -> tuple[Tensor, Tensor]:
     """The states before the chunks [n, H, K, V] and r [T, H, V], in k's dtype, from `start` [rows, H, K, V]."""
     grid, shape = x.launch(spans, start.shape[-1])
     kept = x.k.new_empty(len(spans.chunks), *start.shape[1:])
@@ -213,7 +213,7 @@ def chunk_states(x: Tokens, spans: Spans, start: Tensor) -> tuple[Tensor, Tensor
     return kept, r
 
 
-def outputs(x: Tokens, p: Tensor, spans: Spans, start: Tensor, o: Tensor, add: Tensor | None = None) -> Tensor:
+def outputs(x: Prepared, p: Tensor, spans: Spans, start: Tensor, o: Tensor, add: Tensor | None = None) -> Tensor:
     """Write to o [T, H, V] what the spans' tokens get, from `start` [rows, H, K, V], plus `add` [T, H, V]."""
     grid, shape = x.launch(spans, start.shape[-1])
     if len(spans):
@@ -225,7 +225,7 @@ def outputs(x: Tokens, p: Tensor, spans: Spans, start: Tensor, o: Tensor, add: T
     return o
 
 
-def start_gradients(x: Tokens, p: Tensor, spans: Spans, do: Tensor) -> Tensor:
+def start_gradients(x: Prepared, p: Tensor, spans: Spans, do: Tensor) -> Tensor:
     """The gradients [m, H, K, V] of the states before the spans, as far as their own outputs make them."""
     grid, shape = x.launch(spans, do.shape[-1])
     d_start = x.b.new_empty(len(spans), shape["H"], shape["K"], shape["V"])
@@ -236,7 +236,9 @@ def start_gradients(x: Tokens, p: Tensor, spans: Spans, do: Tensor) -> Tensor:
     return d_start
 
 
-def chunk_gradients(x: Tokens, p: Tensor | None, spans: Spans, end: Tensor, do: Tensor | None) -> tuple[Tensor, Tensor]:
+def chunk_gradients(
+    x: Prepared, p: Tensor | None, spans: Spans, end: Tensor, do: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The gradients of the states after the chunks [n, H, K, V] and of r [T, H, V], in k's dtype.
 
     `end` [rows, H, K, V] are those of the states after the spans, do [T, H, V] that of the output (None: zero).

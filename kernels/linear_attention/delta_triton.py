@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
+from lsys.kernels.linear_attention.chunks import Tokens
 from lsys.kernels.linear_attention.delta_gradients_triton import gradients
 from lsys.kernels.linear_attention.delta_passes_triton import (
     ONE,
     ZERO,
-    Tokens,
+    Prepared,
     outputs,
     scores,
     span_states,
@@ -26,9 +27,6 @@ from lsys.kernels.linear_attention.delta_wy_triton import WY
 from lsys.kernels.linear_attention.scan import adjoint, compose, scan
 from lsys.kernels.linear_attention.spans_triton import Division, divide, span_chunks
 from lsys.kernels.linear_attention.tiles_triton import chunk_tokens
-
-WIDEST = 256  # columns or rows of a state
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class States(NamedTuple):
@@ -47,7 +45,7 @@ class States(NamedTuple):
 
 
 @torch.no_grad()
-def scan_states(x: Tokens, division: Division, width: int) -> States:
+def scan_states(x: Prepared, division: Division, width: int) -> States:
     """The states before the scanned spans, of `width` columns."""
     keys = x.k.shape[-1]
     update, transition = span_states(x, division.scanned, width, ZERO), span_states(x, division.scanned, keys, ONE)
@@ -79,23 +77,17 @@ class Link:
 class DeltaTritonSegments:
     """log_decay None, [H] or [T, H]; beta [T, H]. See `lsys.kernels.linear_attention.Segments`.
 
-    `apply` is called at most once, with what `intra` gave, which nothing else reads.
+    `apply` is called at most once, with what `intra` gave, which nothing else reads. What these kernels do not compute is
+    said by `choice_triton.triton_refusal`.
 
     Args:
         chunk: tokens of a chunk, a power of two of at least 16; default by width.
         span: chunks of a span, of whose states alone the first is kept for the backward pass; default by the work.
-
-    Raises:
-        ValueError: a member, dtype or width that these kernels do not compute.
     """
 
     def __init__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        beta: Tensor,
+        tokens: Tokens,
         lengths: Sequence[int],
         linked: Sequence[int],
         scale: float,
@@ -103,7 +95,8 @@ class DeltaTritonSegments:
         chunk: int | None = None,
         span: int | None = None,
     ) -> None:
-        _check(k, v, log_decay)
+        q, k, v, log_decay, beta = tokens
+        assert beta is not None
         heads = v.shape[1]
         chunk = chunk_tokens(k.shape[-1]) if chunk is None else chunk
         span = span_chunks(lengths, chunk, heads) if span is None else span
@@ -112,7 +105,7 @@ class DeltaTritonSegments:
         q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.float().contiguous()
         g = torch.zeros_like(beta[:1, :1]) if log_decay is None else log_decay.float()
         w, u, b = WY.apply(k, v, beta, g.expand(beta.shape), self.division.every, chunk)
-        self.tokens, self.link = Tokens(q, k, w, u, b, scale, chunk), Link()
+        self.tokens, self.link = Prepared(q, k, w, u, b, scale, chunk), Link()
 
     @cached_property
     def states(self) -> States:
@@ -141,19 +134,6 @@ class DeltaTritonSegments:
         return _Enter.apply(intra, state.float(), *self.tokens, *parts)
 
 
-def _check(k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-    other = 'backend "chunked" or "reference" computes it'
-    if v.dtype not in DTYPES:
-        raise ValueError(f"the Triton kernels of the delta rule take fp32, bf16 and fp16, not {v.dtype}; {other}")
-    if log_decay is not None and log_decay.dim() == 3:
-        raise ValueError(f"the Triton kernels of the delta rule have no decay per key channel; {other}")
-    if max(k.shape[-1], v.shape[-1]) > WIDEST:
-        widths = f"K = {k.shape[-1]}, V = {v.shape[-1]}"
-        raise ValueError(
-            f"the Triton kernels of the delta rule take K and V of at most {WIDEST}, not {widths}; {other}"
-        )
-
-
 class _Intra(torch.autograd.Function):
     """The output if every segment starts from zero. Its gradients go through the states before the spans, too."""
 
@@ -163,13 +143,13 @@ class _Intra(torch.autograd.Function):
         ctx.save_for_backward(q, k, w, u, b, states.before, states.transition)
         ctx.scale, ctx.chunk, ctx.division, ctx.link = scale, chunk, division, link
         o = torch.empty_like(u, dtype=dtype)
-        return outputs(Tokens(q, k, w, u, b, scale, chunk), p, division.every, states.before, o)
+        return outputs(Prepared(q, k, w, u, b, scale, chunk), p, division.every, states.before, o)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, w, u, b, start, transition = ctx.saved_tensors
-        division, link, x = ctx.division, ctx.link, Tokens(q, k, w, u, b, ctx.scale, ctx.chunk)
+        division, link, x = ctx.division, ctx.link, Prepared(q, k, w, u, b, ctx.scale, ctx.chunk)
         do = do.to(q.dtype).contiguous()
         if link.end is None:  # no states entered
             p = scores(x, division.every)
@@ -193,13 +173,13 @@ class _Enter(torch.autograd.Function):
         ctx.scale, ctx.chunk, ctx.division, ctx.link, ctx.intra_dtype = scale, chunk, division, link, intra.dtype
         linked, intra = division.linked, intra.contiguous()
         o = torch.empty_like(intra, dtype=dtype) if linked.whole else intra.to(dtype, copy=True)
-        return outputs(Tokens(q, k, w, None, b, scale, chunk), p, linked, link.start, o, intra)
+        return outputs(Prepared(q, k, w, None, b, scale, chunk), p, linked, link.start, o, intra)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, w, b, transition = ctx.saved_tensors
-        division, link, x = ctx.division, ctx.link, Tokens(q, k, w, None, b, ctx.scale, ctx.chunk)
+        division, link, x = ctx.division, ctx.link, Prepared(q, k, w, None, b, ctx.scale, ctx.chunk)
         link.p = scores(x, division.every)
         from_output = start_gradients(x, link.p, division.scanned, do.to(q.dtype).contiguous())
         link.end, d_state = adjoint(from_output, None, transition, division.plan)
@@ -228,7 +208,7 @@ class _Map(torch.autograd.Function):
         # The transition is what becomes of the state 1 without values: more columns of the same recurrence.
         for d_total, start, values in ((d_state, before, u), (d_transition, reach, None)):
             if d_total is not None:
-                x = Tokens(None, k, w, values, b, ctx.scale, ctx.chunk)
+                x = Prepared(None, k, w, values, b, ctx.scale, ctx.chunk)
                 end, _ = adjoint(torch.zeros_like(start), d_total.float(), transition, division.linked_plan)
                 _, dk, dw, du, db = gradients(x, None, division.linked, start, end, None)
                 found.append((dk, dw, None if values is None else du, db))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
+from lsys.kernels.linear_attention.chunks import Tokens
 from lsys.kernels.linear_attention.passes_triton import CHUNK, Passes, log_decays
 from lsys.kernels.linear_attention.scan_triton import Scan
 from lsys.kernels.linear_attention.spans_triton import divide, span_chunks
@@ -44,16 +45,14 @@ class TritonSegments:
 
     def __init__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
+        tokens: Tokens,
         lengths: Sequence[int],
         linked: Sequence[int],
         scale: float,
         *,
         span: int | None = None,
     ) -> None:
+        q, k, v, log_decay, _ = tokens
         span = span_chunks(lengths, CHUNK, v.shape[1]) if span is None else span
         division = divide(tuple(lengths), tuple(linked), CHUNK, span, v.device)
         g = log_decays(log_decay, v)

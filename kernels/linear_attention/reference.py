@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
+from lsys.kernels.linear_attention.chunks import Tokens
 from lsys.kernels.linear_attention.transition import identity
 
 
@@ -47,19 +48,9 @@ def recurrence(
 class ReferenceSegments:
     """The two phases by the definition, which runs once in each."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        beta: Tensor | None,
-        lengths: Sequence[int],
-        linked: Sequence[int],
-        scale: float,
-    ) -> None:
-        self.inputs = (q, k, v, log_decay, beta, lengths, scale)
-        self.linked = torch.tensor(linked, dtype=torch.int64, device=v.device)
+    def __init__(self, tokens: Tokens, lengths: Sequence[int], linked: Sequence[int], scale: float) -> None:
+        self.inputs = (*tokens, lengths, scale)
+        self.linked = torch.tensor(linked, dtype=torch.int64, device=tokens.v.device)
 
     def segment_map(self) -> SegmentMap:
         """The maps of the linked segments."""

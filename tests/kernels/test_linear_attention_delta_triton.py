@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.interpreter import interpreting
 
 pytest.importorskip("triton")
 
 from lsys.kernels.linear_attention import segments
+from lsys.kernels.linear_attention.chunks import Tokens
 from lsys.kernels.linear_attention.delta_triton import DeltaTritonSegments
 from lsys.kernels.linear_attention.spans_triton import divide, span_chunks
 
@@ -39,12 +39,6 @@ CASES = {
     "blocks of keys": Case([40], [0], "token", 1, 1, 150, 10, None, 1),
     "no tokens": Case([0, 0], [1], "token"),
 }
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with interpreting() as run:
-        yield run
 
 
 def tensors(case):
@@ -80,7 +74,7 @@ def run(make, leaves, gradients):
 def triton(case):
     def make(*inputs):
         sizes = dict(chunk=case.chunk, span=case.span)
-        return DeltaTritonSegments(*inputs, case.lengths, case.linked, case.keys**-0.5, **sizes)
+        return DeltaTritonSegments(Tokens(*inputs), case.lengths, case.linked, case.keys**-0.5, **sizes)
 
     return make
 
@@ -167,9 +161,9 @@ def test_spans_grow_with_the_work():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(dtype=torch.float64), "take fp32, bf16 and fp16, not torch.float64; backend .chunked. or .reference."),
-        (dict(channels=True), "no decay per key channel; backend .chunked. or .reference."),
-        (dict(keys=300), "K and V of at most 256, not K = 300, V = 6; backend .chunked. or .reference."),
+        (dict(dtype=torch.float64), "takes fp32, bf16 and fp16, not torch.float64; backend .chunked. computes it"),
+        (dict(channels=True), "no decay per key channel with the delta rule; backend .chunked. computes it"),
+        (dict(keys=300), "K and V of 1 to 256, not K = 300, V = 6; backend .chunked. computes it"),
     ],
 )
 def test_what_the_kernels_do_not_compute_is_refused(change, message):
@@ -177,4 +171,4 @@ def test_what_the_kernels_do_not_compute_is_refused(change, message):
     q, v = (x.to(change.get("dtype", torch.float32)) for x in (q, v))
     decay = -torch.ones(3, 2, 8) if "channels" in change else None
     with pytest.raises(ValueError, match=message):
-        DeltaTritonSegments(q, q, v, decay, torch.ones(3, 2), [3], [], 1.0)
+        segments(q, q, v, decay, torch.ones(3, 2), [3], [], backend="triton")

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.interpreter import interpreting
 
 pytest.importorskip("triton")
 
 from lsys.kernels.linear_attention import linear_attention, segments
+from lsys.kernels.linear_attention.chunks import Tokens
 from lsys.kernels.linear_attention.linear_attention_triton import TritonSegments
 
 TOLERANCE = 1e-5  # of fp32, the norm of the difference from the definition in fp64 over the norm
@@ -52,12 +52,6 @@ CASES = {
     "no tokens": Case([0, 0], [1], "token"),
     "no segments": Case([], [], "channel", enters=False),
 }
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with interpreting() as run:
-        yield run
 
 
 def tensors(case):
@@ -108,7 +102,7 @@ def after(maps, state):
 
 
 def with_triton(case):
-    return lambda *inputs: TritonSegments(*inputs, case.lengths, case.linked, case.keys**-0.5, span=1)
+    return lambda *inputs: TritonSegments(Tokens(*inputs, None), case.lengths, case.linked, case.keys**-0.5, span=1)
 
 
 def definition(case):
@@ -208,7 +202,7 @@ def long_layout():
     from lsys.kernels.linear_attention.scan_triton import segment_table
 
     q = torch.zeros(5000, 1, 1)
-    parts = TritonSegments(q, q, q, None, [5000], [0], 1.0)
+    parts = TritonSegments(Tokens(q, q, q, None, None), [5000], [0], 1.0)
     return parts.passes.division.plan.counts, segment_table((2, 0, 3), q.device).tolist()
 
 
