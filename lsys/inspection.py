@@ -17,11 +17,6 @@ from lsys.predict.plan import Plan
 from lsys.predict.report import memory, report
 
 
-def mesh_of(config: Config, world_size: int) -> Mesh:
-    parallel = config.parallel
-    return Mesh(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
-
-
 def print_check(
     config: Config, world_size: int, ranks_per_node: int, hardware: str | None = None, wants_search: bool = False
 ) -> None:
@@ -37,7 +32,7 @@ def print_check(
     machine = find_hardware(hardware, config.train.precision, ranks_per_node) if hardware else None
     ranks_per_node = machine.ranks_per_node if machine else ranks_per_node
     console = _console()
-    mesh = mesh_of(config, world_size)
+    mesh = Mesh.of(config.parallel, world_size)
     print(dump(config))
     print(f"# sha256 {config_hash(config)}\n")
     for notice in notices(config, world_size):
@@ -55,7 +50,7 @@ def print_check(
 
 def print_topology(config: Config, world_size: int, ranks_per_node: int) -> None:
     """One line per rank: node, coordinates, and the ranks it shares each axis with."""
-    mesh = mesh_of(config, world_size)
+    mesh = Mesh.of(config.parallel, world_size)
     nodes = mesh.nodes(ranks_per_node)
     axes = [axis for axis in AXES if mesh.degree(axis) > 1]
     table = Table("rank", "node", *axes, *(f"{axis} peers" for axis in axes))

@@ -1,9 +1,23 @@
 """Who is where: the grid of ranks, in Megatron's order (tensor fastest, then context, data, pipeline)."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 AXES = ("tensor", "context", "data", "pipeline")
+
+
+class Degrees(Protocol):
+    """Degrees of the axes but data."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
+    @property
+    def context(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,11 @@ class Mesh:
         if self.world_size < 1 or product < 1 or self.world_size % product:
             degrees = f"tensor {self.tensor} x context {self.context} x pipeline {self.pipeline} = {product}"
             raise ValueError(f"{degrees} does not divide {self.world_size} ranks; take a multiple of {product} ranks")
+
+    @classmethod
+    def of(cls, degrees: Degrees, world_size: int) -> Mesh:
+        """The grid of the `parallel` section of a configuration."""
+        return cls(world_size, tensor=degrees.tensor, pipeline=degrees.pipeline, context=degrees.context)
 
     @property
     def data(self) -> int:

@@ -30,8 +30,7 @@ class Shape:
 
     @cached_property
     def mesh(self) -> Mesh:
-        parallel = self.config.parallel
-        return Mesh(self.world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
+        return Mesh.of(self.config.parallel, self.world_size)
 
     @cached_property
     def nodes(self) -> list[int]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from lsys.config import Config
 from lsys.config.load import dump
 from lsys.config.rules import check_files, require
-from lsys.inspection import mesh_of
 from lsys.observe.efficiency import open_baseline
 from lsys.observe.folder import require_own_folder
+from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import launch_from_environment
 from lsys.runtime.groups import Groups, process_groups
 from lsys.train.errors import RunError
@@ -58,7 +58,7 @@ class Run:
         self.reporter = Reporter(
             settings,
             active=active,
-            mesh=mesh_of(settings, groups.launch.world_size),
+            mesh=Mesh.of(settings.parallel, groups.launch.world_size),
             nodes=groups.nodes,
             device=groups.device,
             peak=peak_of_ranks(groups.device, settings.train.precision),
