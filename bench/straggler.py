@@ -13,10 +13,8 @@ import time
 
 from lsys.config.load import load
 from lsys.config.overrides import parse_overrides
-from lsys.config.rules import check_files, require
 from lsys.observe.profiler import named
-from lsys.runtime.environment import launch_from_environment
-from lsys.runtime.groups import process_groups
+from lsys.train.run import open_run
 
 
 def main() -> None:
@@ -25,14 +23,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1, help="which rank is slow")
     parser.add_argument("--ms", type=float, default=30.0, help="how much longer each of its layers takes, forward")
     options, others = parser.parse_known_args()
-    settings, launch = load(options.config, parse_overrides(others)), launch_from_environment()
-    require(settings, launch.world_size)
-    check_files(settings)
-    with process_groups(settings.parallel, launch) as groups:
-        from lsys.train.run import Run  # imports megatron, which `process_groups` prepares
-
-        run = Run(settings, groups)
-        if launch.rank == options.rank:
+    with open_run(load(options.config, parse_overrides(others))) as run:
+        if run.groups.launch.rank == options.rank:
             for chunk in run.engine.chunks:
                 for name, module in named(chunk):
                     if name.endswith("MLP"):

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +14,10 @@ from tyro.conf import Positional
 
 from lsys.config.load import load
 from lsys.config.overrides import parse
-from lsys.config.rules import check_files, require
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.ledger import NETWORK, NODE, WORLD, record
 from lsys.parallel.replay import Link, Links, Timeline, fastest, gather_programs, recorded_program, simulate
-from lsys.runtime.environment import Launch, launch_from_environment
-from lsys.runtime.groups import process_groups
+from lsys.train.run import Run, open_run
 
 LARGE = 2**20  # fp32 numbers of a long message
 
@@ -34,32 +33,18 @@ class PointOptions:
 
 
 def main(words: list[str] | None = None) -> None:
-    import sys
-
     options, overrides = parse(PointOptions, sys.argv[1:] if words is None else words, prog="lsys.bench.point")
-    settings, launch = load(options.config, overrides), launch_from_environment()
-    require(settings, launch.world_size)
-    check_files(settings)
-    with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
-        from lsys.train.run import Run
-
-        run = Run(settings, groups)
+    with open_run(load(options.config, overrides)) as run:
         run.train()
-        if groups.device.type == "cpu" and options.replays:
-            links = measured_links(_world(launch))
+        if run.groups.device.type == "cpu" and options.replays:
+            links = measured_links(SequenceComm(None, axis=WORLD, node_of_rank=run.groups.nodes))
             timeline, flops = replayed(run, links, options.replays)
-            if launch.rank == 0:
+            if run.groups.launch.rank == 0:
                 summary = _summary(timeline, links) | {"flops": flops / timeline.seconds}
-                (settings.train.folder / "replay.json").write_text(json.dumps(summary, indent=1) + "\n")
+                (run.settings.train.folder / "replay.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def _world(launch: Launch) -> SequenceComm:
-    """All ranks, with their nodes."""
-    nodes = SequenceComm(None, axis=WORLD).all_gather(torch.tensor([launch.node])).tolist()
-    return SequenceComm(None, axis=WORLD, node_of_rank=nodes)
-
-
-def replayed(run: Any, links: Links, repeats: int) -> tuple[Timeline, float]:
+def replayed(run: Run, links: Links, repeats: int) -> tuple[Timeline, float]:
     """One step as it would be if each rank had a processor of its own, over these links; and a rank's model FLOPs of it."""
     batches, flops = run.data.training(0)
     total = torch.tensor(flops, dtype=torch.float64)  # of a data replica, alike on its ranks

@@ -1,13 +1,15 @@
 """One run, from a configuration to its last checkpoint."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lsys.config import Config
 from lsys.config.load import dump
 from lsys.config.rules import check_files, require
-from lsys.observe.efficiency import open_baseline
+from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.folder import require_own_folder
 from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import launch_from_environment
@@ -16,21 +18,28 @@ from lsys.train.errors import RunError
 
 
 def main(settings: Config) -> int:
-    """Train as configured; the exit code. Everything that can be refused is refused before a process group starts."""
+    """Train as configured; the exit code."""
+    with open_run(settings) as run:
+        run.train()
+    return 0
+
+
+@contextlib.contextmanager
+def open_run(settings: Config) -> "Iterator[Run]":
+    """The run of this launch and its process groups. All that can be refused is refused before one of them starts."""
     launch = launch_from_environment()
     require(settings, launch.world_size)
     check_files(settings)
     require_own_folder(settings)
-    open_baseline(settings, launch)
+    efficiency = open_baseline(settings, launch)
     with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
-        Run(settings, groups).train()
-    return 0
+        yield Run(settings, groups, efficiency)
 
 
 class Run:
     """The loop and what it needs: data, engine, checkpoints, reports."""
 
-    def __init__(self, settings: Config, groups: Groups) -> None:
+    def __init__(self, settings: Config, groups: Groups, efficiency: Efficiency | None = None) -> None:
         from lsys.checkpoint import Checkpoints
         from lsys.observe.hardware import peak_of_ranks
         from lsys.observe.meter import Meter
@@ -62,7 +71,7 @@ class Run:
             nodes=groups.nodes,
             device=groups.device,
             peak=peak_of_ranks(groups.device, settings.train.precision),
-            efficiency=open_baseline(settings, groups.launch),
+            efficiency=efficiency,
             first_step=self.step + 1,
             text=dump(settings),
         )
