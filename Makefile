@@ -4,7 +4,7 @@ CORPUS := data/stdlib
 export PYTHONSAFEPATH := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-fast check docs bench clean
+.PHONY: train test test-all test-fast check docs bench clean
 
 # The environment: made anew when its description changes.
 $(BIN)/.installed: setup.py pyproject.toml constraints.txt
@@ -19,8 +19,11 @@ $(CORPUS).json: | $(BIN)/.installed
 train: $(BIN)/.installed $(CORPUS).json
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m lsys train configs/quickstart.yaml
 
-# Everything; test-fast leaves out what takes many ranks or long.
+# Of the tests that take many ranks or long, test takes a third of the cases, other ones at each commit; test-all takes all, test-fast none.
 test: $(BIN)/.installed
+	$(BIN)/python -m pytest --slow sample
+
+test-all: $(BIN)/.installed
 	$(BIN)/python -m pytest
 
 test-fast: $(BIN)/.installed

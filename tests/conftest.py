@@ -1,10 +1,11 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and the sample of slow cases that `make test` takes."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 from gloo import Pool
+from support import sampling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; all ranks share the machine's cores
 
@@ -17,7 +18,27 @@ def gloo() -> Iterator[Pool]:
     pool.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", choices=["all", "sample"], default="all", help="cases of slow tests: every one, or some")
+    parser.addoption("--seed", default=None, help="what the sample is drawn by; if left out, the commit")
+
+
+def _seed(config: pytest.Config) -> str:
+    return config.getoption("seed") or sampling.commit(config.rootpath)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("slow") == "sample":
+        told = f"one in {sampling.ONE_IN} cases of each slow test, drawn by --slow sample --seed {_seed(config)}"
+        terminalreporter.write_line(f"{told}; make test-all takes every one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "gloo" in getattr(item, "fixturenames", ()):
             item.add_marker("world")
+    if config.getoption("slow") == "sample":
+        slow = [item.nodeid for item in items if item.get_closest_marker("slow")]
+        dropped = sampling.left_out(slow, _seed(config))
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
+        items[:] = [item for item in items if item.nodeid not in dropped]

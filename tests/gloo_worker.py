@@ -22,6 +22,8 @@ with contextlib.suppress(Exception):  # what does not import fails, with its tra
     from lsys.runtime import install_megatron
 
     install_megatron()
+    import torch._dynamo  # which the first optimizer of a process would import: 2 s in every worker
+
     import lsys.checkpoint.state
     import lsys.train.engine  # noqa: F401  (and so megatron's model, schedules and optimizer)
 
