@@ -42,7 +42,7 @@ setup(
     extras_require={
         "data": ["pyarrow"],
         "bench": ["matplotlib"],
-        "trace": ["HolisticTraceAnalysis"],
+        "trace": ["HolisticTraceAnalysis>=0.5", "pandas<3"],  # it breaks with pandas 3
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "dev": [
             "hypothesis",

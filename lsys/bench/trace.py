@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import logging
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -223,6 +225,9 @@ def _holistic(files: Sequence[Path], console: Console) -> None:
     except ModuleNotFoundError:
         raise TraceError("--hta needs HolisticTraceAnalysis: pip install 'lsys[trace]'") from None
     ranks = {int(match[1]): str(file) for file in files if (match := re.match(r"rank(\d+)-", file.name))}
-    analysis = TraceAnalysis(trace_files=ranks)
-    console.print(analysis.get_temporal_breakdown(visualize=False).to_string())
-    console.print(analysis.get_comm_comp_overlap(visualize=False).to_string())
+    logging.getLogger("hta").setLevel(logging.ERROR)  # it tells of each step of its work
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas warns of the way in which it is called, with every number of a column
+        analysis = TraceAnalysis(trace_files=ranks)
+        console.print(analysis.get_temporal_breakdown(visualize=False).to_string())
+        console.print(analysis.get_comm_comp_overlap(visualize=False).to_string())

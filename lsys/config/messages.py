@@ -9,6 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from lsys.config.schema import held_section
 
+# What pydantic's words leave open, by its names of mistakes.
+RULES = {"model_type": "it should be a mapping", "list_type": "it should be a list in brackets, such as [a, b]"}
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -68,9 +71,7 @@ def _mistake(found: Any, names: list[str | int], section: type[BaseModel] | None
     meaning = field.description.split("; ")[0].rstrip(".") if field and field.description else ""
     if found["type"] == "missing":
         return Mistake(key, "missing", f"give it a value ({meaning})" if meaning else "give it a value")
-    rule = (
-        "it should be a mapping" if found["type"] == "model_type" else found["msg"].replace("Input should", "it should")
-    )
+    rule = RULES.get(found["type"]) or found["msg"].replace("Input should", "it should")
     return Mistake(key, f"{_short(found['input'])} does not do: {rule}" + (f" ({meaning})" if meaning else ""))
 
 
