@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from lsys.bench.links import LARGE, measured_link
 from lsys.config.load import load
 from lsys.config.overrides import parse_overrides
 from lsys.config.schema import Config
@@ -28,7 +29,7 @@ from lsys.data.plan import Planner
 from lsys.data.stream import TokenStream
 from lsys.observe.waterfall_recorder import Recorder
 from lsys.parallel.attention import softmax_attention
-from lsys.parallel.comm import Pending, SequenceComm
+from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import NETWORK, NODE, record
 from lsys.parallel.replay import Link, fastest, gather_programs, recorded_program, simulate
@@ -147,38 +148,6 @@ def cost_of_a_call(recording: Callable[[], contextlib.AbstractContextManager], c
 # ---- replay
 
 
-def measured_link(comm: SequenceComm, *, both_ways: bool, large: int = 1 << 20) -> Link:
-    """Latency and bandwidth between two ranks: rank 0 sends to rank 1, or each to the other at the same time.
-
-    Gloo sends and receives on one thread, so that what two large messages get of the link is not twice what one gets.
-    """
-
-    def seconds(elements: int, repeats: int) -> float:
-        tensors = torch.ones(2, elements)
-        times = []
-        for _ in range(repeats):
-            dist.barrier()
-            began = time.perf_counter()
-            exchange(comm, tensors, both_ways).wait()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
-    seconds(large, 2)
-    small = seconds(1, 200)
-    slower = torch.tensor([small, seconds(large, 9) - small], dtype=torch.float64)
-    dist.all_reduce(slower, op=dist.ReduceOp.MAX)
-    return Link(float(slower[0]), 4 * large / float(slower[1]))
-
-
-def exchange(comm: SequenceComm, tensors: torch.Tensor, both_ways: bool) -> Pending:
-    """Send the first tensor to the other rank, receive into the second."""
-    peer = 1 - comm.rank
-    send, receive = (
-        {peer: tensor} if both_ways or comm.rank == sender else {} for sender, tensor in enumerate(tensors)
-    )
-    return comm.exchange(send, receive)
-
-
 def compare(name: str, run: Callable[[], None], link: Link, repeats: int) -> None:
     """Wall-clock of `run`, from a barrier to the last rank's end, beside the replay of its programs."""
     walls, programs = [], []
@@ -205,18 +174,19 @@ def compare(name: str, run: Callable[[], None], link: Link, repeats: int) -> Non
 def replay(settings: Config, repeats: int) -> None:
     dist.init_process_group("gloo")
     comm = SequenceComm(None)
-    one_way, link = (measured_link(comm, both_ways=both) for both in (False, True))
+    one_way, link = (measured_link(comm, 1, both_ways=both) for both in (False, True))
     if comm.rank == 0:
         for name, each in (("one way", one_way), ("both ways", link)):
             print(f"link, {name}: {each.latency * 1e6:.0f} us, {each.bandwidth / 1e6:.0f} MB/s")
         print(
             f"{'seconds: medians, and the least':36} {'wall':>9} {'replay':>9} {'ratio':>7}  {'wall':>9} {'replay':>9} {'ratio':>7}"
         )
-    tensors, x = torch.ones(2, 1 << 20), torch.randn(512, 512)
+    message, x = torch.ones(LARGE), torch.randn(512, 512)
+    ends = ({1: message}, {}) if comm.rank == 0 else ({}, {0: message})
 
     def products(*, overlap: bool) -> None:
         for _ in range(10):
-            pending = exchange(comm, tensors, both_ways=False)
+            pending = comm.exchange(*ends)
             if not overlap:
                 pending.wait()
             x @ x @ x @ x

@@ -1,9 +1,7 @@
 """One point of a scaling sweep: a short run, and the replay of one of its steps. Started by `lsys bench scaling`."""
 
 import json
-import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,13 @@ import torch
 import torch.distributed as dist
 from tyro.conf import Positional
 
+from lsys.bench.links import measured_links
 from lsys.config.load import load
 from lsys.config.overrides import parse
 from lsys.parallel.comm import SequenceComm
-from lsys.parallel.ledger import NETWORK, NODE, WORLD, record
-from lsys.parallel.replay import Link, Links, Timeline, fastest, gather_programs, recorded_program, simulate
+from lsys.parallel.ledger import WORLD, record
+from lsys.parallel.replay import Links, Timeline, fastest, gather_programs, recorded_program, simulate
 from lsys.train.run import Run, open_run
-
-LARGE = 2**20  # fp32 numbers of a long message
 
 
 @dataclass(frozen=True)
@@ -74,40 +71,6 @@ def _summary(timeline: Timeline, links: Links) -> dict[str, Any]:
         "parts": parts,
         "links": {name: asdict(link) for name, link in links.items()},
     }
-
-
-def measured_links(comm: SequenceComm) -> dict[str, Link]:
-    """What messages between two ranks take, in both directions at once: of rank 0 with its first peer of each link class."""
-    nodes, found = comm.node_of_rank, {}
-    for name, is_peer in ((NODE, lambda node: node == nodes[0]), (NETWORK, lambda node: node != nodes[0])):
-        peer = next((rank for rank in range(1, comm.size) if is_peer(nodes[rank])), None)
-        if peer is not None:
-            found[name] = _measured_link(comm, peer)
-    return found
-
-
-def _measured_link(comm: SequenceComm, peer: int) -> Link:
-    """All ranks call it together; those but 0 and `peer` wait."""
-    small = _seconds(comm, peer, 1, 100)
-    large = _seconds(comm, peer, LARGE, 5)
-    both = torch.tensor([small, max(large - small, 1e-9)], dtype=torch.float64)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return Link(float(both[0]), 4 * LARGE / float(both[1]))
-
-
-def _seconds(comm: SequenceComm, peer: int, numbers: int, repeats: int) -> float:
-    """Median time of an exchange; 0 on ranks that have no part."""
-    ends, times = {0: peer, peer: 0}, [0.0]
-    tensors = torch.ones(2, numbers)
-    dist.barrier()
-    if comm.rank in ends:
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            comm.exchange({ends[comm.rank]: tensors[0]}, {ends[comm.rank]: tensors[1]}).wait()
-            times.append(time.perf_counter() - began)
-    dist.barrier()
-    return statistics.median(times)
 
 
 if __name__ == "__main__":
