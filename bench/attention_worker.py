@@ -3,16 +3,14 @@
 torchrun --standalone --nproc-per-node 2 bench/attention_worker.py CASES.json RESULTS.json
 """
 
-import json
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tools import serve
 from torch import Tensor
 
 from lsys.parallel.attention import softmax_attention
@@ -102,14 +100,5 @@ def measure(case: Case) -> dict[str, Any]:
     return result | {"seconds": min(times, default=0.0)}
 
 
-def main(cases: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    measured = [measure(Case(**case)) for case in json.loads(Path(cases).read_text())]
-    if dist.get_rank() == 0:
-        Path(results).write_text(json.dumps(measured))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(Case, measure)

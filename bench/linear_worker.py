@@ -3,16 +3,14 @@
 torchrun --standalone --nproc-per-node 2 bench/linear_worker.py CASES.json RESULTS.json
 """
 
-import json
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tools import serve
 from torch import Tensor
 
 from lsys.parallel.attention import softmax_attention
@@ -93,14 +91,5 @@ def measure(case: Case) -> dict[str, Any]:
     return {"received": received, "calls": calls, "seconds": min(times)}
 
 
-def main(cases: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    measured = [measure(Case(**case)) for case in json.loads(Path(cases).read_text())]
-    if dist.get_rank() == 0:
-        Path(results).write_text(json.dumps(measured))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(Case, measure)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 LAB = str(ROOT / "launch" / "lab.sh")
@@ -41,6 +42,17 @@ def launch(worker: str, cases: Sequence[Any], ranks: int, rate: str | None = Non
             if rate is not None:
                 subprocess.run([LAB, "down"], env=environment, check=True)
         return json.loads(Path(paths[1]).read_text())
+
+
+def serve(kind: type, measure: Callable[[Any], dict[str, Any]]) -> None:
+    """The worker's side of `launch`: each rank of a gloo group measures all cases, of a kind; the first writes the results."""
+    cases, results = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    measured = [measure(kind(**case)) for case in json.loads(cases.read_text())]
+    if dist.get_rank() == 0:
+        results.write_text(json.dumps(measured))
+    dist.destroy_process_group()
 
 
 def show(title: str, heads: list[str], rows: list[list[Any]]) -> None:
