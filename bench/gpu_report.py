@@ -1,6 +1,6 @@
 """Tables of what `bench/gpu.py` found, in Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Case = dict[str, Any]
@@ -54,38 +54,29 @@ def speed(cases: list[Case]) -> str:
     return "\n\n".join(parts + ([_kernels(profiled)] if profiled else []))
 
 
-def _linear(cases: list[Case]) -> str:
-    heads = [
-        "case",
-        "forward",
-        "fla",
-        "speed",
-        "share",
-        "both",
-        "fla",
-        "speed",
-        "share",
-        "busy",
-        "fla",
-        "MiB",
-        "fla",
-        "o apart",
-        "",
-    ]
-    rows: list[list[Any]] = []
+def _beside(heads: Sequence[str], cases: list[Case], figures: Callable[[Case], list[Any]]) -> str:
+    """A row of each case: its name and figures, or why there are none."""
+    rows = []
     for case in cases:
-        if case["status"] != "measured":
-            rows.append([case["name"], *["not measured"] * (len(heads) - 2), case.get("error")])
-            continue
-        mine, other = case["sides"]["lsys"], case["sides"].get("fla", {})
-        row: list[Any] = [case["name"]]
+        missing = [*["not measured"] * (len(heads) - 2), case.get("error")]
+        rows.append([case["name"], *(figures(case) if case["status"] == "measured" else missing)])
+    return table(heads, rows)
+
+
+def _linear(cases: list[Case]) -> str:
+    """Beside flash-linear-attention."""
+
+    def figures(case: Case) -> list[Any]:
+        mine, other, row = case["sides"]["lsys"], case["sides"].get("fla", {}), []
         for part in ("forward", "both"):
             a, b = mine[f"{part} ms"], other.get(f"{part} ms")
             row += [a, b, ratio(b, a), mine[f"share of bound, {part}"]]
         row += [case["profile"].get(side, {}).get("busy ms") for side in ("lsys", "fla")]
-        row += [mine["peak MiB"], other.get("peak MiB")]
-        rows.append([*row, other.get("difference of o"), case["note"]])
-    return table(heads, rows)
+        return [*row, mine["peak MiB"], other.get("peak MiB"), other.get("difference of o"), case["note"]]
+
+    each = ("fla", "speed", "share")
+    heads = ("case", "forward", *each, "both", *each, "busy", "fla", "MiB", "fla", "o apart", "")
+    return _beside(heads, cases, figures)
 
 
 def _kernels(profiled: dict[str, Case]) -> str:
@@ -100,38 +91,20 @@ def _kernels(profiled: dict[str, Case]) -> str:
 
 def _softmax(cases: list[Case]) -> str:
     """Beside the fastest of the others, forward and in both passes, which need not be the same."""
-    heads = [
-        "case",
-        "forward",
-        "fastest other",
-        "",
-        "speed",
-        "share",
-        "both",
-        "fastest other",
-        "",
-        "speed",
-        "share",
-        "",
-    ]
-    rows: list[list[Any]] = []
-    for case in cases:
-        if case["status"] != "measured":
-            rows.append([case["name"], *["not measured"] * (len(heads) - 2), case.get("error")])
-            continue
-        mine = case["sides"]["lsys"]
-        row: list[Any] = [case["name"]]
+
+    def figures(case: Case) -> list[Any]:
+        others, row = dict(case["sides"]), []
+        mine = others.pop("lsys")
         for part in ("forward", "both"):
             key = f"{part} ms"
-            times = {name: side[key] for name, side in case["sides"].items() if name != "lsys"}
-            best = min(times, key=lambda name: times[name], default=None)
-            least = None if best is None else times[best]
+            best = min(others, key=lambda name: others[name][key], default=None)
+            least = None if best is None else others[best][key]
             row += [mine[key], least, best, ratio(least, mine[key]), mine[f"share of bound, {part}"]]
-        others = "; ".join(
-            f"{n} {s['forward ms']:.4g}, {s['both ms']:.4g}" for n, s in case["sides"].items() if n != "lsys"
-        )
-        rows.append([*row, f"{others}. {case['note']}"])
-    return table(heads, rows)
+        said = "; ".join(f"{n} {s['forward ms']:.4g}, {s['both ms']:.4g}" for n, s in others.items())
+        return [*row, f"{said}. {case['note']}"]
+
+    each = ("fastest other", "", "speed", "share")
+    return _beside(("case", "forward", *each, "both", *each, ""), cases, figures)
 
 
 def train(cases: list[Case]) -> str:
