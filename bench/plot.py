@@ -1,4 +1,5 @@
-"""Draws the figures of `bench/attention.py`: python bench/plot.py docs/benchmarks/attention.json. Needs matplotlib (extra `bench`)."""
+"""Draws the figures of `bench/attention.py`: python bench/plot.py docs/benchmarks/attention.json; and those of `bench/scaling.py`, which
+calls it. Needs matplotlib (extra `bench`)."""
 
 import json
 import sys
@@ -51,6 +52,26 @@ def draw_overlap(figures: dict[str, Any], path: Path) -> None:
     bars = axis.barh(names, ratios, color=["tab:blue", "tab:grey", "lightgrey"])
     axis.bar_label(bars, fmt="%.2f")
     axis.set_xlabel("time over that of the computation alone")
+    _save(figure, path)
+
+
+def draw_scaling(figures: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Efficiency by number of ranks, a picture for each kind of layers and a colour for each kind of links."""
+    figure, axes = plt.subplots(1, len(figures), figsize=(4.2 * len(figures), 3.4), sharey=True)
+    for axis, (way, links) in zip(axes, figures.items(), strict=True):
+        for colour, (link, points) in zip(("tab:blue", "tab:orange", "tab:red"), links.items(), strict=True):
+            for kind, style in (("replay", "-"), ("predicted", ":"), ("measured", "o")):
+                shown = [point for point in points if kind in point["efficiency"]]
+                if kind == "measured":
+                    shown = [point for point in shown if not point["shares_cores"]]
+                xs, ys = [p["ranks"] for p in shown], [100 * p["efficiency"][kind] for p in shown]
+                axis.plot(xs, ys, style, color=colour, label=f"{link}, {kind}")
+        ranks = [point["ranks"] for point in points]
+        axis.set(xscale="log", xlabel="ranks", title=way, ylim=(0, 110))
+        axis.set_xticks(ranks, ranks)
+        axis.minorticks_off()
+    axes[0].set_ylabel("FLOP/s of a rank, % of one rank alone")
+    axes[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
