@@ -3,8 +3,6 @@
 torchrun --standalone --nproc-per-node 2 bench/predict_worker.py CASES.json RESULTS.json
 """
 
-import gc
-import json
 import sys
 import time
 from collections import defaultdict
@@ -14,6 +12,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
+from tools import serve
+
+from lsys.config import Config
+from lsys.data.plan import Planner
+from lsys.observe.waterfall_recorder import Recorder
+from lsys.parallel.ledger import record
+from lsys.parallel.ledger.hooks import HOOKS, Observer
+from lsys.parallel.replay import Link, fastest, gather_programs, recorded_program, simulate
+from lsys.runtime.environment import launch_from_environment
+from lsys.runtime.groups import process_groups
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from support.memory import engine_bytes, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,24 @@ class OneDocument:
         return SimpleNamespace(lengths=np.array([count]), tokens=tokens, targets=tokens, loss_mask=mask)
 
 
+class InsideOperations(Observer):
+    """Adds up the CPU seconds of operations of communication."""
+
+    clock, seconds = time.thread_time, 0.0
+
+    def issued(self, call: Any, before: float, after: float) -> None:
+        self.seconds += after - before
+
+    waited = issued
+
+
 class LayerTimes:
     """CPU seconds of this thread in each layer, its MLP, forward and backward; issuing operations of communication is not in it.
 
-    inside: tells the CPU seconds spent in such operations so far.
+    inside: the CPU seconds spent in such operations so far.
     """
 
-    def __init__(self, engine: Any, kinds: str, inside: Any) -> None:
+    def __init__(self, engine: Any, kinds: str, inside: InsideOperations) -> None:
         self.inside = inside
         self.rows: dict[tuple[str, str, str], list[float]] = defaultdict(list)
         layers = [layer for chunk in engine.chunks for layer in chunk.module.decoder.layers]
@@ -97,37 +120,12 @@ class LayerTimes:
         return [[*key, min(times)] for key, times in self.rows.items()]
 
 
-def inside_operations() -> Any:
-    """An observer of the ledger's hooks that adds up the CPU seconds of operations of communication."""
-    from lsys.parallel.ledger.hooks import Observer
-
-    class Adds(Observer):
-        clock, seconds = time.thread_time, 0.0
-
-        def issued(self, call: Any, before: float, after: float) -> None:
-            self.seconds += after - before
-
-        waited = issued
-
-    return Adds()
-
-
 def measure(case: Case) -> dict[str, Any]:
-    import torch.distributed as dist
-
-    from lsys.config import Config
-    from lsys.data.plan import Planner
-    from lsys.observe.live import LiveBytes, engine_bytes, held
-    from lsys.observe.waterfall_recorder import Recorder
-    from lsys.parallel.ledger import record
-    from lsys.parallel.ledger.hooks import HOOKS
-    from lsys.runtime.environment import launch_from_environment
-    from lsys.runtime.groups import process_groups
-    from lsys.train.engine import Engine
-
     config = Config.model_validate(case.tree)
     train, parallel, steps = config.train, config.parallel, []
     with process_groups(parallel, launch_from_environment()) as groups:
+        from lsys.train.engine import Engine  # imports megatron, which `process_groups` prepares
+
         engine = Engine(config, groups)
         stream: Any = OneDocument(config.model.vocab)
         degrees = (parallel.context, parallel.tensor, parallel.layout)
@@ -138,7 +136,7 @@ def measure(case: Case) -> dict[str, Any]:
 
         engine.forward_backward(batches(0))
         engine.step()
-        inside = inside_operations()
+        inside = InsideOperations()
         HOOKS.add(inside)
         layers = LayerTimes(engine, config.model.kinds, inside) if case.wants_layers else None
         cpu, recorder = [], Recorder(groups)
@@ -159,9 +157,8 @@ def measure(case: Case) -> dict[str, Any]:
                 steps.append({"seconds": waterfall.seconds, "parts": waterfall.parts})
                 cpu.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
         HOOKS.remove(inside)
-        gc.collect()
         ready = batches(case.steps + 1)
-        with record() as ledger, LiveBytes(held(engine)) as live:
+        with record() as ledger:
             engine.forward_backward(ready)
             engine.step()
         moved = {
@@ -170,22 +167,41 @@ def measure(case: Case) -> dict[str, Any]:
             for link in ("node", "network")
             for way in ("sent", "received")
         }
-        peak = peak_of(engine, batches(case.steps + 2), LiveBytes, held)
+        peak = peak_bytes(engine, batches(case.steps + 2))
+        engine.step()
         mine = {"cpu": cpu, "bytes": moved, "held": engine_bytes(engine), "peak": peak}
         mine["layers"], mine["output"] = (layers.take(), layers.output()) if layers else ([], 0.0)
-        mine["events"] = transfers(engine, batches(case.steps + 3), record) if case.wants_layers else []
+        mine["events"] = transfers(engine, batches(case.steps + 3)) if case.wants_layers else []
         timeline = None if case.wants_layers else replay(case, engine, batches)
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
-        del live
     return {"name": case.name, "steps": steps, "ranks": every, "replay": timeline}
+
+
+def cut_programs(engine: Any) -> None:
+    """From now on, marks in programs where layers begin and end, forward and backward: barriers of a group of this rank alone.
+
+    The least times of a layer, of which a calibration is made, add up to less than the least time of what no operation interrupts.
+    """
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+    def mark(*unused: Any) -> None:
+        dist.barrier(alone)
+
+    def after(_: Any, args: Any, output: Any) -> None:
+        mark()
+        if output[0].requires_grad:
+            output[0].register_hook(mark)
+
+    for chunk in engine.chunks:
+        for layer in chunk.module.decoder.layers:
+            layer.register_forward_pre_hook(mark)
+            layer.register_forward_hook(after)
 
 
 def replay(case: Case, engine: Any, batches: Any) -> dict[str, Any]:
     """A step as if each rank had a core of its own: its seconds and parts, means over the ranks."""
-    from lsys.parallel.ledger import record
-    from lsys.parallel.replay import Link, fastest, gather_programs, recorded_program, simulate
-
+    cut_programs(engine)
     runs = []
     for step in range(case.steps):
         ready = batches(step + 100)
@@ -202,16 +218,7 @@ def replay(case: Case, engine: Any, batches: Any) -> dict[str, Any]:
     return {"seconds": timeline.seconds, "parts": parts}
 
 
-def peak_of(engine: Any, ready: Any, tracker: Any, held: Any) -> int:
-    """Most live bytes of a forward and backward pass."""
-    gc.collect()
-    with tracker(held(engine)) as live:
-        engine.forward_backward(ready)
-    engine.step()
-    return live.peak
-
-
-def transfers(engine: Any, ready: Any, record: Any) -> list[list[Any]]:
+def transfers(engine: Any, ready: Any) -> list[list[Any]]:
     """[axis, kind, bytes, ranks, seconds of standing still] of a step's operations."""
     with record() as ledger:
         engine.forward_backward(ready)
@@ -222,20 +229,5 @@ def transfers(engine: Any, ready: Any, record: Any) -> list[list[Any]]:
     ]
 
 
-def main(cases: str, results: str) -> None:
-    from lsys.runtime import install_megatron
-
-    install_megatron()
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    measured = [measure(Case(**case)) for case in json.loads(Path(cases).read_text())]
-    if dist.get_rank() == 0:
-        Path(results).write_text(json.dumps(measured))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(Case, measure)

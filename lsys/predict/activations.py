@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lsys.predict.kernels import attention_workspace, linear_saved, linear_workspace
+from lsys.predict.mixers import inside, is_sent
 from lsys.predict.schedule import in_flight
 from lsys.predict.shape import Shape
-from lsys.predict.weights import convolved, in_width, out_width
+from lsys.predict.weights import in_width, out_width
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,27 @@ class LayerMemory:
     """Bytes of one layer and micro-batch that live until its backward pass.
 
     Attributes:
-        entry: the norm before the mixer, and the projections' output where mixers keep it.
+        entry: the norm before the mixer, and what projects in two products.
+        projected: of the projections' output, what the kernel's backward pass needs. inputs: all that a recomputed mixer keeps.
         before, after: inside the mixer, what its kernel's backward pass still needs, and what is gone by then.
-        middle: the mixer's output and the norm after it. mlp: inside the MLP.
+        mixed: the mixer's output. middle: that and the norm after it. mlp: inside the MLP.
         workspace: of the kernel's backward pass.
-        projected: the projections' output, which a recomputed mixer keeps as its input.
     """
 
     entry: float
+    projected: float
+    inputs: float
     before: float
     after: float
+    mixed: float
     middle: float
     mlp: float
     workspace: float
-    projected: float
 
     @property
     def whole(self) -> float:
         """Without recompute."""
-        return self.entry + self.before + self.after + self.middle + self.mlp
+        return self.entry + self.projected + self.before + self.after + self.middle + self.mlp
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Peak:
 
 
 class Activations:
-    """Of the ranks of a configuration; context: which of the context ranks, whose tokens may differ."""
+    """Of the ranks of a configuration."""
 
     def __init__(self, shape: Shape, offload: float = 0.0) -> None:
         """offload: share of what forward passes leave that is not on the device; 0 as long as nothing offloads."""
@@ -96,66 +99,26 @@ class Activations:
         norm = part * self.norm(self.model.hidden)
         ffn = self.model.ffn_width / self.tensor
         projected = slots * self.b * in_width(self.config, kind) / self.tensor
-        before, after, keeps = self._softmax() if kind in "SW" else self._linear(kind)
-        entry = norm + part * (self.b * self.model.linear.gate_rank if kind == "G" else 0)
+        before, after, keeps = inside(self.shape, kind)
+        entry, decay = norm, 0.0
+        if kind == "G":  # projects its decay by a low rank; in fp32 that is what the decay's backward pass needs
+            entry += part * self.b * self.model.linear.gate_rank
+            decay = slots * self.b * self.model.linear_key_heads * self.model.linear_key_width / self.tensor
         mixed = slots * self.b * out_width(self.config, kind) / self.tensor
         workspace = attention_workspace(self.shape, kind) if kind in "SW" else linear_workspace(self.shape, kind)
+        # Where kernels take no view of the projections, these go with the gate of the output.
+        goes = keeps and (kind in "MD" or kind in "RG" and is_sent(self.shape, kind))
         return LayerMemory(
-            entry=entry + (projected if keeps else 0.0),
+            entry=entry,
+            projected=(projected if keeps and not goes else 0.0) + (decay if self.b == 4 else 0.0),
+            inputs=projected + decay,
             before=slots * before + (0.0 if kind in "SW" else linear_saved(self.shape, kind)),
-            after=slots * after,
+            after=slots * after + (projected if goes else 0.0),
+            mixed=mixed,
             middle=mixed + part * self._residual + norm,
             mlp=slots * self.b * ffn * (3 if self.shape.gpu else 5) + part * self._residual,
             workspace=workspace,
-            projected=projected,
         )
-
-    def _softmax(self) -> tuple[float, float, bool]:
-        """Bytes a token before and after the kernel, and whether the projections' output is kept."""
-        model, b, t = self.model, self.b, self.tensor
-        q, k = model.heads * model.head_width / t, model.kv_heads * model.head_width / t
-        turned = b * (q + k)
-        normed = 0.0
-        if model.qk_norm:
-            copies = b * q if b == 4 or self.shape.gpu else 0  # of the queries, which were a view
-            fp32 = 4 if b == 4 else 8
-            normed = copies + (0 if self.shape.gpu else fp32 * (q + k)) + 4 * (model.heads + model.kv_heads) / t
-        attended = b * q + 4 * model.heads / t  # output and log-sum-exp
-        return turned + normed + attended, 0.0, True
-
-    def _linear(self, kind: str) -> tuple[float, float, bool]:
-        model, b, t = self.model, self.b, self.tensor
-        heads, key_heads = model.linear_heads / t, model.linear_key_heads / t
-        keys, values = key_heads * model.linear_key_width, heads * model.linear_head_width
-        copied = model.linear_heads != model.linear_key_heads  # groups of heads are views only where each has its key
-        clone = b * values if copied else 0.0
-        o = b * values if b == 4 or self.shape.gpu else 0.0  # what the output's norm keeps
-        # The output's norm has its weights apart: normalised, then weighted.
-        norm = o + b * values * (2 if kind != "M" else 1) + 4 * heads
-        if b == 2 and not self.shape.gpu:
-            norm += 4 * values
-        if kind == "L":
-            if model.linear.norm == "srms":
-                norm -= b * values
-            turned = 4 * b * keys if model.linear.lrpe == "all" else 0.0
-            before = b * (2 * keys + values) + clone + turned
-            return before, norm + b * values, True
-        if kind == "R":
-            norm = b * values * 2 + 2 * b * heads  # layer_norm keeps its input
-            return 2 * b * keys + clone, norm + b * values + clone, not copied
-        if kind == "G":
-            gates = 8 * keys + 4 * (heads * model.linear_key_width if copied else keys)
-            return gates + clone, norm + b * values + clone, True
-        channels = convolved(self.config, kind) / t
-        conv = b * channels + 4 * channels  # its input, cut out of the projections; its fp32 sum
-        if kind == "M":
-            before = conv + clone + 12 * heads + b * (channels + values)
-            return before, b * values * 2 + (b * values if b == 4 else 0) + norm - o, True
-        conv += (
-            b * channels if b == 4 or not copied else 0
-        )  # its output: fp32 queries and keys, and values, are views of it
-        unit = 2 * ((4 if b == 2 else 0) * keys + b * keys + 4 * key_heads)
-        return conv + unit + 16 * heads + clone, norm + b * values + clone, not copied
 
     # ---- the rank's peak
 
@@ -166,8 +129,7 @@ class Activations:
         if recompute == "full":
             return part * self.b * self.model.hidden
         if recompute == "selective":
-            norm = part * self.norm(self.model.hidden)
-            return (norm + layer.projected + layer.middle + layer.mlp) * (1 - self.offload)
+            return (layer.entry + layer.inputs + layer.middle + layer.mlp) * (1 - self.offload)
         return layer.whole * (1 - self.offload)
 
     def peak(self, stage: int) -> Peak:
@@ -182,10 +144,12 @@ class Activations:
             # Of each chunk's micro-batches the input, which its first layer's norm keeps, or the pipeline.
             if self.config.train.recompute != "full" and (self._residual or not shape.is_first(stage, chunk)):
                 rest += under_way * self._hidden
-            rest += under_way * self._tables(shape.kinds(stage, chunk))
+        rest += self._tables(stage) + self._gathered
         moments, done = [self._output()] if shape.is_last(stage, last) else [0.0], 0.0
+        is_tied = self.model.tied and shape.is_first(stage) and shape.is_last(stage, last)
+        waits = self._vocabulary if is_tied else 0.0  # the output layer's gradient, for that of the embedding
         for kind in reversed(shape.kinds(stage, last)):
-            moments += [self._mlp(kind) - done, self._mixer(kind) - done]
+            moments += [waits + self._mlp(kind) - done, waits + self._mixer(kind) - done]
             done += self.kept(kind)
         return Peak(held, rest + max(moments))
 
@@ -194,19 +158,36 @@ class Activations:
         """Of the residual stream."""
         return self.slots / self.tensor * self.b * self.model.hidden
 
-    def _tables(self, kinds: str) -> float:
-        """Cosines and sines of positions, which a micro-batch's layers share."""
+    def _tables(self, stage: int) -> float:
+        """Cosines and sines of positions, which a micro-batch's layers share; those of all micro-batches of a step are kept."""
         model, widths = self.model, set[int]()
-        if {*"SW"} & {*kinds}:
+        kinds = {kind for chunk in range(self.shape.chunks) for kind in self.shape.kinds(stage, chunk)}
+        if kinds & {*"SW"}:
             widths.add(model.head_width)
         if "R" in kinds:
             widths.add(model.linear_key_width)
-        return 4.0 * self.slots * sum(widths)
+        if "L" in kinds and model.linear.lrpe != "none":
+            widths.add(2 * model.linear_key_heads * model.linear_key_width // self.tensor)
+        return 4.0 * self.slots * sum(widths) * self.shape.micro_batches
+
+    @property
+    def _gathered(self) -> float:
+        """Megatron's buffer for what tensor ranks gather."""
+        return self.slots * self.b * self.model.hidden if self.tensor > 1 else 0.0
+
+    @property
+    def _vocabulary(self) -> float:
+        """Of the output layer's weights."""
+        return self.b * self.model.padded_vocab / self.tensor * self.model.hidden
+
+    @property
+    def _recomputed(self) -> float:
+        """A recomputed layer's or mixer's: its input's gradient or the residual stream's, its output and that one's gradient."""
+        return self._hidden * (3 if self.config.train.recompute == "full" else 1)
 
     def _mlp(self, kind: str) -> float:
         """The gradient of the product of SwiGLU's halves, and theirs."""
-        gathered = self.slots * self.b * self.model.hidden if self.tensor > 1 else 0.0
-        own = 2 * self.slots * self.b * self.model.ffn_width / self.tensor + gathered + self._hidden
+        own = 2 * self.slots * self.b * self.model.ffn_width / self.tensor + self._recomputed
         if self.config.train.recompute == "full":
             return self.layers[kind].whole + own + (0.0 if self._residual else self._hidden)
         return own - self.slots / self.tensor * self._residual
@@ -215,16 +196,16 @@ class Activations:
         """The kernel's workspace, when what came after it is gone."""
         layer, recompute = self.layers[kind], self.config.train.recompute
         gone = layer.middle + layer.mlp
-        if recompute == "selective":
-            return layer.before - gone + layer.workspace + self._hidden
+        if recompute == "selective":  # also the mixer's output, made again, and its gradient
+            return layer.before - gone + layer.workspace + self._recomputed + 2 * layer.mixed
         whole = layer.whole if recompute == "full" else 0.0
-        return whole - gone - layer.after + layer.workspace + self._hidden
+        return whole - gone - layer.after + layer.workspace + self._recomputed
 
     def _output(self) -> float:
         """Last norm, logits and what the loss makes of them (fp32 copies of bf16 logits; the z-loss's gradient)."""
         part, vocab = self.slots / self.tensor, self.model.padded_vocab / self.tensor
-        gathered = self.slots * self.b * self.model.hidden * (2 if self.tensor > 1 else 1)
+        gathered = self.slots * self.b * self.model.hidden
         logits = self.slots * vocab
         most = 6 * logits if self.b == 2 else (12 if self.config.train.z_loss else 4) * logits
-        back = self.b * logits + gathered + self.b * vocab * self.model.hidden
+        back = self.b * logits + gathered + self._vocabulary
         return part * self.norm(self.model.hidden) + max(most, back)

@@ -12,17 +12,30 @@ from lsys.predict.shape import Shape
 SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.grid`
 BLOCK = 2**18  # elements of a block, as `lsys.kernels.linear_attention.blocks`
 
-# Numbers a token that are alive in a kernel's backward pass: of keys, values, H K, H C, H K V / C, H K^2 / C.
-WORKSPACE = {
-    "L": (4, 5, 4, 4, 3, 0),
-    "R": (4, 5, 4, 4, 3, 0),
-    "G": (1, 3, 20, 1, 2, 0),
-    "M": (4, 5, 4, 6, 3, 0),
-    "D": (4, 7, 8, 8, 3, 1),
+# Numbers a token that are alive at the peak of a kernel's backward pass beside its inputs, their gradients and that of its output:
+# of keys, values, H K, H C, H K V / C, H K^2 / C. Counted from live tensors; `G` and `D` may have more, by `_counts`.
+Counts = tuple[float, ...]
+WHOLE: dict[str, Counts] = {
+    "L": (6, 6, 4, 3, 3, 0),
+    "R": (6, 6, 4, 3, 3, 0),
+    "G": (2, 6, 18, 2, 3, 0),
+    "M": (5, 6, 4, 5, 3, 0),
+    "D": (8, 6, 8, 8, 3, 1),
 }
 
+# The same of linked segments, whose backward pass goes through all blocks once for states, once for outputs and once for maps:
+# of a block, and of all tokens, what one turn tells the next.
+LINKED: dict[str, Counts] = {
+    "L": (5, 1, 4, 2, 0, 0),
+    "R": (5, 1, 4, 2, 0, 0),
+    "G": (2, 1, 14, 2, 0, 0),
+    "M": (5, 1, 3, 4, 0, 0),
+    "D": (4, 4, 3, 5, 1, 0),
+}
+ACROSS: dict[str, Counts] = {**dict.fromkeys("LRGM", (0, 1, 0, 0, 1, 0)), "D": (0, 2, 2, 0, 1, 0)}
+
 # The same of what is kept of linked segments beside their inputs: the states before chunks, and how far these reach.
-SAVED = {
+SAVED: dict[str, Counts] = {
     "L": (0, 0, 0, 0, 1, 0),
     "R": (0, 0, 0, 0, 1, 0),
     "G": (0, 0, 0, 0, 1, 0),
@@ -45,12 +58,13 @@ def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
     return SIZES[costs.index(min(costs))]
 
 
-def _widths(shape: Shape, kind: str) -> tuple[int, int, int, int, float]:
+def _widths(shape: Shape, kind: str) -> tuple[int, int, int, int, int]:
     """H, H_k, K, V of a tensor rank, and C."""
     model, t = shape.config.model, shape.mesh.tensor
     k = model.linear_key_width * (2 if kind == "L" and model.linear.lrpe == "all" else 1)
-    parts = 1 if shape.mesh.context == 1 else 2 if shape.config.parallel.layout == "zigzag" else 1
-    length = max(1, max(shape.documents) // shape.mesh.context // parts)
+    linked = is_linked(shape, kind)  # else documents are whole, or were put together
+    parts = 2 if linked and shape.config.parallel.layout == "zigzag" else 1
+    length = max(1, max(shape.documents) // (parts * shape.mesh.context if linked else 1))
     return (
         model.linear_heads // t,
         model.linear_key_heads // t,
@@ -60,22 +74,39 @@ def _widths(shape: Shape, kind: str) -> tuple[int, int, int, int, float]:
     )
 
 
-def _numbers(shape: Shape, kind: str, counts: tuple[int, ...]) -> float:
+def _counts(kind: str, linked: bool, size: int, grouped: bool) -> Counts:
+    """Of a block of chunks of `size` tokens. Where heads share keys, scores have copies for each.
+
+    `G` halves chunks down to spans of 4, and keeps the decays into and out of halves at each level.
+    """
+    keys, values, heads, *others = (LINKED if linked else WHOLE)[kind]
+    heads += 2 * (grouped and kind in "GD") + ((size // 4).bit_length() - 1 if kind == "G" else 0)
+    return keys, values, heads, *others
+
+
+def _numbers(shape: Shape, kind: str, counts: Counts) -> float:
     """Numbers a token, by their counts."""
     heads, key_heads, k, v, c = _widths(shape, kind)
     sizes = (key_heads * k, heads * v, heads * k, heads * c, heads * k * v / c, heads * k * k / c)
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
+def intermediate(shape: Shape, kind: str, tokens: float = 1.0, room: float = 1.0) -> float:
+    """Numbers that a kernel makes on its way, of so many tokens, `room` of them in a block."""
+    heads, key_heads, *_, size = _widths(shape, kind)
+    linked = is_linked(shape, kind)
+    found = room * _numbers(shape, kind, _counts(kind, linked, size, heads > key_heads))
+    return found + tokens * _numbers(shape, kind, ACROSS[kind]) if linked else found
+
+
 def linear_workspace(shape: Shape, kind: str) -> float:
-    """Bytes of a backward pass: gradients of the inputs, and a block's intermediate results."""
+    """Bytes of a backward pass: gradients of the inputs, of the output and of what gates it, and intermediate results."""
     heads, key_heads, k, v, c = _widths(shape, kind)
     b, tokens = shape.itemsize, shape.slots
     gates = {"G": heads * k, "M": heads, "D": 2 * heads}.get(kind, 0)
     whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * gates
-    counts = (3, 7, 6, 6, 2, 1) if kind == "D" and is_linked(shape, kind) else WORKSPACE[kind]
     room = c * max(1, BLOCK // (c * max(1, heads * max(k, v))))
-    return tokens * whole + 4 * min(tokens, room) * _numbers(shape, kind, counts)
+    return tokens * whole + 4 * intermediate(shape, kind, tokens, min(tokens, room))
 
 
 def is_linked(shape: Shape, kind: str) -> bool:

@@ -11,9 +11,9 @@ from lsys.observe.flops import NAMES
 from lsys.parallel.links import NETWORK, NODE
 from lsys.predict.plan import Plan
 from lsys.predict.search import Changes, nearest, overrides, search
+from lsys.predict.seconds import AXES
 
 GIB = 2**30
-AXES = ("tensor", "context", "pipeline", "data", "model", "world")
 
 
 def report(plan: Plan, wants_search: bool = False) -> Iterator[Table | str]:
@@ -69,7 +69,7 @@ def _bytes(plan: Plan) -> Table:
     title = "MB that a rank receives in a step, of each axis the rank that receives most"
     table = Table("axis", "inside nodes", "across nodes", title=title, title_justify="left")
     most = plan.traffic()
-    for axis in AXES:
+    for axis in (*AXES, "world"):
         if axis in most:
             sizes = (most[axis].moved(axis, link) / 1e6 for link in (NODE, NETWORK))
             table.add_row(axis, *(f"{size:,.3f}" for size in sizes))

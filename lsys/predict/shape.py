@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lsys.config.methods import ITEMSIZE
-from lsys.config.schema import Config
+from lsys.config.methods import ITEMSIZE, attention_methods
+from lsys.config.schema import STATE_MIXERS, Config
 from lsys.parallel.mesh import Mesh
 
 
@@ -70,6 +70,17 @@ class Shape:
         """Token slots of a context rank, a multiple of the tensor degree (`lsys.data.plan.Planner.slots`)."""
         share = -(-self.config.train.micro_batch_tokens // self.mesh.context)
         return -(-share // self.mesh.tensor) * self.mesh.tensor
+
+    @cached_property
+    def context_nodes(self) -> list[int]:
+        """Nodes of the context ranks."""
+        return [self.nodes[rank] for rank in self.mesh.peers(0, "context")]
+
+    @cached_property
+    def methods(self) -> dict[str, str]:
+        """By letter, how a layer crosses the context ranks."""
+        state = dict.fromkeys(STATE_MIXERS, self.config.parallel.linear)
+        return {**state, **attention_methods(self.config, self.context_nodes)}
 
     # ---- layers
 

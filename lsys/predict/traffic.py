@@ -22,8 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from lsys.config.methods import attention_methods
-from lsys.config.schema import STATE_MIXERS
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phases, Placement, attention, linear
 from lsys.parallel.traffic import Operation, traffic
@@ -83,9 +81,21 @@ class StepTraffic:
 
     def operations(self, rank: int) -> Iterator[Issued]:
         """All but the context ranks' exchanges."""
-        shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
+        stage = self.shape.mesh.coordinate(rank, "pipeline")
         yield from self._tensor(rank, stage)
         yield from self._pipeline(rank, stage)
+        yield from self.once(rank)
+
+    def once(self, rank: int) -> Iterator[Issued]:
+        """Of those, what comes once a step and not with every micro-batch."""
+        shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
+        stages, held = tuple(shape.group("pipeline", rank)), weights(shape, stage)
+        for size in (4, 24):  # tokens; sums of losses
+            yield Issued("pipeline", stages, Operation("broadcast", size, len(stages) - 1), 1)
+        if len(stages) > 1 and held.shared:
+            yield Issued("pipeline", (stages[0], stages[-1]), Operation("all_reduce", 4 * held.shared), 1)
+        if held.summed:
+            yield self._issued("tensor", rank, Operation("all_reduce", 4 * held.summed), 1)
         yield from self._data(rank, stage)
         yield self._issued("model", rank, Operation("all_reduce", 4), 1, self.norm_axis)  # the gradients' norm
         yield Issued("world", tuple(range(shape.world_size)), Operation("all_reduce", 8), 1)  # whether to stop
@@ -123,15 +133,10 @@ class StepTraffic:
             operation = Operation("all_gather", rows // shape.mesh.tensor)
             yield self._issued("tensor", rank, operation, again * low_rank * times)
             yield self._issued("tensor", rank, Operation("reduce_scatter", rows), low_rank * times)
-        held = weights(shape, stage)
-        if held.summed:
-            yield self._issued("tensor", rank, Operation("all_reduce", 4 * held.summed), 1)
 
     def _pipeline(self, rank: int, stage: int) -> Iterator[Issued]:
         shape, ranks = self.shape, tuple(self.shape.group("pipeline", rank))
         stages = len(ranks)
-        for size in (4, 24):  # tokens; sums of losses
-            yield Issued("pipeline", ranks, Operation("broadcast", size, stages - 1), 1)
         if stages == 1:
             return
         size, each = self.border_bytes, shape.micro_batches
@@ -143,9 +148,6 @@ class StepTraffic:
             if not shape.is_first(stage, chunk):
                 yield Issued("pipeline", ranks, Operation("recv", size, down), each)
                 yield Issued("pipeline", ranks, Operation("send", size, down), each)
-        held = weights(shape, stage)
-        if held.shared:
-            yield Issued("pipeline", (ranks[0], ranks[-1]), Operation("all_reduce", 4 * held.shared), 1)
 
     @property
     def border_bytes(self) -> int:
@@ -171,16 +173,6 @@ class StepTraffic:
         """Of the documents over the context ranks."""
         return Placement.of(self.config.parallel.layout, self.shape.documents, self.shape.mesh.context)
 
-    @cached_property
-    def context_nodes(self) -> list[int]:
-        return [self.shape.nodes[rank] for rank in self.shape.mesh.peers(0, "context")]
-
-    @cached_property
-    def methods(self) -> dict[str, str]:
-        """By letter, how a layer crosses the context ranks."""
-        state = dict.fromkeys(STATE_MIXERS, self.config.parallel.linear)
-        return {**state, **attention_methods(self.config, self.context_nodes)}
-
     def layer_phases(self, kind: str, is_first_linear: bool = False) -> list[Phases]:
         """What one layer exchanges: its mixer's messages, and those of its short convolution before them."""
         model, tensor, itemsize = self.config.model, self.config.parallel.tensor, self.shape.itemsize
@@ -189,8 +181,15 @@ class StepTraffic:
         if kind in "SW":
             one = attention.Shape(model.heads // tensor, model.kv_heads // tensor, model.head_width, itemsize)
             window, parallel = model.window if kind == "W" else None, self.config.parallel
-            where = (parallel.layout, self.shape.documents, one, tuple(self.context_nodes), window, self.shape.backend)
-            return [_softmax(self.methods[kind], *where)]
+            where = (
+                parallel.layout,
+                self.shape.documents,
+                one,
+                tuple(self.shape.context_nodes),
+                window,
+                self.shape.backend,
+            )
+            return [_softmax(self.shape.methods[kind], *where)]
         wider = (
             2 if kind == "L" and (model.linear.lrpe == "all" or is_first_linear and model.linear.lrpe == "first") else 1
         )
@@ -204,7 +203,7 @@ class StepTraffic:
             kind == "D",
             itemsize,
         )
-        found = [linear.phases(self.methods[kind], self.place, shape)]
+        found = [linear.phases(self.shape.methods[kind], self.place, shape)]
         if kind in "MD":
             channels = convolved(self.config, kind) // tensor
             reach = model.linear.conv_width - 1

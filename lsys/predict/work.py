@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from lsys.parallel.messages import Placement
 from lsys.parallel.messages.attention import rank_groups, shares
 from lsys.predict.activations import Activations
-from lsys.predict.kernels import WORKSPACE, _numbers, is_linked
+from lsys.predict.kernels import intermediate, is_linked
 from lsys.predict.shape import Shape
 from lsys.predict.weights import in_width, out_width, weights
 
@@ -74,7 +74,7 @@ class StageWork:
             else:
                 linked = is_linked(self.shape, kind)
                 name = f"linked:{kind}" if linked else f"kernel:{kind}"
-                work[name] = 4.0 * self.shape.slots * _numbers(self.shape, kind, WORKSPACE[kind])
+                work[name] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
                 work["bytes"] = layer.after + layer.middle
             work[f"layer:{kind}"] = 1
             self._mixers[key] = work
@@ -111,7 +111,7 @@ class StageWork:
         found = self.mlp(kind) + Work({"matmul": 2.0 * self.shape.slots * numbers / t, "weights": numbers / t})
         found["bytes"] += self.activations.layers[kind].entry
         if t > 1:
-            found["tensor"] += 2
+            found["tensor"] += 3 if kind == "G" else 2  # its decay is gathered between two products
         return found + self.mixer(kind, methods, most)
 
     def mlp(self, kind: str) -> Work:

@@ -27,6 +27,7 @@ def case(
 
 
 FULL, SELECTIVE = {"train__recompute": "full"}, {"train__recompute": "selective"}
+ULYSSES = {"parallel__attention": "ulysses", "parallel__linear": "ulysses"}
 BF16, CP2 = {"train__precision": "bf16"}, {"parallel__context": 2}
 PP2, VPP2 = {"parallel__pipeline": 2}, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
 CASES = {
@@ -34,6 +35,8 @@ CASES = {
     "LLLS full": case(1, "LLLS", **FULL),
     "MD bf16": case(1, "MD", model__linear=GROUPED, **BF16),
     "GD selective": case(1, "GD", **SELECTIVE),
+    "GS full": case(1, "GS", **FULL),
+    "RW ulysses selective": case(2, "RW", model__window=64, **ULYSSES, **CP2, **SELECTIVE),
     "TP2": case(2, "LS", parallel__tensor=2),
     "PP2": case(2, "LS", 4, **PP2),
     "VPP2 selective bf16": case(2, "LS", 4, **VPP2, **SELECTIVE, **BF16),
@@ -54,7 +57,19 @@ MORE = {
     "PP4xVPP2": case(4, "LS", 8, parallel__pipeline=4, parallel__virtual_pipeline=2, model__layers=8),
     "CP2 ring": case(2, "S", parallel__attention="ring", **CP2),
     "CP2 gather full": case(2, "S", parallel__attention="gather", **CP2, **FULL),
-    "CP2 ulysses": case(2, "LS", parallel__attention="ulysses", parallel__linear="ulysses", **CP2),
+    "CP2 ulysses": case(2, "LS", **ULYSSES, **CP2),
+    "G": case(1, "G"),
+    "G groups full": case(1, "G", model__linear=GROUPED, **FULL),
+    "G bf16 selective": case(1, "G", **BF16, **SELECTIVE),
+    "GS selective": case(1, "GS", 4, **SELECTIVE),
+    "GS wide heads full": case(1, "GS", model__head_dim=64, **FULL),
+    "GS TP2 full": case(2, "GS", parallel__tensor=2, model__tied=False, **FULL),
+    "GS ulysses full": case(2, "GS", **ULYSSES, **CP2, **FULL),
+    "GS ulysses selective": case(2, "GS", **ULYSSES, **CP2, **SELECTIVE),
+    "G lasp2 full": case(2, "G", **CP2, **FULL),
+    "RW full": case(1, "RW", model__window=64, **FULL),
+    "RW selective": case(1, "RW", 2, model__window=64, **SELECTIVE),
+    "MD ulysses full": case(2, "MD", **ULYSSES, **CP2, **FULL),
     "CP2 lasp1 selective": case(2, "GM", parallel__linear="lasp1", **CP2, **SELECTIVE),
     "CP2 zeco full": case(2, "D", parallel__linear="zeco", **CP2, **FULL),
     "CP4 contiguous bf16": case(4, "LS", parallel__context=4, parallel__layout="contiguous", **BF16),

@@ -3,12 +3,10 @@
 import pytest
 from support import parity
 
-from lsys.parallel.links import NODE, Link
-from lsys.predict.hardware import Hardware
 from lsys.predict.kernels import chunk_size
 from lsys.predict.schedule import Pass, in_flight, passes
-from lsys.predict.seconds import Duration, StepTime, Timeline
 from lsys.predict.shape import Shape
+from lsys.predict.timeline import Duration, Timeline
 
 
 @pytest.mark.parametrize(
@@ -43,7 +41,6 @@ def test_micro_batches_in_flight() -> None:
 def test_bubble_is_the_known_one(stages: int, virtual: int, micro_batches: int) -> None:
     """(P - 1) (f + b) / V over m (f + b): Narayanan et al., 2021; without transfers."""
     where = pipeline(stages, virtual, micro_batches)
-    machine = Hardware("ideal", 8, False, costs={"step": 0.0}, links={NODE: Link(0.0, 1e30)})
     durations = [
         {
             (way, chunk): Duration(1.0 if way else 2.0, 1.0, 0.0, 0.0)
@@ -52,17 +49,15 @@ def test_bubble_is_the_known_one(stages: int, virtual: int, micro_batches: int) 
         }
         for _ in range(stages)
     ]
-    makespan = Timeline(StepTime(where, machine), durations, 0.0).run()
+    makespan = Timeline(where, durations, 0.0).run()
     assert makespan == pytest.approx(3 * (virtual * micro_batches + stages - 1))
 
 
 def test_cores_are_shared() -> None:
     where = pipeline(2, 1, 4)
-    machine = Hardware("one core", 8, False, costs={"step": 0.0}, links={NODE: Link(0.0, 1e30)}, cores=1)
     durations = [{(way, 0): Duration(1.0, 1.0, 0.0, 0.0) for way in (True, False)} for _ in range(2)]
-    assert Timeline(StepTime(where, machine), durations, 0.0).run() == pytest.approx(
-        16
-    )  # all passes, one after the other
+    makespan = Timeline(where, durations, 0.0, cores=1).run()
+    assert makespan == pytest.approx(16)  # all passes, one after the other
 
 
 def test_chunks_are_those_of_the_kernels() -> None:

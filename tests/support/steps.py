@@ -1,6 +1,5 @@
 """Real engine steps of small models, as the predictor's tests look at them: their operations, tensors and live bytes."""
 
-import gc
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from support import parity
+from support.memory import engine_bytes, peak_bytes
 
 
 def operations(
@@ -18,7 +18,6 @@ def operations(
 
     install_megatron()
     from lsys.data.plan import Planner
-    from lsys.observe.live import engine_bytes
     from lsys.parallel.ledger import record
     from lsys.runtime.environment import Launch
     from lsys.runtime.groups import process_groups
@@ -64,7 +63,6 @@ def peak(rank: int, world_size: int, changes: dict[str, Any], lengths: tuple[int
 
     install_megatron()
     from lsys.data.plan import Planner
-    from lsys.observe.live import LiveBytes, held
     from lsys.runtime.environment import Launch
     from lsys.runtime.groups import process_groups
     from lsys.train.engine import Engine
@@ -81,10 +79,7 @@ def peak(rank: int, world_size: int, changes: dict[str, Any], lengths: tuple[int
         engine.forward_backward(batches)
         engine.step()
         batches = planner.step(1, groups.data_rank, groups.data_size).on_rank(groups.context_rank, groups.device)
-        gc.collect()
-        with LiveBytes(held(engine)) as live:
-            engine.forward_backward(batches)
-    return live.peak
+        return peak_bytes(engine, batches)
 
 
 class SameDocuments:

@@ -1,0 +1,80 @@
+"""The time of transfers: a latency for each step of an algorithm, and what the busiest port moves over its bandwidth.
+
+As `lsys.parallel.replay.cost` has it, with what an operation takes its issuer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lsys.parallel.links import NETWORK, NODE
+from lsys.parallel.messages import Phase
+from lsys.parallel.traffic import Operation, traffic
+from lsys.predict.hardware import Hardware
+from lsys.predict.shape import Shape
+from lsys.predict.traffic import Issued
+
+ROUND = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")  # go around all ranks, so some port crosses nodes
+
+
+class Transfers:
+    """Of the ranks of a configuration on hardware whose links are known."""
+
+    def __init__(self, shape: Shape, hardware: Hardware) -> None:
+        self.shape, self.hardware, self.links = shape, hardware, hardware.links
+
+    def operation(self, issued: Issued, rank: int) -> float:
+        """Seconds of one operation."""
+        if len(issued.ranks) == 1:
+            return self.hardware.call
+        sizes = self._sizes(issued, rank)
+        busy = max(size / self.links[link].bandwidth for link, size in sizes.items() if link in self.links)
+        return self.hardware.call + self._latency(issued) + busy
+
+    def operations(self, found: Iterable[Issued], rank: int) -> float:
+        """Seconds of all of them, one after the other."""
+        return sum(issued.times * self.operation(issued, rank) for issued in found if issued.times)
+
+    def phase(self, phase: Phase) -> float:
+        """Seconds of context messages that are under way together: the busiest rank's."""
+        nodes, links = self.shape.context_nodes, self.links
+        busy: dict[tuple[int, int, str], int] = {}
+        peers: dict[int, set[int]] = {}
+        for source, destination, size in phase:
+            link = NODE if nodes[source] == nodes[destination] else NETWORK
+            for end, way in ((source, 0), (destination, 1)):
+                busy[end, way, link] = busy.get((end, way, link), 0) + size
+            peers.setdefault(source, set()).add(destination)
+        latency = max((links[link].latency for *_, link in busy), default=0.0)
+        calls = max(map(len, peers.values()), default=0) * self.hardware.call
+        return latency + calls + max((size / links[link].bandwidth for (*_, link), size in busy.items()), default=0.0)
+
+    def _nodes(self, issued: Issued) -> int:
+        """How many an operation reaches."""
+        return len({self.shape.nodes[rank] for rank in issued.ranks})
+
+    def _sizes(self, issued: Issued, rank: int) -> dict[str, int]:
+        """Bytes that the busiest port of each link class moves."""
+        operation, ranks, nodes = issued.operation, issued.ranks, self.shape.nodes
+        moved = traffic(operation, ranks.index(rank), len(ranks), self.shape.backend)
+        if self._nodes(issued) > 1 and operation.kind in ROUND:
+            least = operation.bytes if operation.kind == "broadcast" else 0
+            return {NODE: 0, NETWORK: max(sum(moved.sent.values()), least)}
+        sizes = {NODE: 0, NETWORK: 0}
+        for peer, size in moved.sent.items():
+            sizes[NODE if nodes[ranks[peer]] == nodes[rank] else NETWORK] += size
+        return sizes
+
+    def _latency(self, issued: Issued) -> float:
+        """Of all steps: around a ring, two of every node's go over the network."""
+        others, far = len(issued.ranks) - 1, self._nodes(issued) - 1
+        special = {"all_reduce": 2 * others, "broadcast": others.bit_length(), "send": 1, "recv": 0}
+        steps = special.get(issued.operation.kind, others)
+        outside = min(steps, 2 * far)
+        inside = (steps - outside) * self.links[NODE].latency if NODE in self.links else 0.0
+        return inside + (outside * self.links[NETWORK].latency if outside else 0.0)
+
+
+def once(axis: str, ranks: Iterable[int], operation: Operation) -> Issued:
+    """An operation by itself."""
+    return Issued(axis, tuple(ranks), operation, 1)
