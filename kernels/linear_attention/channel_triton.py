@@ -14,11 +14,15 @@ from lsys.kernels.linear_attention.tiles_triton import load_rows, store_rows, st
 
 
 @triton.jit
-def load_decay(g, first, left, head, column, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
-    """b, e^b_i, e^(G - b_j) [C, B] and G [B]."""
+def load_decay(
+    g, first, left, head, column,
+    H: tl.constexpr, D: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """`scalar_triton.load_decay`, all [C, B] but G [B]."""
     b = tl.cumsum(tl.maximum(load_rows(g, first, left, head, column, H, D, C, B), LEAST), 0)
     total = tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0)
-    return b, tl.exp(b), tl.exp(tl.minimum(total[None, :] - b, 0.0)), total
+    since, until = tl.exp(b), tl.exp(tl.minimum(total[None, :] - b, 0.0))
+    return b, until if REVERSE else since, since if REVERSE else until, total
 
 
 @triton.jit
@@ -48,10 +52,10 @@ def channel_outer_kernel(
     chunks = tl.cdiv(count, C)
     for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         at = ((chunks - 1 - n) if REVERSE else n) * C
-        b, enter, leave, G = load_decay(g, first + at, count - at, head, 0, H, DX, C, BX)
+        b, enter, leave, G = load_decay(g, first + at, count - at, head, 0, H, DX, REVERSE, C, BX)
         xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
-        xs = (xs * (enter if REVERSE else leave)).to(xs.dtype)
+        xs = (xs * leave).to(xs.dtype)
         state = tl.dot(tl.trans(zs), xs, state * tl.exp(G)[None, :], input_precision=PRECISION)
         reach += G
     state = tl.trans(state * scale if REVERSE else state)
@@ -59,6 +63,74 @@ def channel_outer_kernel(
     if not REVERSE:
         keys = tl.arange(0, BX)
         tl.store(total + (span * H + head) * DX + keys, reach, mask=keys < tl.where(block == 0, DX, 0))
+
+
+@triton.jit
+def inter_chunk(state, xs, enter, G, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """What tokens get from the state that enters their chunk [BZ, BX], and what is left of it after the chunk.
+
+    The first is [BZ, C] or, if TRANSPOSED, [C, BZ].
+    """
+    if TRANSPOSED:
+        os = tl.trans(product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION))
+        return os * enter, state * tl.exp(G)[:, None]
+    else:
+        weighted = (xs * enter).to(WIDE)
+        os = product(state.to(WIDE), tl.trans(weighted), PRECISION)
+        return os, state * tl.exp(G)[None, :]
+
+
+@triton.jit
+def intra_scores(
+    xs, ys, b, zero, scale,
+    REVERSE: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum_c e^(b_ic - b_jc) x_ic y_jc of the pairs j <= i of a chunk, at [i, j] of [C, C]; zero elsewhere.
+
+    REVERSE: scale sum_c e^(b_jc - b_ic) x_ic y_jc of the pairs j >= i.
+    """
+    i = tl.arange(0, C)
+    scores = tl.where(i[:, None] == i[None, :], tl.sum(xs * ys.to(tl.float32), 1)[:, None], 0.0)
+    for level in tl.static_range(0, LEVELS):
+        decay, meet = halves(b, zero, 1 << level, REVERSE, C, B)
+        weighted = product((xs * decay).to(xs.dtype), tl.trans((ys * decay).to(ys.dtype)), PRECISION)
+        scores += tl.where(meet, weighted, 0.0)
+    return scores * scale if REVERSE else scores
+
+
+@triton.jit
+def intra_values(
+    os, scores, zs, b, zero,
+    REVERSE: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """os_ic + sum_j e^(b_ic - b_jc) scores_ij z_jc over the pairs j <= i of a chunk, [C, B].
+
+    REVERSE: e^(b_jc - b_ic) and the pairs j >= i.
+    """
+    i = tl.arange(0, C)
+    os += tl.sum(tl.where(i[:, None] == i[None, :], scores, 0.0), 1)[:, None] * zs
+    for level in tl.static_range(0, LEVELS):
+        decay, meet = halves(b, zero, 1 << level, REVERSE, C, B)
+        pairs = tl.where(meet, scores, 0.0).to(zs.dtype)
+        os += product(pairs, (zs * decay).to(zs.dtype), PRECISION) * decay
+    return os
+
+
+@triton.jit
+def log_decay_gradient(
+    each, later, inner, dg, first, left, head, column,
+    H: tl.constexpr, D: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """`scalar_triton.log_decay_gradient`, of each channel."""
+    if REVERSE:
+        if LOCAL:
+            each -= load_rows(inner, first, left, head, column, H, D, C, B)
+        each_dg = later[None, :] - tl.cumsum(each, 0, reverse=True)
+        store_rows(dg, each_dg, first, left, head, column, H, D, C, B)
+        return tl.sum(tl.where(tl.arange(0, C)[:, None] == 0, each_dg, 0.0), 0)
+    else:
+        store_rows(inner, each, first, left, head, column, H, D, C, B)
+        return later
 
 
 @triton.jit
@@ -75,61 +147,39 @@ def channel_pass_kernel(
     out_ic = sum_(j <= i) e^(b_ic - b_jc) (x_i y_j) z_jc + e^b_ic x_i S_c; inner, edge and dg have channels: none is summed.
     """
     first, count, row, _, head, block = place(spans, H, BLOCKS)
-    i, chunks = tl.arange(0, C), tl.cdiv(count, C)
-    column, channels, later = block * BZ, block * BZ + tl.arange(0, BZ), tl.zeros((BZ,), tl.float32)
+    column, chunks, later = block * BZ, tl.cdiv(count, C), tl.zeros((BZ,), tl.float32)
     state = load_state(states, row, head, column, H, DX, DZ, TRANSPOSED, BX, BZ)  # transposed, [BZ, BX]
     if DG and REVERSE:
+        channels = column + tl.arange(0, BZ)
         some = channels < tl.where(row >= 0, DZ, 0)
         later = tl.load(edge + (row * H + head) * DZ + channels, mask=some, other=0.0)
     for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         at = ((chunks - 1 - n) if REVERSE else n) * C
-        xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+        start, left = first + at, count - at
+        xs = load_rows(x, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         if TRANSPOSED:
-            b, enter, leave, G = load_decay(g, first + at, count - at, head, column, H, DZ, C, BZ)
-            os = tl.trans(product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION))  # [C, BZ]
-            os *= leave if REVERSE else enter
-            state *= tl.exp(G)[:, None]
+            b, enter, leave, G = load_decay(g, start, left, head, column, H, DZ, REVERSE, C, BZ)
         else:
-            b, enter, leave, G = load_decay(g, first + at, count - at, head, 0, H, DX, C, BX)
-            weighted = (xs * (leave if REVERSE else enter)).to(WIDE)
-            os = product(state.to(WIDE), tl.trans(weighted), PRECISION)  # [BZ, C]
-            state *= tl.exp(G)[None, :]
+            b, enter, leave, G = load_decay(g, start, left, head, 0, H, DX, REVERSE, C, BX)
+        os, state = inter_chunk(state, xs, enter, G, TRANSPOSED, WIDE, PRECISION)
         if LOCAL:
-            ys = load_rows(y, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
-            zs = load_rows(z, first + at, count - at, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
-            zero = tl.minimum(count - at, 0)  # else masks would be kept in registers from chunk to chunk
-            enter_or_leave = enter * scale if REVERSE else leave
+            ys = load_rows(y, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+            zs = load_rows(z, start, left, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
+            zero = tl.minimum(left, 0)  # else masks would be kept in registers from chunk to chunk
+            leave = leave * scale if REVERSE else leave
             if TRANSPOSED:
-                state = tl.dot(tl.trans((zs * enter_or_leave).to(zs.dtype)), ys, state, input_precision=PRECISION)
+                state = tl.dot(tl.trans((zs * leave).to(zs.dtype)), ys, state, input_precision=PRECISION)
                 scores = product(xs, tl.trans(ys), PRECISION) * (scale if REVERSE else 1.0)
-                os += tl.sum(tl.where(i[:, None] == i[None, :], scores, 0.0), 1)[:, None] * zs
-                for level in tl.static_range(0, LEVELS):
-                    decay, meet = halves(b, zero, 1 << level, REVERSE, C, BZ)
-                    pairs = tl.where(meet, scores, 0.0).to(zs.dtype)
-                    os += product(pairs, (zs * decay).to(zs.dtype), PRECISION) * decay
+                os = intra_values(os, scores, zs, b, zero, REVERSE, LEVELS, C, BZ, PRECISION)
             else:
-                state = tl.dot(tl.trans(zs), (ys * enter_or_leave).to(ys.dtype), state, input_precision=PRECISION)
-                scores = tl.where(i[:, None] == i[None, :], tl.sum(xs * ys.to(tl.float32), 1)[:, None], 0.0)
-                for level in tl.static_range(0, LEVELS):
-                    decay, meet = halves(b, zero, 1 << level, REVERSE, C, BX)
-                    weighted = product((xs * decay).to(xs.dtype), tl.trans((ys * decay).to(ys.dtype)), PRECISION)
-                    scores += tl.where(meet, weighted, 0.0)
-                scores = (scores * (scale if REVERSE else 1.0)).to(zs.dtype)
-                os = tl.dot(tl.trans(zs), tl.trans(scores), os, input_precision=PRECISION)
-        if not TRANSPOSED:
-            os = tl.trans(os)
+                state = tl.dot(tl.trans(zs), (ys * leave).to(ys.dtype), state, input_precision=PRECISION)
+                scores = intra_scores(xs, ys, b, zero, scale, REVERSE, LEVELS, C, BX, PRECISION)
+                os = tl.dot(tl.trans(zs), tl.trans(scores.to(zs.dtype)), os, input_precision=PRECISION)
+        os = os if TRANSPOSED else tl.trans(os)
         os = os if REVERSE else os * scale
         if DG:
-            owns = load_rows(own, first + at, count - at, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
-            each = owns * os
-            if REVERSE:
-                if LOCAL:
-                    each -= load_rows(inner, first + at, count - at, head, column, H, DZ, C, BZ)
-                each_dg = later[None, :] - tl.cumsum(each, 0, reverse=True)
-                store_rows(dg, each_dg, first + at, count - at, head, column, H, DZ, C, BZ)
-                later = tl.sum(tl.where(i[:, None] == 0, each_dg, 0.0), 0)
-            else:
-                store_rows(inner, each, first + at, count - at, head, column, H, DZ, C, BZ)
+            each = load_rows(own, start, left, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ) * os
+            later = log_decay_gradient(each, later, inner, dg, start, left, head, column, H, DZ, REVERSE, LOCAL, C, BZ)
         if ADD:
-            os += load_rows(add, first + at, count - at, head, column, H, DZ, C, BZ)
-        store_rows(out, os, first + at, count - at, head, column, H, DZ, C, BZ)
+            os += load_rows(add, start, left, head, column, H, DZ, C, BZ)
+        store_rows(out, os, start, left, head, column, H, DZ, C, BZ)

@@ -15,9 +15,12 @@ from lsys.kernels.linear_attention.spans_triton import Spans
 from lsys.kernels.linear_attention.tiles_triton import (
     NARROW,
     grouped_sum,
+    load_chunk,
+    load_last,
     load_rows,
     load_state_block,
     load_vector,
+    pair_decay,
     sizes,
     store_rows,
 )
@@ -35,7 +38,7 @@ def tokens_backward(
     """
     chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     channel = tl.program_id(1) * BK
-    first, count = tl.load(chunks + 2 * chunk).to(tl.int64), tl.load(chunks + 2 * chunk + 1)
+    first, count = load_chunk(chunks, chunk)
     i = tl.arange(0, C)
     dt = k.dtype.element_ty
     dk_i, dw_i, inner = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), 0.0
@@ -54,7 +57,7 @@ def tokens_backward(
             dp = tl.dot(do_i, tl.trans(r_i), dp, input_precision=PRECISION)
     store_rows(dw, -dw_i, first, count, head, channel, H, K, C, BK)
     b_i = load_vector(b, first, count, head, H, C)
-    total = tl.load(b + (first + count - 1) * H + head)
+    total = load_last(b, first, count, head, H)
     k_i = load_rows(k, first, count, head // GROUP, channel, H // GROUP, K, C, BK)
     dk_i *= tl.exp(total - b_i)[:, None]
     leaving = tl.sum(dk_i * k_i, 1)
@@ -66,7 +69,7 @@ def tokens_backward(
         if channel == 0:
             moved = dp * load_rows(p, first, count, head, 0, H, C, C, C)
             db_i += tl.sum(moved, 1) - tl.sum(moved, 0)
-        dp *= tl.exp(tl.where(i[:, None] >= i[None, :], b_i[:, None] - b_i[None, :], float("-inf"))) * scale
+        dp *= pair_decay(b_i, C) * scale
         dq_i = tl.dot(dp.to(dt), k_i, dq_i, input_precision=PRECISION)
         dk_i = tl.dot(tl.trans(dp.to(dt)), q_i, dk_i, input_precision=PRECISION)
         store_rows(dq, dq_i, first, count, head, channel, H, K, C, BK)

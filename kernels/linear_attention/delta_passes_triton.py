@@ -15,9 +15,13 @@ from torch import Tensor
 
 from lsys.kernels.linear_attention.spans_triton import Spans
 from lsys.kernels.linear_attention.tiles_triton import (
+    load_chunk,
+    load_last,
     load_rows,
+    load_span,
     load_state,
     load_vector,
+    pair_decay,
     sizes,
     store_rows,
     store_state,
@@ -34,12 +38,11 @@ def scores_kernel(
 ):  # fmt: skip
     """P = scale tril(q k^T e^(b_i - b_j)) of one chunk and head."""
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
-    first, count = tl.load(chunks + 2 * chunk).to(tl.int64), tl.load(chunks + 2 * chunk + 1)
-    i = tl.arange(0, C)
+    first, count = load_chunk(chunks, chunk)
     q_i = load_rows(q, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
     k_i = load_rows(k, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
     b_i = load_vector(b, first, count, head, H, C)
-    decay = tl.exp(tl.where(i[:, None] >= i[None, :], b_i[:, None] - b_i[None, :], float("-inf")))
+    decay = pair_decay(b_i, C)
     p_ij = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * (decay * scale)
     store_rows(p, p_ij, first, count, head, 0, H, C, C, C)
 
@@ -53,8 +56,7 @@ def states_pass(
 ):  # fmt: skip
     """S' = e^G S + (k e^(G - b))^T r; KEEP stores r and the state before each chunk, or else that after the span."""
     span, head, column = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1) * BV
-    first, count = tl.load(spans + 4 * span).to(tl.int64), tl.load(spans + 4 * span + 1)
-    chunk, row = tl.load(spans + 4 * span + 2).to(tl.int64), tl.load(spans + 4 * span + 3).to(tl.int64)
+    first, count, chunk, row = load_span(spans, span)
     s = tl.zeros([BK, BV], tl.float32)
     if START == 1:
         s = load_state(start, row, head, column, H, K, V, BK, BV)
@@ -71,7 +73,7 @@ def states_pass(
         if KEEP:
             store_rows(r_kept, r, first + at, left, head, column, H, V, C, BV)
         b_i = load_vector(b, first + at, left, head, H, C)
-        total = tl.load(b + (first + at + left - 1) * H + head)
+        total = load_last(b, first + at, left, head, H)
         r = (r * tl.exp(total - b_i)[:, None]).to(w_i.dtype)
         k_i = load_rows(k, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
         s = tl.dot(tl.trans(k_i), r, s * tl.exp(total), input_precision=PRECISION)
@@ -88,8 +90,7 @@ def output_pass(
 ):  # fmt: skip
     """o = scale (q e^b) S + P r, plus `add`; S as in `states_pass`."""
     span, head, column = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1) * BV
-    first, count = tl.load(spans + 4 * span).to(tl.int64), tl.load(spans + 4 * span + 1)
-    row = tl.load(spans + 4 * span + 3).to(tl.int64)
+    first, count, _, row = load_span(spans, span)
     s = tl.zeros([BK, BV], tl.float32)
     if START == 1:
         s = load_state(start, row, head, column, H, K, V, BK, BV)
@@ -108,7 +109,7 @@ def output_pass(
         if ADD:
             o_i += load_rows(add, first + at, left, head, column, H, V, C, BV)
         store_rows(o, o_i, first + at, left, head, column, H, V, C, BV)
-        total = tl.load(b + (first + at + left - 1) * H + head)
+        total = load_last(b, first + at, left, head, H)
         r = (r * tl.exp(total - b_i)[:, None]).to(w_i.dtype)
         k_i = load_rows(k, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
         s = tl.dot(tl.trans(k_i), r, s * tl.exp(total), input_precision=PRECISION)
@@ -126,8 +127,7 @@ def reverse_pass(
     KEEP stores dr and the D of each chunk, or else the gradient of the state before the span.
     """
     span, head, column = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1) * BV
-    first, count = tl.load(spans + 4 * span).to(tl.int64), tl.load(spans + 4 * span + 1)
-    chunk, row = tl.load(spans + 4 * span + 2).to(tl.int64), tl.load(spans + 4 * span + 3).to(tl.int64)
+    first, count, chunk, row = load_span(spans, span)
     chunks = tl.cdiv(count, C)
     d = tl.zeros([BK, BV], tl.float32)
     if HAS_END:
@@ -138,7 +138,7 @@ def reverse_pass(
         if KEEP:
             store_state(kept, d, chunk + at // C, head, column, H, K, V, BK, BV)
         b_i = load_vector(b, first + at, left, head, H, C)
-        total = tl.load(b + (first + at + left - 1) * H + head)
+        total = load_last(b, first + at, left, head, H)
         k_i = load_rows(k, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
         dr_i = tl.dot(k_i, d.to(k_i.dtype), input_precision=PRECISION) * tl.exp(total - b_i)[:, None]
         d *= tl.exp(total)

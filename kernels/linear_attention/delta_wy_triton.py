@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.spans_triton import Spans
-from lsys.kernels.linear_attention.tiles_triton import grouped_sum, load_rows, load_vector, sizes, store_rows
+from lsys.kernels.linear_attention.tiles_triton import (
+    grouped_sum,
+    load_chunk,
+    load_rows,
+    load_vector,
+    pair_decay,
+    sizes,
+    store_rows,
+)
 
 
 @triton.jit
@@ -43,16 +51,13 @@ def wy_forward(
 ):  # fmt: skip
     """b, the sums of the log-decays g; t = T; w and u, of one chunk and head."""
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
-    first, count = tl.load(chunks + 2 * chunk).to(tl.int64), tl.load(chunks + 2 * chunk + 1)
+    first, count = load_chunk(chunks, chunk)
     i = tl.arange(0, C)
     g_i = tl.load(g + first * g_token + head * g_head + i * g_token, mask=i < count, other=0.0)
     b_i = tl.cumsum(g_i, 0)
     beta_i = tl.load(beta + first * H + head + i * H, mask=i < count, other=0.0)
     k_i = load_rows(k, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
-    lower = i[:, None] > i[None, :]
-    a = tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION) * tl.exp(
-        tl.where(lower, b_i[:, None] - b_i[None, :], float("-inf"))
-    )
+    a = tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION) * pair_decay(b_i, C, STRICT=True)
     t_ij = inverse(a * beta_i[:, None], C, PRECISION)
     # The factors of k and v go to the columns of T, which is rounded once.
     t_k = (t_ij * (beta_i * tl.exp(b_i))[None, :]).to(k_i.dtype)
@@ -73,7 +78,7 @@ def wy_backward(
 ):  # fmt: skip
     """From the gradients of w, u and b those of k (one a value head), v, beta and g, of one chunk and head."""
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
-    first, count = tl.load(chunks + 2 * chunk).to(tl.int64), tl.load(chunks + 2 * chunk + 1)
+    first, count = load_chunk(chunks, chunk)
     i = tl.arange(0, C)
     b_i, beta_i = load_vector(b, first, count, head, H, C), load_vector(beta, first, count, head, H, C)
     t_ji = tl.trans(load_rows(t, first, count, head, 0, H, C, C, C))
@@ -91,8 +96,7 @@ def wy_backward(
     w_i = load_rows(w, first, count, head, 0, H, K, C, BK)
     da = tl.dot(dx.to(dt), tl.trans(w_i), da, input_precision=PRECISION)
     k_i = load_rows(k, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
-    lower = i[:, None] > i[None, :]
-    da *= -tl.exp(tl.where(lower, b_i[:, None] - b_i[None, :], float("-inf")))
+    da *= -pair_decay(b_i, C, STRICT=True)
     free = da * tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION)  # dA times A / beta
     entering = tl.sum(dx * k_i, 1) * tl.exp(b_i)
     tl.store(dbeta + first * H + head + i * H, dbeta_i + tl.sum(free, 1) + entering, mask=i < count)

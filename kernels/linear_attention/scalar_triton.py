@@ -9,7 +9,7 @@ decay for each key channel.
 import triton
 import triton.language as tl
 
-from lsys.kernels.linear_attention.tiles_triton import load_rows, store_rows, store_state
+from lsys.kernels.linear_attention.tiles_triton import load_rows, load_span, store_rows, store_state
 
 # Log-decays below count as this one: its exponential is zero in fp32, and sums of such are precise to 1e-5 of a decay.
 LEAST = tl.constexpr(-104.0)
@@ -20,8 +20,8 @@ def place(spans, H: tl.constexpr, BLOCKS: tl.constexpr):
     """What a program works on: first token, tokens, row of states (-1: none), span, head, block of columns."""
     program = tl.program_id(0)
     span = program // (BLOCKS * H)
-    first, count, row = tl.load(spans + 4 * span), tl.load(spans + 4 * span + 1), tl.load(spans + 4 * span + 3)
-    return first.to(tl.int64), count, row.to(tl.int64), span.to(tl.int64), (program // BLOCKS) % H, program % BLOCKS
+    first, count, _, row = load_span(spans, span)
+    return first, count, row, span.to(tl.int64), (program // BLOCKS) % H, program % BLOCKS
 
 
 @triton.jit
@@ -43,14 +43,54 @@ def product(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def chunk_decay(g, first, left, head, g_token, g_head, C: tl.constexpr):
-    """b [C], e^b_i, e^(G - b_j) and G. Rounding could leave a difference above 0."""
+def load_decay(g, first, left, head, g_token, g_head, REVERSE: tl.constexpr, C: tl.constexpr):
+    """b [C]; what is left, at each token, of the state that enters a chunk, and of each token in that which leaves it; G.
+
+    These are e^b_i and e^(G - b_j), whose exponent rounding could leave above 0; REVERSE, from the end, the other way round.
+    """
     i = tl.arange(0, C)
     each = tl.load(g + first * g_token + head * g_head + i * g_token, mask=i < left, other=0.0)
     b = tl.cumsum(tl.maximum(each, LEAST), 0)
     # The last of b itself, not another sum: G - b is then exactly zero there, however large both are.
     total = tl.sum(tl.where(i == C - 1, b, 0.0), 0)
-    return b, tl.exp(b), tl.exp(tl.minimum(total - b, 0.0)), total
+    since, until = tl.exp(b), tl.exp(tl.minimum(total - b, 0.0))
+    return b, until if REVERSE else since, since if REVERSE else until, total
+
+
+@triton.jit
+def intra_scores(xs, ys, b, scale, REVERSE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """e^(b_i - b_j) (x_i y_j) of the pairs j <= i of a chunk, without b (x_i y_j), at [j, i] of [C, C]; zero elsewhere.
+
+    REVERSE: scale e^(b_j - b_i) (x_i y_j) of the pairs j >= i.
+    """
+    i = tl.arange(0, C)
+    scores = product(ys, tl.trans(xs), PRECISION)
+    if b is not None:
+        difference = b[:, None] - b[None, :] if REVERSE else b[None, :] - b[:, None]
+        scores *= tl.exp(tl.minimum(difference, 0.0))
+    scores = tl.where(i[:, None] >= i[None, :] if REVERSE else i[None, :] >= i[:, None], scores, 0.0)
+    return scores * scale if REVERSE else scores
+
+
+@triton.jit
+def log_decay_gradient(
+    each, later, inner, dg, first, left, H: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr, C: tl.constexpr
+):
+    """dg_t = edge + sum_(s >= t) (<q_s, dq_s> - <k_s, dk_s>), edge = <gradient, state> after the span.
+
+    `each` is a product of one chunk. The pass of dq leaves the first in `inner`. That of dk, REVERSE, has the second: it
+    makes the chunk's dg from `later`, the first of the chunk after it, and gives the chunk's own first.
+    """
+    i = tl.arange(0, C)
+    at = (first + i) * H
+    if REVERSE:
+        if LOCAL:
+            each -= tl.load(inner + at, mask=i < left, other=0.0)
+        tl.store(dg + at, later - tl.cumsum(each, 0, reverse=True), mask=i < left)
+        return later - tl.sum(each, 0)
+    else:
+        tl.store(inner + at, each, mask=i < left)
+        return later
 
 
 @triton.jit
@@ -71,8 +111,8 @@ def scalar_outer_kernel(
         xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
         if DECAY:
-            b, enter, leave, G = chunk_decay(g, first + at, count - at, head, g_token, g_head, C)
-            zs = (zs * (enter if REVERSE else leave)[:, None]).to(z.dtype.element_ty)
+            b, enter, leave, G = load_decay(g, first + at, count - at, head, g_token, g_head, REVERSE, C)
+            zs = (zs * leave[:, None]).to(z.dtype.element_ty)
             state *= tl.exp(G)
             reach += G
         state = tl.dot(tl.trans(xs), zs, state, input_precision=PRECISION)
@@ -98,54 +138,41 @@ def scalar_pass_kernel(
     out_j = scale sum_(i >= j) e^(b_i - b_j) (x_j y_i) z_i + e^(G - b_j) x_j S;  S' = e^G S + scale sum_i e^b_i y_i^T z_i
     Of v, do, q and the transposed gradients of states after spans out is dk; of k, q, do and these gradients it is dv.
 
-    Without LOCAL as if y were 0. ADD: `add` is added. DG, for dq (own = q) and then dk (own = k): the gradient of the
-    log-decay, dg_t = edge + sum_(s >= t) (<q_s, dq_s> - <k_s, dk_s>), edge = <gradient, state> after the span. dq leaves
-    its part in `inner`, dk completes it; both are [BLOCKS, T, H], whose blocks are to be summed.
+    Without LOCAL as if y were 0. ADD: `add` is added. DG, for dq (own = q) and then dk (own = k): `log_decay_gradient`;
+    inner and dg are [BLOCKS, T, H], whose blocks are to be summed.
     """
     first, count, row, _, head, block = place(spans, H, BLOCKS)
-    i, chunks, later = tl.arange(0, C), tl.cdiv(count, C), 0.0
-    state = load_state(states, row, head, block * BZ, H, DX, DZ, TRANSPOSED, BX, BZ)  # transposed, [BZ, BX]
+    column, chunks, later = block * BZ, tl.cdiv(count, C), 0.0
+    state = load_state(states, row, head, column, H, DX, DZ, TRANSPOSED, BX, BZ)  # transposed, [BZ, BX]
     if DG:
-        inner += block.to(tl.int64) * tokens * H + head
+        of_block = block.to(tl.int64) * tokens * H + head
         if REVERSE:  # the edge once, not in each block
             later = tl.load(edge + row * H + head, mask=(row >= 0) & (block == 0), other=0.0)
     for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         at = ((chunks - 1 - n) if REVERSE else n) * C
-        xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+        start, left = first + at, count - at
+        xs = load_rows(x, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         os = product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION)  # [BZ, C]
         if DECAY:
-            b, enter, leave, G = chunk_decay(g, first + at, count - at, head, g_token, g_head, C)
-            os *= (leave if REVERSE else enter)[None, :]
+            b, enter, leave, G = load_decay(g, start, left, head, g_token, g_head, REVERSE, C)
+            os *= enter[None, :]
             state *= tl.exp(G)
         if LOCAL:
-            ys = load_rows(y, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
-            zs = load_rows(z, first + at, count - at, head // Z_GROUP, block * BZ, H // Z_GROUP, DZ, C, BZ)
+            ys = load_rows(y, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
+            zs = load_rows(z, start, left, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
             weighted = zs
             if DECAY:
-                weighted = (zs * (enter * scale if REVERSE else leave)[:, None]).to(zs.dtype)
+                weighted = (zs * (leave * scale if REVERSE else leave)[:, None]).to(zs.dtype)
             elif REVERSE:
                 weighted = (zs * scale).to(zs.dtype)
             state = tl.dot(tl.trans(weighted), ys, state, input_precision=PRECISION)
-            scores = product(ys, tl.trans(xs), PRECISION)
-            if DECAY:
-                difference = b[:, None] - b[None, :] if REVERSE else b[None, :] - b[:, None]
-                scores *= tl.exp(tl.minimum(difference, 0.0))
-            scores = tl.where(i[:, None] >= i[None, :] if REVERSE else i[None, :] >= i[:, None], scores, 0.0)
-            scores = (scores * scale if REVERSE else scores).to(zs.dtype)
-            os = tl.dot(tl.trans(zs), scores, os, input_precision=PRECISION)
+            scores = intra_scores(xs, ys, b if DECAY else None, scale, REVERSE, C, PRECISION)
+            os = tl.dot(tl.trans(zs), scores.to(zs.dtype), os, input_precision=PRECISION)
         os = tl.trans(os if REVERSE else os * scale)
         if DG:
-            each = (first + at + i) * H
-            owns = load_rows(own, first + at, count - at, head // Z_GROUP, block * BZ, H // Z_GROUP, DZ, C, BZ)
-            each_inner = tl.sum(owns * os, 1)
-            if REVERSE:
-                if LOCAL:
-                    each_inner -= tl.load(inner + each, mask=i < count - at, other=0.0)
-                each_dg = later - tl.cumsum(each_inner, 0, reverse=True)
-                tl.store(dg + block.to(tl.int64) * tokens * H + head + each, each_dg, mask=i < count - at)
-                later -= tl.sum(each_inner, 0)
-            else:
-                tl.store(inner + each, each_inner, mask=i < count - at)
+            owns = load_rows(own, start, left, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
+            each = tl.sum(owns * os, 1)
+            later = log_decay_gradient(each, later, inner + of_block, dg + of_block, start, left, H, REVERSE, LOCAL, C)
         if ADD:
-            os += load_rows(add, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
-        store_rows(out, os, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
+            os += load_rows(add, start, left, head, column, H, DZ, C, BZ)
+        store_rows(out, os, start, left, head, column, H, DZ, C, BZ)

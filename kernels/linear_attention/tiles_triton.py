@@ -13,6 +13,19 @@ NARROW = 128  # K up to which a state of K x 64 numbers fits in the registers of
 
 
 @triton.jit
+def load_span(table, span):
+    """A row of `Spans.table`: first token, tokens, first chunk, row of states."""
+    first, count = tl.load(table + 4 * span).to(tl.int64), tl.load(table + 4 * span + 1)
+    return first, count, tl.load(table + 4 * span + 2).to(tl.int64), tl.load(table + 4 * span + 3).to(tl.int64)
+
+
+@triton.jit
+def load_chunk(chunks, chunk):
+    """A row of `Spans.chunks`: first token, tokens."""
+    return tl.load(chunks + 2 * chunk).to(tl.int64), tl.load(chunks + 2 * chunk + 1)
+
+
+@triton.jit
 def load_rows(
     x, first, count, head, channel, HEADS: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, B: tl.constexpr
 ):
@@ -40,6 +53,12 @@ def load_vector(x, first, count, head, HEADS: tl.constexpr, C: tl.constexpr):
     """x [T, HEADS] -> [C]; places after the last token repeat it: as a sum of log-decays it then has nothing added."""
     i = tl.minimum(tl.arange(0, C), count - 1)
     return tl.load(x + first * HEADS + head + i * HEADS)
+
+
+@triton.jit
+def load_last(x, first, count, head, HEADS: tl.constexpr):
+    """x [T, HEADS] of the last token."""
+    return tl.load(x + (first + count - 1) * HEADS + head)
 
 
 @triton.jit
@@ -77,6 +96,14 @@ def store_state(
         tl.store(at + i * V + j, tile.to(x.dtype.element_ty))
     else:
         tl.store(at + i * V + j, tile.to(x.dtype.element_ty), mask=(i < K) & (j < V))
+
+
+@triton.jit
+def pair_decay(b_i, C: tl.constexpr, STRICT: tl.constexpr = False):
+    """e^(b_i - b_j), [C, C], of the pairs j <= i or, if STRICT, j < i; zero for the others."""
+    i = tl.arange(0, C)
+    pairs = i[:, None] > i[None, :] if STRICT else i[:, None] >= i[None, :]
+    return tl.exp(tl.where(pairs, b_i[:, None] - b_i[None, :], float("-inf")))
 
 
 def chunk_tokens(keys: int) -> int:
