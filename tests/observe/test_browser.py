@@ -93,11 +93,18 @@ def show(page: Any, name: str) -> Any:
     return tab
 
 
+def appears(tab: Any, text: str, exact: bool = True) -> bool:
+    """Waits for it; a TimeoutError says that it does not."""
+    place = tab.get_by_text(text, exact=exact).first
+    place.wait_for()
+    return place.is_visible()
+
+
 @pytest.mark.slow
 def test_the_groups_of_charts_are_there(page):
     tab = show(page, "custom_scalars")
     for title in ("training", "speed", "scaling waterfall", "parts and ranks", "communication", "memory"):
-        tab.get_by_text(title, exact=True).first.wait_for()
+        assert appears(tab, title)
     stack = tab.locator("tf-custom-scalar-margin-chart-card")
     stack.scroll_into_view_if_needed()
     stack.get_by_text(f"Matches ({len(PARTS)})").wait_for()  # every part is a run of its own, and so has its colour
@@ -107,6 +114,6 @@ def test_the_groups_of_charts_are_there(page):
 
 @pytest.mark.slow
 def test_the_picture_of_the_ranks_the_grid_and_the_hyperparameters_are_there(page):
-    show(page, "images").get_by_text("ranks/time").first.wait_for()
-    show(page, "text").get_by_text("config", exact=True).first.wait_for()
-    show(page, "hparams").get_by_text("parallel.context").first.wait_for()
+    assert appears(show(page, "images"), "ranks/time", exact=False)
+    assert appears(show(page, "text"), "config")
+    assert appears(show(page, "hparams"), "parallel.context", exact=False)

@@ -156,60 +156,71 @@ def channel(rank: int, ranks: int, stage: int = 0, stages: int = 1) -> Channel:
     return Channel(dist.group.WORLD, Place("data", rank, tuple(range(ranks)), (0,) * ranks), stage, stages, CPU)
 
 
-def exchanged(rank: int, ranks: int) -> None:
-    """Operation n is issued by rank r at 10 n + r; a broadcast's followers wait for its root only."""
+def exchanged(rank: int, ranks: int) -> tuple[bool, Issues]:
+    """Operation n is issued by rank r at 10 n + r, by a clock that is 1000 r ahead: whether all agree, and what it learns."""
     own = channel(rank, ranks)
     for number, (kind, root) in enumerate([("all_reduce", -1), ("broadcast", 1), ("reduce", 1), ("scatter", 0)]):
         own.add(Call(Operation(kind, 4, root), own.place, "gloo", 0.0, 0.0), 10.0 * number + rank)
     issues = own.collectives
-    ahead = 1000.0 * rank  # of the clock
+    ahead = 1000.0 * rank
     issues.begins[:] = [begin + ahead for begin in issues.begins]
     own.roots[:] = [root + ahead for root in own.roots]
-    assert own.exchange(ahead)
-    last = ranks - 1.0
-    expected = [last, 10 + (last if rank == 1 else 1), 20 + last, 30 + (last if rank == 0 else 0)]
-    assert issues.last == issues.near == [each + ahead for each in expected]
+    return own.exchange(ahead), issues
 
 
 def test_issue_times_of_the_last_rank(gloo: Any) -> None:
-    gloo(3, exchanged)
+    for rank, (agree, issues) in enumerate(gloo(3, exchanged)):
+        # A broadcast's followers wait for its root only.
+        expected = [2, 10 + (2 if rank == 1 else 1), 20 + 2, 30 + (2 if rank == 0 else 0)]
+        assert agree and issues.last == issues.near == [1000 * rank + each for each in expected]
 
 
-def exchanged_stages(rank: int, ranks: int) -> None:
+def exchanged_stages(rank: int, ranks: int) -> tuple[bool, Issues]:
     """Ranks 0 and 1 are the first stage, the others the second."""
     own = channel(rank, ranks, rank // 2, 2)
     issues = own.add(call(), float(rank))
-    assert own.exchange(0.0)
-    assert (issues.last, issues.near) == ([3.0], [[1.0], [3.0]][rank // 2])
+    return own.exchange(0.0), issues
 
 
 def test_the_last_rank_of_the_own_stage(gloo: Any) -> None:
-    gloo(4, exchanged_stages)
+    for rank, (agree, issues) in enumerate(gloo(4, exchanged_stages)):
+        assert agree and issues.last == [3] and issues.near == [1 if rank < 2 else 3]
 
 
-def exchanged_messages(rank: int, ranks: int) -> None:
-    """Each rank sends r + 1 messages to the next; the last one's first neighbour takes one less than it gets."""
+def exchanged_messages(rank: int, ranks: int) -> tuple[bool, Issues, Issues, bool]:
+    """Each rank sends r + 1 messages to the next; the last one's first neighbour takes one less than it gets. Then nothing."""
     own = channel(rank, ranks)
     after, before = (rank + 1) % ranks, (rank - 1) % ranks
     sends, receives = own.messages[after, "send"], own.messages[before, "recv"]
     sends.begins += [100.0 * n + 10 for n in range(rank + 1)]
     receives.begins += [100.0 * n + 20 - rank for n in range(before + 1 - (rank == 0))]
-    assert own.exchange(0.0) == (rank == 1)  # the pair that differs notices
-    assert sends.last == (None if rank == ranks - 1 else [100.0 * n + 20 - after for n in range(rank + 1)])
-    assert receives.last == (None if rank == 0 else [100.0 * n + 20 - rank for n in range(before + 1)])
+    agree = own.exchange(0.0)
     own.restart()
-    assert own.exchange(0.0)  # nothing at all
-    one = own.add(call(), 1.0)
-    if rank == 0:
-        own.add(call(), 2.0)
-    assert not own.exchange(0.0) and one.last is None
-    own.restart()
-    one = own.add(call(kind=("all_reduce", "all_gather")[rank % 2]), 1.0)
-    assert not own.exchange(0.0) and one.last is None
+    return agree, sends, receives, own.exchange(0.0)
 
 
-def test_messages_match_in_order_and_mismatches_teach_nothing(gloo: Any) -> None:
-    gloo(3, exchanged_messages)
+def test_messages_match_in_order(gloo: Any) -> None:
+    for rank, (agree, sends, receives, agree_on_nothing) in enumerate(gloo(3, exchanged_messages)):
+        after, before = (rank + 1) % 3, (rank - 1) % 3
+        assert agree == (rank == 1) and agree_on_nothing  # the pair that differs notices
+        assert sends.last == (None if rank == 2 else [100 * n + 20 - after for n in range(rank + 1)])
+        assert receives.last == (None if rank == 0 else [100 * n + 20 - rank for n in range(before + 1)])
+
+
+def exchanged_differing(rank: int, ranks: int) -> list[tuple[bool, Issues]]:
+    """An operation that only rank 0 issues; then one that rank 1 issues as another kind."""
+    own, found = channel(rank, ranks), []
+    for kinds in (["all_reduce"] * (2 if rank == 0 else 1), [("all_reduce", "all_gather")[rank % 2]]):
+        for number, kind in enumerate(kinds):
+            own.add(call(kind=kind), 1.0 + number)
+        found.append((own.exchange(0.0), own.collectives))
+        own.restart()
+    return found
+
+
+def test_differing_operations_teach_nothing(gloo: Any) -> None:
+    for found in gloo(3, exchanged_differing):
+        assert all(not agree and issues.last is None for agree, issues in found)
 
 
 @contextlib.contextmanager

@@ -82,6 +82,11 @@ def error(x, y):
     return difference.nan_to_num(torch.inf).max().item() if len(difference) else 0.0
 
 
+def errors(found, wanted, names=NAMES):
+    """`error` of each result, by name."""
+    return {name: error(x, y) for name, x, y in zip(names[: len(found)], found, wanted, strict=True)}
+
+
 def compare(found, wanted, tolerance, case=None, names=NAMES):
     assert len(found) == len(wanted)
     for name, x, y in zip_longest(names[: len(found)], found, wanted):
