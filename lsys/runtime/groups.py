@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lsys.config.schema import Parallel
 from lsys.parallel.comm import SequenceComm
-from lsys.parallel.ledger import WORLD, label
+from lsys.parallel.ledger import WORLD, label, unlabel
 from lsys.runtime.environment import Launch
 from lsys.runtime.megatron import install_megatron
 
@@ -89,18 +89,29 @@ def process_groups(parallel: Parallel, launch: Launch, *, timeout_minutes: float
         model_parallel_cuda_manual_seed(0)  # Megatron's trackers want a seed; nothing here draws from them (no dropout)
         collection = ProcessGroupCollection.use_mpu_process_groups()
         nodes = SequenceComm(None, axis=WORLD).all_gather(torch.tensor([launch.node], device=device)).tolist()
-        yield Groups(launch, device, collection, _context(collection, nodes, device), tuple(nodes))
+        with _labelled(collection, nodes):
+            yield Groups(launch, device, collection, _context(collection, nodes, device), tuple(nodes))
     finally:
         parallel_state.destroy_model_parallel()
         if started:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _labelled(collection: Any, nodes: Sequence[int]) -> Iterator[None]:
+    """Tell the ledger which axis each of Megatron's groups belongs to, until this mesh ends."""
+    groups = {name: group for name in AXES if (group := getattr(collection, name, None)) is not None}
+    for name, group in groups.items():
+        label(group, AXES[name], [nodes[rank] for rank in dist.get_process_group_ranks(group)])
+    try:
+        yield
+    finally:
+        for group in groups.values():
+            unlabel(group)
+
+
 def _context(collection: Any, nodes: Sequence[int], device: torch.device) -> SequenceComm:
-    """The context ranks and their nodes; the ledger learns which axis each of Megatron's groups belongs to."""
-    for name, axis in AXES.items():
-        if (group := getattr(collection, name, None)) is not None:
-            label(group, axis, [nodes[rank] for rank in dist.get_process_group_ranks(group)])
+    """The context ranks and their nodes."""
     # NCCL's point-to-point operations want a collective of all the group's ranks before.
     ranks = SequenceComm(collection.cp).all_gather(torch.tensor([dist.get_rank()], device=device)).tolist()
     return SequenceComm(collection.cp, node_of_rank=[nodes[rank] for rank in ranks])

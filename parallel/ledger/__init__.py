@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from lsys.parallel.ledger.hooks import HOOKS, Call, Mark, Observer
-from lsys.parallel.ledger.labels import OTHER, WORLD, Place, label
+from lsys.parallel.ledger.labels import OTHER, WORLD, Place, label, unlabel
 from lsys.parallel.traffic import NETWORK, NODE, Operation, Traffic, traffic
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "label",
     "record",
     "traffic",
+    "unlabel",
 ]
 
 

@@ -20,7 +20,7 @@ class _Label(NamedTuple):
     nodes: tuple[int, ...] | None  # in group order
 
 
-# Process-wide like the process groups themselves; a label ends with its group.
+# Process-wide like the process groups themselves; a label ends with its group, or by `unlabel`.
 _labels: weakref.WeakKeyDictionary[dist.ProcessGroup, _Label] = weakref.WeakKeyDictionary()
 _listeners: list[Callable[[], None]] = []  # called when labels change
 
@@ -49,6 +49,13 @@ def label(group: dist.ProcessGroup | None, axis: str, node_of_rank: Sequence[int
     _labels[group] = _Label(axis, nodes)
     for listener in list(_listeners):
         listener()
+
+
+def unlabel(group: dist.ProcessGroup) -> None:
+    """The group is of no axis any more: of a mesh that has ended, though something may refer to its groups still."""
+    if _labels.pop(group, None):
+        for listener in list(_listeners):
+            listener()
 
 
 @dataclass(frozen=True, eq=False)

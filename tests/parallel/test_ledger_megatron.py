@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from lsys.parallel.ledger import OTHER, record
+from lsys.parallel.ledger import OTHER, WORLD, record
 
 
 def _train_step(rank: int, ranks: int, changes):
@@ -50,6 +50,17 @@ def test_tensor_parallel_traffic(gloo):
         moved = batches * (gathers * activations // 2 + scatters * activations + 4 * sizes["slots"] * 4) + norms
         assert sent["tensor"] == moved
         assert OTHER not in sent
+
+
+def _two_meshes(rank: int, ranks: int):
+    """One after the other in one process, of which autograd's hooks of Megatron's first keep its groups."""
+    _train_step(rank, ranks, {})
+    return _train_step(rank, ranks, dict(parallel__pipeline=2))
+
+
+def test_a_mesh_that_ended_takes_nothing_of_the_next(gloo):
+    for _, sent, _ in gloo(2, _two_meshes):
+        assert sent.keys() - {"pipeline", "model", WORLD} == set()
 
 
 def test_pipeline_parallel_traffic(gloo):
