@@ -1,7 +1,7 @@
 """What mixers need to know of a micro-batch, in a form that travels through Megatron's block (and survives recompute)."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -26,6 +26,10 @@ class PackedMicroBatch(PackedSeqParams):
     cache: Cache | None = None
     qkv_format: str = "thd"
     _tables: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def anew(self) -> "PackedMicroBatch":
+        """The same without the tables: for one pass, so that they go with its activations, not with the last batch of the step."""
+        return replace(self, _tables={})
 
     def table(self, key: Hashable, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What depends on the positions alone, such as (cos, sin); computed once per micro-batch."""

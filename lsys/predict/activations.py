@@ -144,7 +144,8 @@ class Activations:
             # Of each chunk's micro-batches the input, which its first layer's norm keeps, or the pipeline.
             if self.config.train.recompute != "full" and (self._residual or not shape.is_first(stage, chunk)):
                 rest += under_way * self._hidden
-        rest += self._tables(stage) + self._gathered
+            rest += under_way * self._tables(shape.kinds(stage, chunk))
+        rest += self._gathered
         moments, done = [self._output()] if shape.is_last(stage, last) else [0.0], 0.0
         is_tied = self.model.tied and shape.is_first(stage) and shape.is_last(stage, last)
         waits = self._vocabulary if is_tied else 0.0  # the output layer's gradient, for that of the embedding
@@ -158,17 +159,16 @@ class Activations:
         """Of the residual stream."""
         return self.slots / self.tensor * self.b * self.model.hidden
 
-    def _tables(self, stage: int) -> float:
-        """Cosines and sines of positions, which a micro-batch's layers share; those of all micro-batches of a step are kept."""
+    def _tables(self, kinds: str) -> float:
+        """Cosines and sines of positions, which a micro-batch's layers share."""
         model, widths = self.model, set[int]()
-        kinds = {kind for chunk in range(self.shape.chunks) for kind in self.shape.kinds(stage, chunk)}
-        if kinds & {*"SW"}:
+        if {*"SW"} & {*kinds}:
             widths.add(model.head_width)
         if "R" in kinds:
             widths.add(model.linear_key_width)
         if "L" in kinds and model.linear.lrpe != "none":
             widths.add(2 * model.linear_key_heads * model.linear_key_width // self.tensor)
-        return 4.0 * self.slots * sum(widths) * self.shape.micro_batches
+        return 4.0 * self.slots * sum(widths)
 
     @property
     def _gathered(self) -> float:

@@ -188,7 +188,7 @@ def _forward_step(batches: Iterator[RankBatch], chunk: DistributedDataParallel) 
         report = torch.stack((entropy.detach(), z_loss.detach(), tokens)).double()
         return entropy + z_loss, tokens.int(), report
 
-    return chunk(batch.tokens, batch.targets, batch.packed), loss
+    return chunk(batch.tokens, batch.targets, batch.packed.anew()), loss
 
 
 def _optimizer_config(settings: Config, gathers_late: bool) -> OptimizerConfig:
