@@ -1,6 +1,5 @@
 """Inputs for every member of the linear attention family on one device, and what they are compared with."""
 
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -85,12 +84,6 @@ def error(x, y):
 def errors(found, wanted, names=NAMES):
     """`error` of each result, by name."""
     return {name: error(x, y) for name, x, y in zip(names[: len(found)], found, wanted, strict=True)}
-
-
-def compare(found, wanted, tolerance, case=None, names=NAMES):
-    assert len(found) == len(wanted)
-    for name, x, y in zip_longest(names[: len(found)], found, wanted):
-        assert error(x, y) < tolerance, (name, error(x, y), case)
 
 
 def cu(lengths):
