@@ -1,10 +1,11 @@
-"""Weak scaling over context ranks of a hybrid and of pure softmax attention, on one node and across nodes of a lab.
+"""Weak scaling over context ranks, of a hybrid and of pure softmax attention, on one node and across nodes of a lab.
 
     OMP_NUM_THREADS=1 python bench/scaling.py --hardware build/this-machine.json --out docs/benchmarks/scaling
 
-Every sweep is one `lsys bench scaling`: a run at each number of ranks, the replay of one of its steps as if each rank had a core of
-its own, and the prediction on a calibration (`bench/predict.py` makes one). Nodes are network namespaces, which wants root. Wall-clock
-is told only where ranks have cores of their own. Takes half an hour; `make train` prepares the corpus.
+Every rank has as many tokens of one micro-batch, so the micro-batch grows with the ranks. A sweep is one `lsys bench scaling`: a run at
+each number of ranks, the replay of one of its steps as if each rank had a core of its own, and the prediction on a calibration
+(`bench/predict.py` makes one) with the cores there are. Efficiency is a rank's model FLOP/s over those of one rank alone. Wall-clock is
+told only where ranks have cores of their own. Nodes are network namespaces (root); `make train` prepares the corpus. Half an hour.
 """
 
 import argparse

@@ -138,7 +138,7 @@ def main(options: ScalingOptions, overrides: Sequence[Override]) -> int:
         raise ScalingError(f"--out {options.out} is not empty; name another folder, or remove it")
     results = []
     for point, predicted in zip(sweep, predictions, strict=True):
-        print(f"{point.ranks} ranks on {point.nodes} nodes", flush=True)
+        print(f"ranks {point.ranks}, nodes {point.nodes}", flush=True)
         _run(options, overrides, point)
         results.append(_result(options, point) | {"predicted": predicted})
         (options.out / "scaling.json").write_text(json.dumps(_summary(options, results), indent=1) + "\n")
