@@ -67,7 +67,7 @@ def draw_scaling(figures: dict[str, dict[str, list[dict[str, Any]]]], path: Path
                 xs, ys = [p["ranks"] for p in shown], [100 * p["efficiency"][kind] for p in shown]
                 axis.plot(xs, ys, style, color=colour, label=f"{link}, {kind}")
         ranks = [point["ranks"] for point in points]
-        axis.set(xscale="log", xlabel="ranks", title=way, ylim=(0, 110))
+        axis.set(xscale="log", xlabel="ranks", title=way, ylim=(0, 120))
         axis.set_xticks(ranks, ranks)
         axis.minorticks_off()
     axes[0].set_ylabel("FLOP/s of a rank, % of one rank alone")

@@ -3,9 +3,12 @@
     OMP_NUM_THREADS=1 python bench/scaling.py --hardware build/this-machine.json --out docs/benchmarks/scaling
 
 Every rank has as many tokens of one micro-batch, so the micro-batch grows with the ranks. A sweep is one `lsys bench scaling`: a run at
-each number of ranks, the replay of one of its steps as if each rank had a core of its own, and the prediction on a calibration
-(`bench/predict.py` makes one) with the cores there are. Efficiency is a rank's model FLOP/s over those of one rank alone. Wall-clock is
-told only where ranks have cores of their own. Nodes are network namespaces (root); `make train` prepares the corpus. Half an hour.
+each number of ranks, the replay of one of its steps over the links that were measured in it, and the prediction on a calibration
+(`bench/predict.py` makes one). Replay and prediction give each rank a core of its own; the latter takes one document as long as the
+micro-batch, and links between nodes as they are shaped. Seconds are of other documents in each column (wall-clock: the median of the
+run; replay: its first step); compare efficiencies, a rank's model FLOP/s over those of one rank alone. Long documents can exceed 100%:
+attention runs nearer to the peak than what else a token costs. Wall-clock is told only where ranks have cores of their own. Nodes are
+network namespaces (root); `make train` prepares the corpus. 40 minutes.
 """
 
 import argparse
@@ -19,14 +22,16 @@ from tools import ROOT
 
 from lsys.bench.scaling import ScalingOptions
 from lsys.bench.scaling import main as sweep
-from lsys.config.overrides import parse_overrides
+from lsys.config.overrides import Override, parse_overrides
+from lsys.parallel.links import NETWORK
 
 WAYS = {
     "LLLS, lasp2 and ring": {"model.pattern": "LLLS", "parallel.linear": "lasp2", "parallel.attention": "ring"},
     "S, ring": {"model.pattern": "S", "parallel.attention": "ring"},
     "S, ulysses": {"model.pattern": "S", "parallel.attention": "ulysses"},
 }
-LINKS = {"one node": ("1,1,1", ""), "1gbit": ("1,2,2", "1gbit"), "100mbit": ("1,2,2", "100mbit")}
+# Nodes of each point, the lab's rate, bytes/s between nodes.
+LINKS = {"one node": ("1,1,1", "", None), "1gbit": ("1,2,2", "1gbit", 125e6), "100mbit": ("1,2,2", "100mbit", 12.5e6)}
 HEADS = [
     "layers", "ranks", "nodes", "links", "measured s", "efficiency", "replayed s", "efficiency", "compute",
     "exposed: context", "other axes", "waiting", "predicted s", "efficiency",
@@ -42,29 +47,44 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.svg")
     options = parser.parse_args()
     figures = {way: {link: points(options, way, link) for link in LINKS} for way in WAYS}
-    text = table(figures)
-    print(text)
+    print(table(figures))
     if options.out:
-        command = f"OMP_NUM_THREADS=1 python bench/scaling.py --tokens {options.tokens} --steps {options.steps}"
-        options.out.with_suffix(".json").write_text(
-            json.dumps({"command": command, "sweeps": figures}, indent=1) + "\n"
-        )
-        options.out.with_suffix(".md").write_text(f"{text}\n")
-        draw_scaling(figures, options.out.with_suffix(".svg"))
+        said = f"{options.tokens} tokens a rank, {options.steps} steps a run, {options.config.name}"
+        write(figures, said, options.out)
+
+
+def write(figures: dict[str, dict[str, list[dict[str, Any]]]], said: str, out: Path) -> None:
+    """The page, its picture and the figures that both are made of."""
+    out.with_suffix(".json").write_text(json.dumps({"options": said, "sweeps": figures}, indent=1) + "\n")
+    page = f"# Weak scaling\n\n{__doc__}\nHere: {said}.\n\n![efficiency by ranks]({out.name}.svg)\n\n{table(figures)}\n"
+    out.with_suffix(".md").write_text(page)
+    draw_scaling(figures, out.with_suffix(".svg"))
 
 
 def points(options: argparse.Namespace, way: str, link: str) -> list[dict[str, Any]]:
     """The points of one sweep, as `lsys bench scaling` stores them."""
-    nodes, rate = LINKS[link]
-    changes = WAYS[way] | {"train.micro_batch_tokens": options.tokens, "train.batch_tokens": options.tokens}
-    overrides = parse_overrides([word for key, value in changes.items() for word in (f"--{key}", str(value))])
     with tempfile.TemporaryDirectory() as folder:
-        asked = ScalingOptions(
-            options.config, ranks="1,2,4", nodes=nodes, rate=rate, steps=options.steps, hardware=options.hardware,
-            out=Path(folder) / "sweep",
-        )  # fmt: skip
+        asked, overrides = asks(options, way, link, Path(folder))
         sweep(asked, overrides)
         return json.loads((asked.out / "scaling.json").read_text())["points"]
+
+
+def asks(options: argparse.Namespace, way: str, link: str, folder: Path) -> tuple[ScalingOptions, list[Override]]:
+    """What one sweep is asked for."""
+    nodes, rate, bandwidth = LINKS[link]
+    changes = WAYS[way] | {"train.micro_batch_tokens": options.tokens, "train.batch_tokens": options.tokens}
+    overrides = parse_overrides([word for key, value in changes.items() for word in (f"--{key}", str(value))])
+    hardware = ""
+    if options.hardware:
+        tree = json.loads(Path(options.hardware).read_text()) | {"cores": None}
+        tree["links"][NETWORK][1] = bandwidth or tree["links"][NETWORK][1]
+        hardware = str(folder / "hardware.json")
+        Path(hardware).write_text(json.dumps(tree))
+    asked = ScalingOptions(
+        options.config, ranks="1,2,4", nodes=nodes, rate=rate, steps=options.steps, hardware=hardware,
+        out=folder / "sweep",
+    )  # fmt: skip
+    return asked, overrides
 
 
 def table(figures: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
