@@ -28,10 +28,11 @@ from tools import launch
 
 from lsys.config import Config
 from lsys.config.rules import check
+from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed
 from lsys.parallel.links import NETWORK, NODE, Link
 from lsys.predict.activations import Activations
 from lsys.predict.hardware import Hardware, load
-from lsys.predict.seconds import StepTime
+from lsys.predict.seconds import AXES, StepTime
 from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.weights import weights
@@ -39,16 +40,7 @@ from lsys.predict.work import StageWork, Work, backward
 
 CORES = len(os.sched_getaffinity(0))
 KINDS = "LRGMDSW"
-PARTS = (
-    "compute",
-    "exposed_tensor",
-    "exposed_context",
-    "exposed_pipeline",
-    "exposed_data",
-    "exposed_model",
-    "waiting",
-    "other",
-)
+PARTS = (COMPUTE, *map(exposed, AXES), "waiting", "other")
 
 
 def tree(**changes: Any) -> dict[str, Any]:
@@ -252,7 +244,7 @@ def shares(parts: dict[str, float]) -> dict[str, float]:
     """Percent of the step. Imbalance, bubble and waiting for a core are one here: on shared cores one turns into the other."""
     merged = defaultdict(float)
     for name, seconds in parts.items():
-        merged[name if name in PARTS else "waiting" if name in ("imbalance", "bubble", "core") else "other"] += seconds
+        merged[name if name in PARTS else "waiting" if name in (IMBALANCE, BUBBLE, CORE) else "other"] += seconds
     total = sum(parts.values())
     return {part: 100 * merged[part] / total for part in PARTS}
 

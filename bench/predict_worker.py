@@ -210,12 +210,7 @@ def replay(case: Case, engine: Any, batches: Any) -> dict[str, Any]:
             engine.step()
         runs.append(recorded_program(ledger))
     timeline = simulate(gather_programs(fastest(runs)), {"node": Link(*case.links)}, backend="gloo")
-    shares = timeline.shares
-    parts = {"compute": sum(share.compute for share in shares) / len(shares)}
-    for axis in {axis for share in shares for axis in share.exposed}:
-        parts[f"exposed_{axis}"] = timeline.exposed(axis)
-    parts["waiting"] = sum(share.waiting + share.idle for share in shares) / len(shares)
-    return {"seconds": timeline.seconds, "parts": parts}
+    return {"seconds": timeline.seconds, "parts": timeline.parts}
 
 
 def transfers(engine: Any, ready: Any) -> list[list[Any]]:

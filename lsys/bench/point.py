@@ -59,16 +59,9 @@ def replayed(run: Run, links: Links, repeats: int) -> tuple[Timeline, float]:
 
 
 def _summary(timeline: Timeline, links: Links) -> dict[str, Any]:
-    ranks = len(timeline.shares)
-    axes = sorted({axis for share in timeline.shares for axis in share.exposed})
-    parts = {
-        "compute": sum(share.compute for share in timeline.shares) / ranks,
-        **{f"exposed_{axis}": sum(share.exposed.get(axis, 0.0) for share in timeline.shares) / ranks for axis in axes},
-        "waiting": sum(share.waiting + share.idle for share in timeline.shares) / ranks,
-    }
     return {
         "step_seconds": timeline.seconds,
-        "parts": parts,
+        "parts": timeline.parts,
         "links": {name: asdict(link) for name, link in links.items()},
     }
 

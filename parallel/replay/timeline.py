@@ -44,6 +44,16 @@ class Timeline:
         chosen = (s for share in self.shares for a, s in share.exposed.items() if axis in (None, a))
         return sum(chosen) / len(self.shares)
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """Where the seconds go, on average: "compute", "exposed_AXIS" of each axis, and "waiting" for other ranks."""
+        axes, ranks = sorted({axis for share in self.shares for axis in share.exposed}), len(self.shares)
+        return {
+            "compute": sum(share.compute for share in self.shares) / ranks,
+            **{f"exposed_{axis}": self.exposed(axis) for axis in axes},
+            "waiting": sum(share.waiting + share.idle for share in self.shares) / ranks,
+        }
+
     def table(self) -> str:
         """A line for each rank; seconds."""
         lines = [f"{'rank':>5} {'compute':>11} {'exposed':>11} {'waiting':>11} {'idle':>11}"]

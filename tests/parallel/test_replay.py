@@ -58,6 +58,9 @@ def test_a_transfer_after_the_work_and_one_behind_it():
     assert hidden.seconds == 11 and hidden.exposed() == 3
     assert long.seconds == 20 and long.exposed() == 0 and long.efficiency == 1
     assert serial.exposed("context") == 11 and serial.exposed("tensor") == 0
+    for timeline in (hidden, long, serial):
+        assert sum(timeline.parts.values()) == pytest.approx(timeline.seconds)
+    assert serial.parts["exposed_context"] == 11
 
 
 def test_waiting_for_a_rank_is_not_waiting_for_a_transfer():
