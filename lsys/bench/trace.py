@@ -147,11 +147,7 @@ def _by_range(events: Iterable[dict[str, Any]]) -> dict[str, tuple[float, int]]:
     sums: dict[str, tuple[float, int]] = {}
     for event in events:
         if event.get("ph") == "X" and _is(event, "lsys.") and _on_host(event):
-            name = (
-                re.sub(r"^lsys\.(step|layer) \d+ ?", r"\1 ", event["name"].removeprefix(""))
-                .removeprefix("lsys.")
-                .strip()
-            )
+            name = re.sub(r"^lsys\.(step|layer) \d+ ?", r"\1 ", event["name"]).removeprefix("lsys.").strip()
             us, calls = sums.get(name, (0.0, 0))
             sums[name] = us + event["dur"], calls + 1
     sums.pop("clock", None)
