@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a rank and step, in one micro-batch")
-    parser.add_argument("--steps", type=int, default=12, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each run")
     parser.add_argument("--hardware", default="", help="JSON of a calibration, to predict each run too")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.svg")
     options = parser.parse_args()
