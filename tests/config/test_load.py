@@ -118,6 +118,11 @@ def test_sections_that_are_no_mapping(file) -> None:
     assert mistakes(file(GOOD + "parallel: 3\n")) == [line]
 
 
+def test_a_list_wants_brackets(file) -> None:
+    (line,) = mistakes(file(GOOD), "--train.profile.ranks", "0")
+    assert line.startswith("train.profile.ranks: 0 does not do: it should be a list in brackets, such as [a, b]")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path / "no.yaml")
     assert "no.yaml cannot be read: No such file" in line
