@@ -5,9 +5,9 @@
 The calibration is what `lsys check --hardware build/this-machine.json` takes. It fits rates by non-negative least squares to the CPU
 time of layers, of the whole step and of the optimizer, and latency and bandwidth to the transfers of two ranks. The measured time of
 a judged step is its replay (`lsys.parallel.replay`): the CPU time of each rank's thread in each layer and between its operations, the
-least of some steps, as if each rank had a core of its own, and the calibrated link between them. Cores that compute at the same time
-slow each other down, so all always do: a case of one rank runs in as many copies as there are cores. The last two columns are
-wall-clock, the least of some steps, and its prediction with the cores there are: they mean something on a machine that does nothing
+least of sixteen steps, as if each rank had a core of its own, and the calibrated link between them. Cores that compute at the same
+time slow each other down, so all always do: a case of one rank runs in as many copies as there are cores. The last two columns are
+wall-clock, the least of four steps, and its prediction with the cores there are: they mean something on a machine that does nothing
 else.
 """
 
@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from predict_worker import Case
 from scipy.optimize import nnls
-from tools import launch
+from tools import launch, made_on
 
 from lsys.config import Config
 from lsys.config.rules import check
+from lsys.observe.efficiency import commit, hardware_name, versions
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed
 from lsys.parallel.links import NETWORK, NODE, Link
 from lsys.predict.activations import Activations
@@ -289,6 +291,17 @@ def reached(rows: list[dict[str, Any]]) -> str:
     return f"Of {len(rows)}: " + ", ".join(f"{name} {sum(map(met, rows))}" for name, met in targets.items()) + "."
 
 
+def summary(seed: int, rows: list[dict[str, Any]]) -> str:
+    return f"Seed {seed}. {reached(rows)}\n\n{table(rows)}"
+
+
+def write(out: Path, seed: int, rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
+    """The page and the figures that it is made of."""
+    out.with_suffix(".json").write_text(json.dumps({**where, "seed": seed, "rows": rows}, indent=1) + "\n")
+    page = f"# Predicted against measured\n\n{__doc__}\n{made_on(**where)}.\n\n{summary(seed, rows)}\n"
+    out.with_suffix(".md").write_text(page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", type=Path, required=True, help="made if it is not there")
@@ -305,15 +318,14 @@ def main() -> None:
     links = (hardware.links[NODE].latency, hardware.links[NODE].bandwidth)
     cases = [replace(case, links=links) for case in drawn_cases(options.seed, options.count)]
     rows = [judge(case, result, hardware) for case, result in zip(cases, run(cases), strict=True)]
-    text = f"Seed {options.seed}. {reached(rows)}\n\n{table(rows)}"
-    print(text)
+    print(summary(options.seed, rows))
     for row in rows:
         print(row["ranks"], row["name"])
         for side in ("measured parts", "predicted parts"):
             print("   ", side, " ".join(f"{part} {share:.1f}" for part, share in row[side].items() if share >= 0.05))
     if options.out:
-        options.out.with_suffix(".json").write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(f"# Predicted against measured\n\n{__doc__}\n{text}\n")
+        where = {"hardware": hardware_name(torch.device("cpu")), "versions": versions(), "commit": commit()}
+        write(options.out, options.seed, rows, where)
 
 
 if __name__ == "__main__":

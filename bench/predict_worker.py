@@ -30,12 +30,17 @@ from support.memory import engine_bytes, peak_bytes
 
 @dataclass(frozen=True)
 class Case:
-    """tree: the configuration. wants_layers: time layers one by one, and operations, for a calibration. links: for the replay."""
+    """tree: the configuration. wants_layers: time layers one by one, and operations, for a calibration. links: for the replay.
+
+    replayed: steps of which the replay takes the least. As many as a calibration has samples of a layer (steps x micro-batches), or
+    one would be the least of more than the other.
+    """
 
     name: str
     ranks: int
     tree: dict[str, Any]
     steps: int = 4
+    replayed: int = 16
     wants_layers: bool = False
     links: tuple[float, float] = (1e-4, 1e9)
 
@@ -203,7 +208,7 @@ def replay(case: Case, engine: Any, batches: Any) -> dict[str, Any]:
     """A step as if each rank had a core of its own: its seconds and parts, means over the ranks."""
     cut_programs(engine)
     runs = []
-    for step in range(case.steps):
+    for step in range(case.replayed):
         ready = batches(step + 100)
         with record(programs=True) as ledger:
             engine.forward_backward(ready)

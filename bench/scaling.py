@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from plot import draw_scaling
-from tools import ROOT
+from tools import ROOT, made_on
 
 from lsys.bench.scaling import ScalingOptions
 from lsys.bench.scaling import main as sweep
@@ -56,6 +56,8 @@ def main() -> None:
 def write(figures: dict[str, dict[str, list[dict[str, Any]]]], said: str, out: Path) -> None:
     """The page, its picture and the figures that both are made of."""
     out.with_suffix(".json").write_text(json.dumps({"options": said, "sweeps": figures}, indent=1) + "\n")
+    first = next(iter(next(iter(figures.values())).values()))[0]["measured"]
+    said += f"; {made_on(first['hardware'], first['versions'], first['commit'])}"
     page = f"# Weak scaling\n\n{__doc__}\nHere: {said}.\n\n![efficiency by ranks]({out.name}.svg)\n\n{table(figures)}\n"
     out.with_suffix(".md").write_text(page)
     draw_scaling(figures, out.with_suffix(".svg"))

@@ -55,6 +55,11 @@ def serve(kind: type, measure: Callable[[Any], dict[str, Any]]) -> None:
     dist.destroy_process_group()
 
 
+def made_on(hardware: str, versions: Mapping[str, str], commit: str) -> str:
+    """What a page of figures says of where they come from."""
+    return f"{hardware}; {', '.join(f'{name} {version}' for name, version in versions.items())}; commit {commit}"
+
+
 def show(title: str, heads: list[str], rows: list[list[Any]]) -> None:
     print(f"\n{title}")
     for row in [heads, *rows]:
