@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib.util
 import operator
 import os
@@ -35,6 +36,7 @@ def serve(pipe: Any) -> None:
     os.setpgrp()  # the worker and its children can be ended together
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # or it would hang on when pytest is killed
     torch.set_num_threads(1)
+    gc.freeze()  # so that collecting looks only at what calls made
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             call, rank, world_size, folder = pipe.recv()
@@ -42,6 +44,7 @@ def serve(pipe: Any) -> None:
                 faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
                 _call(pipe, *call, rank, world_size, folder)
                 faulthandler.unregister(signal.SIGUSR1)
+            gc.collect()
             pipe.send(len(os.listdir("/proc/self/task")))
 
 

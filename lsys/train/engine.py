@@ -1,6 +1,7 @@
 """Model chunks, gradients and optimizer of one rank: Megatron's DDP, distributed optimizer and pipeline schedules behind four verbs."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -101,7 +102,10 @@ class Engine:
         """The callbacks by which Megatron's schedules drive gradient synchronisation."""
         config = self.config
         config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self.optimizer.scale_loss
+        # Not its bound method: an optimizer of fp32 shards reaches, through autograd's nodes, the hooks of DDP, and so this very
+        # configuration. Python's collector does not see into those nodes, and would never free an engine and its groups.
+        optimizer = weakref.proxy(self.optimizer)
+        config.grad_scale_func = lambda loss: optimizer.scale_loss(loss)
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

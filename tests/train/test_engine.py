@@ -40,6 +40,48 @@ def test_parameters_are_settled_before_they_are_read(gloo: Any) -> None:
     assert stale[0][0] != expected[0][0]  # the measure is needed: without it, parameters are those of before the step
 
 
+def what_outlives_its_engine(rank: int, world_size: int, changes: dict[str, Any]) -> list[str]:
+    """Parameters that a dropped engine leaves in memory after two steps."""
+    import gc
+    import weakref
+
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.data.plan import Planner
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    settings = parity.settings(**changes)
+    with process_groups(settings.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        engine = Engine(settings, groups)
+        planner: Any = Planner(parity.RandomDocuments(61), 4 * 97, 97)  # type: ignore[arg-type]
+        for step in range(2):
+            engine.forward_backward(planner.step(step, groups.data_rank, groups.data_size).on_rank(0, groups.device))
+            engine.step()
+        held = {name: weakref.ref(tensor) for chunk in engine.chunks for name, tensor in chunk.named_parameters()}
+    del engine, groups
+    gc.collect()
+    return [name for name, tensor in held.items() if tensor() is not None]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__overlap": True},
+        {"train__precision": "bf16"},
+        {"optimizer__distributed": False},
+        {"parallel__pipeline": 2},
+    ],
+    ids=str,
+)
+def test_a_dropped_engine_is_freed(gloo: Any, changes: dict[str, Any]) -> None:
+    """Megatron's hooks and autograd's nodes hold each other, which Python's collector cannot always see."""
+    assert gloo(2, what_outlives_its_engine, changes) == [[], []]
+
+
 def build_with_a_layer_less(rank: int, world_size: int) -> str:
     from unittest import mock
 
