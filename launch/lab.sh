@@ -22,7 +22,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "lab.sh: $*" >&2; exit 1; }
 
 # All nodes' numbers, ascending.
-nodes() { ip netns list | sed -n "s/^$LAB-\([0-9]\+\)\b.*/\1/p" | sort -n; }
+nodes() { ip netns list | sed -n "s/^$LAB-\([0-9]\+\)\( .*\)\{0,1\}$/\1/p" | sort -n; }
 
 on() { ip netns exec "$LAB-$1" "${@:2}"; }
 

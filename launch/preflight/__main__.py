@@ -86,7 +86,7 @@ async def _meet(job: Job, here: Place, report: Report, expected: Sequence[str]) 
         print(f"{text} for {absent}" if absent else text, file=sys.stderr, flush=True)
 
     with _marker(report.folder) as name:
-        host = Host(job, lambda: name, verdict, waiting)
+        host = Host(job, lambda: name, verdict, waiting, report.address)
         try:
             await host.open()
         except OSError as error:

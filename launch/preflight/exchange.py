@@ -52,12 +52,17 @@ Judge = Callable[[Meeting], dict[str, Any]]
 
 
 class Host:
-    """The host's side. `marker` writes the marker file and gives its name; `say` tells what is waited for."""
+    """The host's side. `marker` writes the marker file and gives its name; `say` tells what is waited for; `own`: its address."""
 
     def __init__(
-        self, job: Job, marker: Callable[[], str], judge: Judge, say: Callable[[Sequence[Report]], None]
+        self,
+        job: Job,
+        marker: Callable[[], str],
+        judge: Judge,
+        say: Callable[[Sequence[Report]], None],
+        own: str = "",
     ) -> None:
-        self.job, self.marker, self.judge, self.say = job, marker, judge, say
+        self.job, self.marker, self.judge, self.say, self.own = job, marker, judge, say, own
         self.guests: list[Guest] = []
         self.meeting = Meeting()
         self.complete = asyncio.Event()
@@ -72,7 +77,7 @@ class Host:
         try:
             await self._wait()
             self.complete.set()  # who comes now comes too late
-            self.guests.sort(key=lambda guest: (guest.report.index, *map(int, guest.report.address.split("."))))
+            self.guests.sort(key=self._order)
             began = time.perf_counter()
             await self._reach()
             self.meeting.reports = [guest.report for guest in self.guests]
@@ -82,6 +87,11 @@ class Host:
             await asyncio.gather(*(self._tell(guest, verdict) for guest in self.guests))
         finally:
             self.server.close()
+
+    def _order(self, guest: Guest) -> tuple[int, ...]:
+        """The host comes first, as rules take for granted; the others by their numbers, or addresses."""
+        report = guest.report
+        return (report.address != self.own, report.index, *map(int, report.address.split(".")))
 
     async def _wait(self) -> None:
         end = time.monotonic() + self.job.seconds

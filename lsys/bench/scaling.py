@@ -121,6 +121,8 @@ def _changes(config: Config, options: ScalingOptions, ranks: int, first: int) ->
         "checkpoint.resume": "never",
         "metrics.every": max(1, options.steps // 6),
         "optimizer.warmup_steps": min(config.optimizer.warmup_steps, options.steps - 1),
+        "optimizer.decay_steps": "null",
+        "train.profile.first": 0,  # a trace would slow the run
     }
     return [Override(tuple(key.split(".")), str(value)) for key, value in wanted.items()]
 

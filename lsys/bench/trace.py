@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def summarise(file: Path) -> Summary:
     try:
         with gzip.open(file, "rt") as text:
             events: list[dict[str, Any]] = json.load(text)["traceEvents"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:  # cut off while it was written, or another's
         raise TraceError(f"{file} is no trace that train.profile wrote ({error})") from None
     steps = [_span(e) for e in events if e.get("ph") == "X" and _is(e, "lsys.step ") and "dur" in e and _on_host(e)]
     if not steps:

@@ -21,6 +21,8 @@ MIXERS = {
 
 def check(config: Config, world_size: int) -> list[Mistake]:
     """Everything about the configuration that cannot run on `world_size` ranks: value, rule, nearest valid fix."""
+    if world_size < 1:
+        return [Mistake("", f"{world_size} ranks", "a run has 1 or more")]
     return [mistake for rule in RULES for mistake in rule(config, world_size)]
 
 

@@ -58,17 +58,18 @@ class Plan:
     # ---- bytes and time
 
     def traffic(self) -> dict[str, Bytes]:
-        """Of each axis the rank that receives most."""
+        """Of each axis the rank that receives most, of one of each kind of stages; of hundreds of context ranks, of the first 128."""
         mesh, step = self.shape.mesh, StepTraffic(self.shape)
         most: dict[str, tuple[int, Bytes]] = {}
+        distinct = {self.shape.alike(stage): stage for stage in range(mesh.pipeline)}.values()
         ends = {
             mesh.rank(tensor=tensor, context=context, data=data, pipeline=stage)
-            for stage in range(mesh.pipeline)
-            for context in range(mesh.context)
+            for stage in distinct
+            for context in range(min(mesh.context, 128))
             for tensor in {0, mesh.tensor - 1}
             for data in {0, mesh.data - 1}
         }
-        for rank in sorted(ends)[:256]:
+        for rank in sorted(ends):
             moved = step.bytes(rank)
             for axis in {axis for axis, *_ in moved}:
                 total = moved.moved(axis)

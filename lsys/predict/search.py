@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
@@ -75,7 +76,7 @@ def _single(plan: Plan) -> Iterator[tuple[str, Any]]:
     for axis in ("tensor", "pipeline", "context"):
         degree = getattr(parallel, axis)
         for factor in (2, 4, 8):
-            if axis != "tensor" or degree * factor <= plan.hardware.ranks_per_node:
+            if axis != "tensor" or plan.hardware.ranks_per_node % (degree * factor) == 0:
                 yield f"parallel.{axis}", degree * factor
     for part in (2, 4):
         if config.train.micro_batch_tokens % part == 0:
@@ -101,7 +102,8 @@ def search(config: Config, world_size: int, hardware: Hardware, count: int = 5) 
 
 def _degrees(config: Config, world_size: int, hardware: Hardware) -> Iterator[Changes]:
     """Degrees that can divide the ranks; tensor parallelism stays inside a node."""
-    for tensor in _up_to(divisors(world_size), hardware.ranks_per_node):
+    node = min(world_size, hardware.ranks_per_node)
+    for tensor in divisors(math.gcd(world_size, node)):
         for pipeline in _up_to(divisors(world_size // tensor), config.model.layers):
             for context in _powers(world_size // tensor // pipeline):
                 for virtual in (1, 2, 4) if pipeline > 1 else (1,):

@@ -149,7 +149,7 @@ def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
     for chunk in range(shape.chunks):
         parameters = chunk_parameters(shape, stage, chunk)
         every += parameters
-        limit = max(40_000_000, 1_000_000 * ranks) if shape.overlap and stage == 0 and chunk == 0 else None
+        limit = max(40_000_000, 1_000_000 * shape.mesh.data) if shape.overlap and stage == 0 and chunk == 0 else None
         cut = _buckets(parameters, ranks if distributed else 0, limit)
         buckets.append(tuple(stop - start for start, stop, _ in cut))
         placed += sum(buckets[-1])

@@ -22,9 +22,13 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 def meet(
-    nodes: int, *others: Callable[[Job], Coroutine[Any, Any, Any]], came: int | None = None, seconds: float = 10.0
+    nodes: int,
+    *others: Callable[[Job], Coroutine[Any, Any, Any]],
+    came: int | None = None,
+    seconds: float = 10.0,
+    own: str = "",
 ) -> tuple[Meeting, list[Any]]:
-    """The host's meeting with so many nodes, and what they and others heard."""
+    """The host's meeting with so many nodes, and what they and others heard; with the host's own address, nodes have no numbers."""
 
     async def run() -> tuple[Meeting, list[Any]]:
         meetings: list[Meeting] = []
@@ -33,11 +37,12 @@ def meet(
             meetings.append(meeting)
             return {"findings": [], "names": [], "summary": ""}
 
-        host = Host(Job("127.0.0.1", 0, "secret", nodes, seconds), lambda: "", judge, lambda reports: None)
+        host = Host(Job("127.0.0.1", 0, "secret", nodes, seconds), lambda: "", judge, lambda reports: None, own)
         await host.open()
         job = Job("127.0.0.1", host.port, "secret", nodes, seconds)
         here = [
-            Report("box", f"127.0.0.{number + 1}", index=number) for number in range(nodes if came is None else came)
+            Report("box", f"127.0.0.{number + 1}", index=-1 if own else number)
+            for number in range(nodes if came is None else came)
         ]
         guests = [asyncio.create_task(each(job)) for each in others]
         if guests:
@@ -58,6 +63,12 @@ def test_three_nodes_try_each_other():
         assert all(isinstance(value, float) for value in (*report.reach.values(), *report.rates.values())), report
         assert abs(report.offset) < 0.5 and report.uncertainty < 0.5
     assert not meeting.lost and not meeting.strangers
+
+
+def test_the_host_comes_first_whatever_its_address():
+    meeting, heard = meet(3, own="127.0.0.2")
+    assert [report.address for report in meeting.reports] == ["127.0.0.2", "127.0.0.1", "127.0.0.3"]
+    assert [answer["place"] for answer in heard] == [1, 0, 2]
 
 
 def test_one_node_alone():
