@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tyro.conf import Positional
 
@@ -44,9 +43,6 @@ def main(words: list[str] | None = None) -> None:
 def replayed(run: Run, links: Links, repeats: int) -> tuple[Timeline, float]:
     """One step as it would be if each rank had a processor of its own, over these links; and a rank's model FLOPs of it."""
     batches, flops = run.data.training(0)
-    total = torch.tensor(flops, dtype=torch.float64)  # of a data replica, alike on its ranks
-    dist.all_reduce(total)
-    share = run.groups.data_size / dist.get_world_size()
     runs = []
     for _ in range(repeats):
         dist.barrier()
@@ -55,7 +51,7 @@ def replayed(run: Run, links: Links, repeats: int) -> tuple[Timeline, float]:
             run.engine.step()
         runs.append(gather_programs(recorded_program(ledger)))
     timeline = simulate([fastest(same) for same in zip(*runs, strict=True)], links, backend="gloo")
-    return timeline, float(total) * share / dist.get_world_size()
+    return timeline, run.data.flops_of_all(flops) / dist.get_world_size()
 
 
 def _summary(timeline: Timeline, links: Links) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Interval:
 
     Attributes:
         steps: how many. seconds: wall-clock of all of them. data_seconds: of these, waiting for data.
-        tokens: of all ranks. flops: model FLOPs (forward and backward) of all ranks, without recompute.
+        tokens: of all ranks. flops: model FLOPs (forward and backward) without recompute, of whom `add` was told them.
     """
 
     steps: int

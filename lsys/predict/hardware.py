@@ -26,7 +26,7 @@ MEMORY: dict[str, tuple[float, float]] = {
 
 # Parts of the peaks that are assumed. Products: large ones on tensor cores reach 60 to 75%. Attention: FlashAttention-2 35 to 50% on
 # H100 (Dao, 2023), FlashAttention-3 up to 75% (Shah et al., 2024). Linear attention is bound by memory: published kernels reach 7 to
-# 16% of that bound (notes in docs/predictor.md). Links: collectives reach 75 to 90%.
+# 16% of that bound. Links: collectives reach 75 to 90%.
 MATMUL, ATTENTION, KERNEL, MEMORY_SHARE, LINK = 0.65, 0.5, 0.15, 0.8, 0.8
 LAUNCH = 10e-6  # s that a layer's kernels wait for their launch, each of some tens
 USABLE = 0.92  # of a GPU's memory: the rest is the context's, NCCL's and lost between tensors
@@ -111,9 +111,9 @@ def _data_sheet(name: str, gpu: str, ranks: int, precision: str) -> Hardware:
     costs["weights_backward"] = 10 * moved  # the gradient, and its fp32 sum read and written
     for kind in "SWLRGMD":
         costs |= {f"layer:{kind}": 3 * LAUNCH, f"layer_backward:{kind}": 3 * LAUNCH}
-    for kind in STATE_MIXERS:  # fused kernels keep a chunk's results on the chip
-        for way in ("kernel", "linked"):
-            costs |= {f"{way}:{kind}": 0.2 * moved, f"{way}_backward:{kind}": 0.4 * moved}
+    fused = 1 / (KERNEL * bandwidth)
+    for kind in STATE_MIXERS:  # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
+        costs |= {f"fused:{kind}": fused, f"fused_backward:{kind}": 1.75 * fused}
     for kind in "SW":
         costs |= {f"kernel:{kind}": costs["bytes"], f"kernel_backward:{kind}": costs["bytes_backward"]}
     links = {k: Link(link.latency, LINK * link.bandwidth) for k, link in HARDWARE[gpu].items()}

@@ -99,12 +99,23 @@ def intermediate(shape: Shape, kind: str, tokens: float = 1.0, room: float = 1.0
     return found + tokens * _numbers(shape, kind, ACROSS[kind]) if linked else found
 
 
+def least(shape: Shape, kind: str) -> float:
+    """Bytes a token that a fused kernel of linear attention reads and writes at the least, forward."""
+    heads, key_heads, k, v, _ = _widths(shape, kind)
+    return shape.itemsize * (2 * key_heads * k + 2 * heads * v) + 4 * _gates(shape, kind)
+
+
+def _gates(shape: Shape, kind: str) -> int:
+    """Numbers a token of log-decays and betas, which are fp32."""
+    heads, _, k, *_ = _widths(shape, kind)
+    return {"G": heads * k, "M": heads, "D": 2 * heads}.get(kind, 0)
+
+
 def linear_workspace(shape: Shape, kind: str) -> float:
     """Bytes of a backward pass: gradients of the inputs, of the output and of what gates it, and intermediate results."""
     heads, key_heads, k, v, c = _widths(shape, kind)
     b, tokens = shape.itemsize, shape.slots
-    gates = {"G": heads * k, "M": heads, "D": 2 * heads}.get(kind, 0)
-    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * gates
+    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _gates(shape, kind)
     room = c * max(1, BLOCK // (c * max(1, heads * max(k, v))))
     return tokens * whole + 4 * intermediate(shape, kind, tokens, min(tokens, room))
 

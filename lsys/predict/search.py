@@ -138,7 +138,7 @@ def _with_method(start: Plan, changes: Changes, plan: Plan) -> tuple[Changes, Pl
     config = plan.config
     if config.parallel.context == 1 or not {*STATE_MIXERS} & {*config.model.kinds}:
         return changes, plan
-    tried = [({**changes, "parallel.linear": method}, None) for method in linear.METHODS]
-    plans = [(each, _plan(start, each)) for each, _ in tried]
+    methods = sorted(linear.METHODS, key=lambda method: method != config.parallel.linear)  # of equals the configured
+    plans = [(each, _plan(start, each)) for each in ({**changes, "parallel.linear": method} for method in methods)]
     fitting = [(each, other) for each, other in plans if other is not None and other.fits]
     return min(fitting, key=lambda each: each[1].prediction.seconds, default=(changes, plan))

@@ -8,11 +8,11 @@ gradients, norm, optimizer and parameters; with overlap the first and last hide 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed, part_names
 from lsys.parallel import mesh
-from lsys.parallel.messages import Phases
 from lsys.parallel.traffic import Operation
 from lsys.predict.hardware import Hardware
 from lsys.predict.shape import Shape
@@ -24,6 +24,7 @@ from lsys.predict.work import StageWork
 
 AXES = (*mesh.AXES, "model")  # of communication that takes time
 PARTS = part_names(AXES, ranks=2, stages=2, cores=True)
+Ways = tuple[float, float]  # forward, backward
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class StepTime:
     def __init__(self, shape: Shape, hardware: Hardware) -> None:
         self.shape, self.config, self.hardware = shape, shape.config, hardware
         self.traffic, self.work, self.transfers = StepTraffic(shape), StageWork(shape), Transfers(shape, hardware)
-        self._layers: dict[tuple[str, bool], tuple[float, float]] = {}
+        self._layers: dict[tuple[str, bool], tuple[Ways, Ways]] = {}
         self._alike: dict[object, Durations] = {}
 
     # ---- passes
@@ -76,28 +77,42 @@ class StepTime:
         forward = backward = 0.0
         for number, kind in enumerate(self.shape.kinds(stage, chunk)):
             is_first = kind == "L" and self.traffic.first_linear == (stage, chunk, number)
-            there, back = self.mixer_exchange(kind, is_first)
+            (there, back), (there_beside, back_beside) = self.mixer_exchange(kind, is_first)
             hides = self.hardware.overlap * self.hardware.seconds(self.work.mixer(kind, self.shape.methods, False))
-            there = max(0.0, there - hides)
+            there += max(0.0, there_beside - hides)
             forward += there
-            backward += max(0.0, back - 2 * hides) + (there if self.config.train.recompute != "none" else 0.0)
+            back += max(0.0, back_beside - 2 * hides)
+            backward += back + (there if self.config.train.recompute != "none" else 0.0)
         return forward, backward
 
-    def mixer_exchange(self, kind: str, is_first: bool) -> tuple[float, float]:
-        """Seconds that one layer's context communication takes, forward and backward."""
+    def mixer_exchange(self, kind: str, is_first: bool) -> tuple[Ways, Ways]:
+        """Seconds that one layer's context communication takes: what the mixer waits for, and what is under way beside its work.
+
+        A mixer waits for tokens before its segment and for heads, which come before its work and go after it.
+        """
         key = (kind, is_first)
         if key not in self._layers:
-            found: list[Phases] = self.traffic.layer_phases(*key)
-            forward, backward = (sum(self.transfers.phase(p) for ways in found for p in ways[way]) for way in (0, 1))
-            self._layers[key] = forward, backward
+            *halos, own = self.traffic.layer_phases(*key)
+            method = self.shape.methods[kind]
+            ends = {"ulysses": len(max(own, key=len)), "usp": 1}.get(method, 0)
+            collective = method in ("gather", "lasp2")
+            waits, beside = [], []
+            for way in (0, 1):
+                times = [self.transfers.phase(phase, collective) for phase in own[way]]
+                inner = times[ends : len(times) - ends]
+                before = sum(self.transfers.phase(phase) for halo in halos for phase in halo[way])
+                waits.append(before + sum(times) - sum(inner))
+                beside.append(sum(inner))
+            self._layers[key] = (waits[0], waits[1]), (beside[0], beside[1])
         return self._layers[key]
 
     def tensor_seconds(self, stage: int, chunk: int) -> tuple[float, float]:
         """Of one micro-batch through a chunk, forward and backward."""
-        shape, model, rank = self.shape, self.config.model, self.shape.rank(stage)
+        shape, model = self.shape, self.config.model
         if shape.mesh.tensor == 1:
             return 0.0, 0.0
-        ranks, kinds = shape.group("tensor", rank), shape.kinds(stage, chunk)
+        ranks, kinds = self._widest(stage), shape.kinds(stage, chunk)
+        rank = ranks[0]
         whole = shape.slots * model.hidden * shape.itemsize
         wanted = [
             Operation("all_gather", whole // len(ranks)),
@@ -119,6 +134,15 @@ class StepTime:
             there += gather + (4 if self.config.train.z_loss else 3) * sums
             back += gather + scatter
         return there, back
+
+    def _widest(self, stage: int) -> Sequence[int]:
+        """Of a stage's tensor groups one that spans most nodes: where the degree does not divide a node, some do."""
+        mesh = self.shape.mesh
+        if self.shape.ranks_per_node % mesh.tensor == 0:
+            return self.shape.group("tensor", self.shape.rank(stage))
+        firsts = (self.shape.rank(stage, context, data) for data in range(mesh.data) for context in range(mesh.context))
+        groups = (self.shape.group("tensor", first) for first in firsts)
+        return max(groups, key=lambda group: len({self.shape.nodes[rank] for rank in group}))
 
     # ---- the step
 

@@ -3,6 +3,7 @@
     matmul                    FLOPs of products with weights
     attention                 FLOPs of softmax attention: 4 H D for each query and key that it sees (2.5 times as many backward)
     kernel:K, linked:K        bytes of intermediate results in the mixer of letter K; linked: where states cross ranks
+    fused:K                   on GPUs instead of these: bytes that its kernel reads and writes at the least
     bytes                     of other activations that layers keep: each is written once and read a few times
     weights                   numbers of weights, whose gradients are added up
     tensor                    operations over tensor ranks: what they take their issuer beside the transfer
@@ -22,7 +23,7 @@ from collections.abc import Mapping
 from lsys.parallel.messages import Placement
 from lsys.parallel.messages.attention import rank_groups, shares
 from lsys.predict.activations import Activations
-from lsys.predict.kernels import intermediate, is_linked
+from lsys.predict.kernels import intermediate, is_linked, least
 from lsys.predict.shape import Shape
 from lsys.predict.weights import in_width, out_width, weights
 
@@ -72,9 +73,11 @@ class StageWork:
                 work["attention"] = max(flops) if most else sum(flops) / len(flops)
                 work[f"kernel:{kind}"], work["bytes"] = layer.before, layer.after + layer.middle
             else:
-                linked = is_linked(self.shape, kind)
-                name = f"linked:{kind}" if linked else f"kernel:{kind}"
-                work[name] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
+                name = f"linked:{kind}" if is_linked(self.shape, kind) else f"kernel:{kind}"
+                if self.shape.gpu:
+                    work[f"fused:{kind}"] = self.shape.slots * least(self.shape, kind)
+                else:
+                    work[name] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
                 work["bytes"] = layer.after + layer.middle
             work[f"layer:{kind}"] = 1
             self._mixers[key] = work

@@ -38,6 +38,12 @@ class RunData:
         flops = sum(training_flops(self.settings.model, m.layout.lengths) for m in plan.micro_batches)
         return plan.on_rank(self.groups.context_rank, self.groups.device), flops
 
+    def flops_of_all(self, own: float) -> float:
+        """Model FLOPs of all ranks, from those of this rank's data replica, whose documents are not the others'. All ranks call it."""
+        total = torch.tensor(own, dtype=torch.float64, device=self.groups.device)
+        dist.all_reduce(total)
+        return float(total) * self.groups.data_size / dist.get_world_size()  # each replica's was added by all its ranks
+
     def validation(self) -> Iterator[list[RankBatch]]:
         if self.held_out is not None:
             for plan in self.held_out.steps(0, self.validation_steps, self.groups.data_rank, self.groups.data_size):

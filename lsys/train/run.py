@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from lsys.config import Config
@@ -142,10 +143,11 @@ class Run:
             norm = self.engine.step()
         self.step += 1
         self.waterfall.end_step(self.step)
-        self.meter.add(self.settings.train.batch_tokens, flops * self.groups.data_size)
+        self.meter.add(self.settings.train.batch_tokens, flops)
         if _due(self.step, self.settings.metrics.every) or self.step == self.settings.train.steps:
-            interval = self.meter.take()
+            own = self.meter.take()
             with self.waterfall.region("report"):
+                interval = replace(own, flops=self.data.flops_of_all(own.flops))
                 self.reporter.training(
                     self.step,
                     interval,

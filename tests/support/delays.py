@@ -50,6 +50,9 @@ class StubData:
         plan = self.planner.step(step % parity.STEPS, self.groups.data_rank, self.groups.data_size)
         return plan.on_rank(self.groups.context_rank, self.groups.device), 0.0
 
+    def flops_of_all(self, own: float) -> float:
+        return own
+
 
 def run(
     rank: int,
