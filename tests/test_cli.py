@@ -172,3 +172,6 @@ def test_launch() -> None:
         launch_from_environment({"RANK": "x"})
     with pytest.raises(LaunchError, match="RANK 2 is not below WORLD_SIZE 2"):
         launch_from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+    del torchrun["GROUP_RANK"]
+    with pytest.raises(LaunchError, match="GROUP_RANK, the number of this rank's node, is missing"):
+        launch_from_environment(torchrun)

@@ -42,7 +42,7 @@ def launch_from_environment(environment: Mapping[str, str] = os.environ) -> Laun
     """The launch as torchrun's variables describe it; one process where there are none.
 
     Raises:
-        LaunchError: a variable is not a number, or the rank is not below the world size.
+        LaunchError: a variable is not a number, the rank is not below the world size, or ranks do not know their nodes.
     """
     values: dict[str, int] = {}
     for name, variable in VARIABLES.items():
@@ -57,5 +57,10 @@ def launch_from_environment(environment: Mapping[str, str] = os.environ) -> Laun
     if not 0 <= launch.rank < launch.world_size:
         raise LaunchError(
             f"RANK {launch.rank} is not below WORLD_SIZE {launch.world_size}; start with torchrun, or unset both"
+        )
+    if launch.is_torchrun and launch.world_size > 1 and "GROUP_RANK" not in environment:
+        # Ranks would all take node 0 for theirs: bytes and clocks of different nodes would pass for one node's.
+        raise LaunchError(
+            "GROUP_RANK, the number of this rank's node, is missing; start with torchrun or launch/run.sh, or set it"
         )
     return launch
