@@ -5,7 +5,7 @@
 #   launch/run.sh [OPTIONS] -- -m MODULE ARGUMENTS              any module or script that torchrun starts
 #
 #   --nodes N         how many nodes                                           (Slurm's, else 1)
-#   --ranks R         ranks of a node                                          (its GPUs, else 1)
+#   --ranks R         ranks of a node                                          (its GPUs, of CUDA_VISIBLE_DEVICES if set, else 1)
 #   --host NAME       the node where the others meet: a name or IPv4 address   (Slurm's first; needed for several nodes)
 #   --port P          a free port there                                        (29500)
 #   --job ID          the same on all nodes, another for each job, known to nobody else:  openssl rand -hex 8
@@ -37,11 +37,15 @@ interpreter() {
 }
 
 slurm() {
-    nodes=${SLURM_NNODES:-1}
+    # Each task would start as many ranks as there are GPUs.
+    [[ ${SLURM_LOCALID:-0} == 0 && ${SLURM_STEP_TASKS_PER_NODE:-1} =~ ^1(\(x[0-9]+\))?$ ]] ||
+        fail "several tasks on a node; start one task per node: srun --ntasks-per-node 1"
+    local list=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}  # the step's: srun may take fewer nodes than the job has
+    nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
     node=${SLURM_NODEID:--1}
     job=${SLURM_JOB_ID:+slurm-$SLURM_JOB_ID-${SLURM_STEP_ID:-0}}
-    if [[ -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
-        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+    if [[ -n $list ]] && command -v scontrol >/dev/null; then
+        hosts=$(scontrol show hostnames "$list" | paste -sd,)
         host=${hosts%%,*}
     fi
 }
@@ -84,7 +88,18 @@ arguments() {
     program=(-m lsys train "${config[@]}" ${debug[@]+"${debug[@]}"})
 }
 
-gpus() { nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; }
+# Those that CUDA shows to the ranks: of CUDA_VISIBLE_DEVICES, it takes what comes before the first that names no device, as -1.
+gpus() {
+    if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+        return
+    fi
+    local count=0 rest=${CUDA_VISIBLE_DEVICES// /},
+    while [[ $rest =~ ^([0-9]+|(GPU|MIG)-[^,]+),(.*)$ ]]; do
+        count=$((count + 1)) rest=${BASH_REMATCH[3]}
+    done
+    echo "$count"
+}
 
 host='' hosts='' job='' interface='' port=29500 ranks='' restarts=3 join=300 preflight=first config=() program=() debug=()
 nodes=1 node=-1

@@ -59,14 +59,35 @@ def code_digest() -> str:
 
 
 def gpus() -> tuple[list[str], str]:
-    """Name and memory of each GPU, and the driver's version; none without nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    """Name and memory of each GPU that CUDA shows to the ranks, and the driver's version; none without nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return [], ""
-    rows = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
-    return [f"{name} {memory}" for name, memory, _ in rows], rows[0][2] if rows else ""
+    rows = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 4]
+    return _visible(rows), rows[0][4] if rows else ""
+
+
+def _visible(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Name and memory of the rows that CUDA_VISIBLE_DEVICES leaves; like CUDA, up to the first entry without a device."""
+    named = [f"{name} {memory}" for _, _, name, memory, _ in rows]
+    entries = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if entries is None:
+        return named
+    found = []
+    for entry in map(str.strip, entries.split(",")):
+        if entry.startswith("MIG-") and rows:
+            found.append(f"{rows[0][2]} MIG")  # which GPU it is a part of, its name does not say
+            continue
+        # An index, or the beginning of a UUID.
+        each = [
+            n for n, row in enumerate(rows) if entry == row[0] or (entry[:4] == "GPU-" and row[1].startswith(entry))
+        ]
+        if not each:
+            break
+        found.append(named[each[0]])
+    return found
 
 
 def free_bytes(path: str) -> int:

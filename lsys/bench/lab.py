@@ -1,27 +1,21 @@
 """A cluster of network namespaces on one machine (`launch/lab.sh`), and a run across it: `lsys bench lab`."""
 
 import contextlib
-import io
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from tyro.conf import Positional
 
 import lsys.launch
+from lsys.bench.signals import Signals, deaf
 from lsys.config.overrides import Override
 
 SCRIPT = Path(lsys.launch.__path__[0]) / "lab.sh"
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = 60.0  # to save a checkpoint and to stop
 
 
 class LabError(ValueError):
@@ -117,14 +111,8 @@ def _tell_leftovers() -> None:
 
 def _down(it: Lab) -> None:
     """Without being interrupted: what stays would stay for good."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
-    try:
+    with deaf():
         subprocess.run(it.command("down"), env=it.environment, start_new_session=True)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -160,7 +148,7 @@ def main(options: LabOptions, overrides: Sequence[Override], program: Sequence[s
     """
     words = _program(options, overrides, program)
     slow = dict(map(_slow, options.slow))
-    with _Signals() as signals, lab(options.nodes, options.rate, slow) as it:
+    with Signals() as signals, lab(options.nodes, options.rate, slow) as it:
         if options.preflight:
             looks = options.logs / "preflight"
             looking = it.start(looks, ["--preflight-only", *words], options.ranks_per_node)
@@ -174,13 +162,13 @@ def main(options: LabOptions, overrides: Sequence[Override], program: Sequence[s
     return code
 
 
-def run_in_lab(program: Sequence[str], nodes: int, ranks_per_node: int, rate: str, logs: Path) -> int:
+def run_in_lab(program: Sequence[str], nodes: int, ranks_per_node: int, rate: str, logs: Path, signals: Signals) -> int:
     """Run a program, as torchrun takes it (`-m MODULE ARGUMENTS`), across a lab, silently; the exit code.
 
     Raises:
         LabError: as `lab`.
     """
-    with _Signals() as signals, lab(nodes, rate) as it:
+    with lab(nodes, rate) as it:
         return signals.wait(it.start(logs, ["--no-preflight", "--restarts", "0", "--", *program], ranks_per_node))
 
 
@@ -214,41 +202,3 @@ def _tell(it: Lab, before: Sequence[tuple[int, int]], logs: Path, code: int) -> 
         print(f"{node:>4} {sent:>12,.3f} {received:>12,.3f}   {logs / f'node{node}.log'}")
     if code:
         print(f"the job ended with code {code}", file=sys.stderr)
-
-
-class _Signals:
-    """SIGINT, SIGTERM and SIGHUP ask the job to save and stop; a second one, or none to ask, leaves at once."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen | None = None
-        self.asked = 0
-
-    def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._receive) for number in STOPPING}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.process is None or self.asked:
-            raise SystemExit(128 + number)
-        self.asked = number
-        print("stopping the job; once more to end it at once", file=sys.stderr, flush=True)
-        self.process.terminate()
-
-    def wait(self, process: subprocess.Popen, log: Path | None = None) -> int:
-        """Show the log while the process runs; its exit code, or that of the signal that ended it."""
-        self.process, end = process, float("inf")
-        with log.open("rb") if log else io.BytesIO() as console:
-            running = True
-            while running and time.monotonic() < end:
-                time.sleep(0.1)
-                running = process.poll() is None
-                sys.stdout.write(console.read().decode(errors="replace"))
-                sys.stdout.flush()
-                if self.asked and end == float("inf"):
-                    end = time.monotonic() + GRACE_SECONDS
-        self.process = None
-        return 128 + self.asked if self.asked else process.returncode

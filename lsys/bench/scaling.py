@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from lsys.bench.signals import Signals
 from lsys.config.load import load
 from lsys.config.messages import ConfigError, Mistake
 from lsys.config.overrides import Override
@@ -128,7 +130,11 @@ def _changes(config: Config, options: ScalingOptions, ranks: int, first: int) ->
 
 
 def main(options: ScalingOptions, overrides: Sequence[Override]) -> int:
-    """Run the sweep; refuse it whole if one of its points has mistakes."""
+    """Run the sweep; refuse it whole if one of its points has mistakes.
+
+    Raises:
+        SystemExit: a signal stopped it, 128 and the signal's number.
+    """
     config = load(options.config, overrides)
     sweep = points(config, options)
     _require_sound(options, overrides, sweep)
@@ -139,11 +145,14 @@ def main(options: ScalingOptions, overrides: Sequence[Override]) -> int:
     if any(options.out.iterdir()):
         raise ScalingError(f"--out {options.out} is not empty; name another folder, or remove it")
     results = []
-    for point, predicted in zip(sweep, predictions, strict=True):
-        print(f"ranks {point.ranks}, nodes {point.nodes}", flush=True)
-        _run(options, overrides, point)
-        results.append(_result(options, point) | {"predicted": predicted})
-        (options.out / "scaling.json").write_text(json.dumps(_summary(options, results), indent=1) + "\n")
+    with Signals() as signals:
+        for point, predicted in zip(sweep, predictions, strict=True):
+            print(f"ranks {point.ranks}, nodes {point.nodes}", flush=True)
+            _run(options, overrides, point, signals)
+            results.append(_result(options, point) | {"predicted": predicted})
+            new = options.out / "scaling.json.new"  # a signal may come within the writing
+            new.write_text(json.dumps(_summary(options, results), indent=1) + "\n")
+            new.replace(options.out / "scaling.json")
     from lsys.bench.scaling_report import report
 
     summary = _summary(options, results)
@@ -186,21 +195,28 @@ def launcher(options: ScalingOptions, point: Point) -> list[str]:
         numbers = {"ranks": point.ranks, "nodes": point.nodes, "ranks_per_node": point.ranks_per_node}
         return shlex.split(options.launcher.format(**numbers))
     torchrun = str(Path(sys.executable).parent / "torchrun")
-    return [torchrun, "--standalone", "--nproc-per-node", str(point.ranks)]
+    # The worker's module: torchrun gives each rank a session of its own, and one that is killed would leave them behind.
+    return [torchrun, "--standalone", "--nproc-per-node", str(point.ranks), "-m", "lsys.launch.worker"]
 
 
-def _run(options: ScalingOptions, overrides: Sequence[Override], point: Point) -> None:
+def _run(options: ScalingOptions, overrides: Sequence[Override], point: Point, signals: Signals) -> None:
+    """Raises ScalingError: the run failed. SystemExit: a signal stopped it."""
     folder, words = options.out / f"ranks-{point.ranks}", program(options, overrides, point)
     folder.mkdir()
     if point.nodes > 1 and not options.launcher:
         from lsys.bench.lab import run_in_lab
 
-        code = run_in_lab(words, point.nodes, point.ranks_per_node, options.rate, folder)
+        code = run_in_lab(words, point.nodes, point.ranks_per_node, options.rate, folder, signals)
     else:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment.pop("LSYS_AGENT", None)  # another's: the agent is the torchrun that is started here
         with (folder / "log.txt").open("w") as log:
             command = [*launcher(options, point), *words]
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+            code = signals.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if signals.asked:
+        name = signal.Signals(signals.asked).name
+        print(f"lsys: {name} stopped the sweep on {point.ranks} ranks; {folder} has its logs", file=sys.stderr)
+        raise SystemExit(128 + signals.asked)
     if code:
         raise ScalingError(f"the run on {point.ranks} ranks ended with code {code}; {folder} has its logs")
 

@@ -17,6 +17,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 Spans = list[tuple[float, float]]  # begin and end, us
+CUT_OFF = (EOFError, zlib.error)  # a run that was killed while it wrote
+CLOCKS_US = 50.0  # how much the clocks of lsys's operations and of the profiler's ranges may differ
 
 
 class TraceError(ValueError):
@@ -45,7 +47,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one trace says.
+    """What one trace says of its steps; a validation, checkpoint or report between them is left out.
 
     Attributes:
         name: the file's. steps: spans of the steps. axes: by name.
@@ -104,15 +106,22 @@ def summarise(file: Path) -> Summary:
     try:
         with gzip.open(file, "rt") as text:
             events: list[dict[str, Any]] = json.load(text)["traceEvents"]
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:  # cut off while it was written, or another's
+    except (*CUT_OFF, OSError, ValueError, KeyError, TypeError) as error:
         raise TraceError(f"{file} is no trace that train.profile wrote ({error})") from None
     steps = [_span(e) for e in events if e.get("ph") == "X" and _is(e, "lsys.step ") and "dur" in e and _on_host(e)]
     if not steps:
         raise TraceError(f"{file} has no step of lsys; name a trace that train.profile wrote")
-    kernels = [e for e in events if e.get("cat") == "kernel"]
+    # A GPU runs kernels some time after their issue: what came between two steps is not told from what came within.
+    begin, end = min(steps)[0], max(end for _, end in steps)
+    kernels = [e for e in events if e.get("cat") == "kernel" and begin <= e["ts"] <= end]
     nccl = [_span(e) for e in kernels if e["name"].startswith("nccl")]
     computing = [_span(e) for e in kernels if not e["name"].startswith("nccl")]
-    return Summary(file.name, steps, _by_axis(events), computing, nccl, _by_range(events))
+    return Summary(file.name, steps, _by_axis(events, steps), computing, nccl, _by_range(events, steps))
+
+
+def _within(event: dict[str, Any], steps: Spans, slack: float = 0.0) -> bool:
+    """Whether an event begins in a step."""
+    return any(begin - slack <= event["ts"] <= end for begin, end in steps)
 
 
 def _on_host(event: dict[str, Any]) -> bool:
@@ -127,31 +136,33 @@ def _span(event: dict[str, Any]) -> tuple[float, float]:
     return event["ts"], event["ts"] + event["dur"]
 
 
-def _by_axis(events: Iterable[dict[str, Any]]) -> dict[str, Axis]:
+def _by_axis(events: Iterable[dict[str, Any]], steps: Spans) -> dict[str, Axis]:
+    """Operations issued in a step, however late they end."""
     axes: dict[str, Axis] = defaultdict(Axis)
     begun: dict[int, dict[str, Any]] = {}
     for event in events:
-        if event.get("cat") == "lsys.standing":
+        if event.get("cat") == "lsys.standing" and _within(event, steps, CLOCKS_US):
             axes[event["args"]["axis"]].still.append(_span(event))
         elif event.get("cat") == "lsys.communication" and event["ph"] == "b":
             begun[event["id"]] = event
-        elif event.get("cat") == "lsys.communication":
+        elif event.get("cat") == "lsys.communication" and event["ph"] == "e":
             first = begun.pop(event["id"])
+            if not _within(first, steps, CLOCKS_US):
+                continue
             axis = axes[first["args"]["axis"]]
             axis.calls, axis.bytes = axis.calls + 1, axis.bytes + first["args"]["bytes"]
             axis.spans.append((first["ts"], event["ts"]))
     return dict(axes)
 
 
-def _by_range(events: Iterable[dict[str, Any]]) -> dict[str, tuple[float, int]]:
-    """Layers of one kind together."""
+def _by_range(events: Iterable[dict[str, Any]], steps: Spans) -> dict[str, tuple[float, int]]:
+    """Those in a step; layers of one kind together."""
     sums: dict[str, tuple[float, int]] = {}
     for event in events:
-        if event.get("ph") == "X" and _is(event, "lsys.") and _on_host(event):
+        if event.get("ph") == "X" and _is(event, "lsys.") and _on_host(event) and _within(event, steps):
             name = re.sub(r"^lsys\.(step|layer) \d+ ?", r"\1 ", event["name"]).removeprefix("lsys.").strip()
             us, calls = sums.get(name, (0.0, 0))
             sums[name] = us + event["dur"], calls + 1
-    sums.pop("clock", None)
     return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
 

@@ -64,6 +64,9 @@ def test_a_launcher_gets_the_numbers():
     point = Point(16, 2, (Override(("train", "steps"), "3"),))
     assert scaling.launcher(options, point) == ["srun", "-N", "2", "run.sh", "8"]
     assert scaling.program(options, [], point)[-2:] == ["--train.steps", "3"]
+    assert scaling.launcher(ScalingOptions(QUICKSTART), point)[1:] == [
+        "--standalone", "--nproc-per-node", "16", "-m", "lsys.launch.worker"
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

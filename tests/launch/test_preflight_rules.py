@@ -207,6 +207,39 @@ def test_reports_of_others_are_checked():
             Report.heard(broken)
 
 
+NVIDIA_SMI = """#!/bin/sh
+[ "$1" = --query-gpu=index,uuid,name,memory.total,driver_version ] || exit 1
+echo '0, GPU-aa11-0, H100, 81559 MiB, 550.1'
+echo '1, GPU-bb22-1, A100, 40960 MiB, 550.1'
+echo '10, GPU-cc33-2, L4, 23034 MiB, 550.1'
+"""
+H100, A100, L4 = "H100 81559 MiB", "A100 40960 MiB", "L4 23034 MiB"
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        (None, [H100, A100, L4]),
+        ("1,0", [A100, H100]),
+        ("10", [L4]),
+        ("0, -1, 1", [H100]),
+        ("0,7,1", [H100]),
+        ("GPU-bb,GPU-cc33-2,GPU-zz", [A100, L4]),
+        ("MIG-1,MIG-2", ["H100 MIG"] * 2),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_the_gpus_that_cuda_shows(tmp_path, monkeypatch, visible: str | None, gpus: list[str]):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert facts.gpus() == (gpus, "550.1")
+
+
 def test_facts_of_this_machine(tmp_path):
     report = Report("here", "127.0.0.1")
     facts.gather(report, "", [])

@@ -1,0 +1,85 @@
+"""A sweep that is stopped ends its ranks, and says so."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lsys.bench.signals import Signals
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+SWEEP = """
+import sys
+from pathlib import Path
+from lsys.bench import scaling
+scaling._require_sound = lambda *_: None
+scaling.find_spec = lambda name: name
+config, out, launcher = sys.argv[1:]
+scaling.main(scaling.ScalingOptions(Path(config), ranks="1,2", out=Path(out), launcher=launcher), [])
+"""
+# A launcher with a rank of its own, both of which tell their ids.
+LAUNCHER = "#!/bin/sh\n{trap}\necho $$ >{folder}/pid0\nsleep 100 & echo $! >{folder}/pid1\nwait; wait; wait\n"
+
+
+@pytest.mark.parametrize(
+    ("trap", "numbers"),
+    [
+        ("", [signal.SIGTERM]),
+        ("", [signal.SIGINT]),
+        ("trap '' TERM", [signal.SIGTERM, signal.SIGTERM]),  # it does not heed the first
+    ],
+)
+def test_a_stopped_sweep_leaves_nothing_behind(tmp_path: Path, trap: str, numbers: list[int]):
+    launcher, out = tmp_path / "launcher", tmp_path / "out"
+    launcher.write_text(LAUNCHER.format(trap=trap, folder=tmp_path))
+    command = [sys.executable, "-c", SWEEP, str(QUICKSTART), str(out), f"sh {launcher}"]
+    sweep = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        ended = [_number(tmp_path / f"pid{each}") for each in range(2)]
+        for number in numbers:
+            sweep.send_signal(number)
+            time.sleep(0.5)
+        _, said = sweep.communicate(timeout=30)
+    finally:
+        sweep.kill()
+    assert sweep.returncode == 128 + numbers[0] and "stopping the job" in said, said
+    assert len(numbers) > 1 or f"{numbers[0].name} stopped the sweep on 1 ranks; {out}/ranks-1 has its logs" in said
+    assert not any(map(_alive, ended))
+    assert [each.name for each in out.iterdir()] == ["ranks-1"]
+
+
+def test_what_a_launcher_leaves_is_ended(tmp_path: Path):
+    with Signals() as signals:
+        assert signals.run(["sh", "-c", f"sleep 100 & echo $! >{tmp_path}/pid; exit 3"]) == 3
+    assert not _alive(_number(tmp_path / "pid"))
+
+
+def test_what_was_ignored_stays_ignored():
+    """As SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _number(path: Path) -> int:
+    end = time.monotonic() + 60
+    while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < end, f"{path} is not written"
+        time.sleep(0.1)
+    return int(path.read_text())
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
