@@ -19,7 +19,7 @@ class Timer:
 
     On a GPU a mark is an event of the current stream, so that nothing waits within a step. Its time follows from that of a
     reference event whose host time is known. What CUDA gives is a float32 of milliseconds: 1 us over 16 s, 0.1 ms over half
-    an hour; `anchor` takes a new reference.
+    an hour; `anchor` takes a new reference, which is due before marks that are far from the last.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -20,11 +20,12 @@ import json
 import platform
 import statistics
 import subprocess
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,7 +66,7 @@ class Record:
         ranks: N. step_seconds: t, the median of the reports but the first. flops: model FLOPs/s of one rank, likewise.
         hardware: name of the device of rank 0. parallel: degrees and methods.
         versions: of what it ran on. commit: of the source tree, "" where it is none.
-        waterfall: mean s of each part of a step, empty where it was not recorded.
+        waterfall: s of each part of a step, the median of those of these reports that tell it; empty where none does.
     """
 
     work: Work
@@ -168,33 +169,44 @@ def open_baseline(config: Config, launch: Launch) -> Efficiency | None:
     return None if path is None else Efficiency(path, config, launch.world_size, hardware_name(device_of(launch)))
 
 
+class Report(NamedTuple):
+    step_seconds: float
+    flops: float
+    waterfall: Mapping[str, float]
+
+
 class History:
-    """What the reports of a run said, for its `Record`."""
+    """What the reports of a run said, for its `Record`: the first, and the latest 10,000 of the others."""
 
     def __init__(self) -> None:
-        self._reports: list[tuple[float, float, Mapping[str, float]]] = []
+        self._first: Report | None = None
+        self._others: deque[Report] = deque(maxlen=10_000)
 
     def add(self, step_seconds: float, flops: float, waterfall: Mapping[str, float] | None = None) -> None:
-        """Seconds of a step, model FLOP/s of a rank, mean s of the parts of a step."""
-        self._reports.append((step_seconds, flops, waterfall or {}))
+        """Seconds of a step, model FLOP/s of a rank, mean s of the parts of a step if any was recorded."""
+        report = Report(step_seconds, flops, waterfall or {})
+        if self._first is None:
+            self._first = report
+        else:
+            self._others.append(report)
 
     def record(self, config: Config, ranks: int, hardware: str) -> Record | None:
         """Of all reports but the first, in which things are set up; None if there is no report."""
-        if not self._reports:
+        if self._first is None:
             return None
-        steady = self._reports[1:] or self._reports
-        seconds, flops, falls = zip(*steady, strict=True)
-        parts = {part: statistics.median(fall.get(part, 0.0) for fall in falls) for part in falls[-1]}
+        steady = self._others or [self._first]
+        falls = [each.waterfall for each in steady if each.waterfall]
+        names = dict.fromkeys(part for fall in falls for part in fall)
         return Record(
             work=Work.of(config),
             ranks=ranks,
-            step_seconds=statistics.median(seconds),
-            flops=statistics.median(flops),
+            step_seconds=statistics.median(each.step_seconds for each in steady),
+            flops=statistics.median(each.flops for each in steady),
             hardware=hardware,
             parallel=config.parallel.model_dump(mode="json"),
             versions=versions(),
             commit=commit(),
-            waterfall=parts,
+            waterfall={part: statistics.median(fall.get(part, 0.0) for fall in falls) for part in names},
         )
 
 

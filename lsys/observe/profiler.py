@@ -1,8 +1,9 @@
 """Traces of chosen steps on chosen ranks, for Perfetto (ui.perfetto.dev) and `lsys bench trace`.
 
-A trace is what torch.profiler records, with ranges named for what lsys does (`lsys.step 12`, `lsys.forward_backward`,
-`lsys.optimizer`, `lsys.layer 3 softmax`), and beside it communication by axis: every operation from its issue to the end
-of the first wait for it, with its bytes, and a track of the times for which the rank stood still.
+A trace is what torch.profiler records, with ranges for steps (`lsys.step 12`) and for the forward pass of layers, their
+mixers and MLPs (`lsys.layer 3`, `lsys.layer 3 Lightning`, `lsys.layer 3 MLP`), and beside it communication by axis: every
+operation from its issue to the end of the first wait for it, with its bytes, and a track of the times for which the rank
+stood still.
 On CUDA, a snapshot of the allocator (pytorch.org/memory_viz) is written too if asked for.
 """
 
@@ -92,15 +93,29 @@ class Profiler:
         return self.settings.first + self.settings.steps - 1
 
     def close(self) -> None:
-        """Stop without a trace: the run ends within its steps."""
-        if self._running is not None:
-            self._seen = self._operations()
-            self._running.close()
-            self._running, self.active = None, False
+        """To be called when the run ends: if that is within the steps of a trace, it stops without one, and says so."""
+        if self._running is None:
+            return
+        self._stop()
+        self._profile, self._seen = None, ()
+        if self._has_memory:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        steps = f"{self.settings.first} to {self._last}"
+        print(f"rank {self.rank} wrote no trace: the run ended within the traced steps, {steps}", flush=True)
+
+    @property
+    def _has_memory(self) -> bool:
+        return self.settings.memory and self.device.type == "cuda"
+
+    def _stop(self) -> None:
+        assert self._running is not None
+        self._seen = self._operations()
+        self._running.close()
+        self._running, self.active = None, False
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        if self.settings.memory and self.device.type == "cuda":
+        if self._has_memory:
             torch.cuda.memory._record_memory_history()
         with contextlib.ExitStack() as stack:
             self._profile = stack.enter_context(
@@ -116,9 +131,9 @@ class Profiler:
     def write(self) -> Path:
         """The trace, once it is complete; its path."""
         path = self.folder / f"rank{self.rank}-step{self.settings.first}.json.gz"
-        self.close()
+        self._stop()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.settings.memory and self.device.type == "cuda":
+        if self._has_memory:
             torch.cuda.memory._dump_snapshot(str(path.with_name(path.name.replace(".json.gz", "-memory.pickle"))))
             torch.cuda.memory._record_memory_history(enabled=None)
         plain = path.with_suffix("")  # without .gz

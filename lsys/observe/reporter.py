@@ -91,7 +91,8 @@ class Reporter:
             values["scaling/efficiency(%)"] = self.efficiency.percent(flops / self.ranks)
         if waterfall:
             values["scaling/compute_efficiency(%)"] = 100 * waterfall.efficiency
-        self.history.add(interval.step_seconds, flops / self.ranks, waterfall.parts if waterfall else None)
+        if self.active:
+            self.history.add(interval.step_seconds, flops / self.ranks, waterfall.parts if waterfall else None)
         for note in waterfall.notes if waterfall else ():
             self.say(f"waterfall: {note}")
         if self.board:

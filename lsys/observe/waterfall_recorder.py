@@ -10,12 +10,24 @@ import torch
 import torch.distributed as dist
 
 from lsys.observe.clocks import RunQueue, Timer, clock_offset
-from lsys.observe.waterfall import CORE, Moved, Waterfall, exposed, part_names
+from lsys.observe.waterfall import CORE, REPORT, Moved, Waterfall, exposed, part_names
 from lsys.observe.waterfall_peers import Peers
 from lsys.observe.waterfall_split import REGIONS, Bound, Split, Stop
 from lsys.parallel.ledger import OTHER, WORLD
 from lsys.parallel.ledger.hooks import HOOKS, Call, Observer
 from lsys.runtime.groups import AXES, Groups
+
+
+def is_sampled(number: int, every: int) -> bool:
+    """Whether step `number`, from 1, is the one that is recorded of its block of `every` steps: 1 .. every, and so on.
+
+    Its place in the block is a hash of the block's number, the same on all ranks and in every run. At a fixed place, what
+    is done at intervals that `every` divides, as checkpoints and reports are, would be recorded always or never.
+    """
+    block, place = divmod(number - 1, every)
+    mixed = (block + 1) * 0x9E3779B97F4A7C15 % 2**64  # as in splitmix64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    return (mixed >> 32) % every == place
 
 
 class Recorder(Observer):
@@ -30,7 +42,7 @@ class Recorder(Observer):
                     waterfall = recorder.take()     # on all ranks, after the same step
 
     Args:
-        every: steps of which the number is a multiple of this are recorded; 0: none.
+        every: one of every so many steps is recorded, see `is_sampled`; 0: none.
     """
 
     def __init__(self, groups: Groups, every: int = 1) -> None:
@@ -84,21 +96,21 @@ class Recorder(Observer):
             self._bound(None)
 
     def end_step(self, number: int) -> None:
-        """Step `number` ends here, and the next one begins."""
+        """Step `number` ends here, and the next one begins; summing up earlier ones is its report."""
         if self.is_on:
             self._bound(None)
             self._closed.append(self._current)
-        while len(self._closed) > 1:  # on a GPU, work of the newest may still be under way: nothing waits for it
-            self._split.add(self._closed.pop(0))
         self._begin_step(number + 1)
+        if len(self._closed) > 1:
+            with self.region(REPORT):
+                self._sum_up(keep=1)  # on a GPU, work of the newest may still be under way: nothing waits for it
 
     def take(self) -> Waterfall | None:
         """The steps that ended since the last call, on every rank; None if none was recorded.
 
         Collective over the default group and those of Megatron; to be called on all ranks after the same step.
         """
-        while self._closed:
-            self._split.add(self._closed.pop(0))
+        self._sum_up()
         if not self._split.steps:
             return None
         nodes = self.groups.nodes
@@ -138,9 +150,21 @@ class Recorder(Observer):
     # ---- recording
 
     def _begin_step(self, number: int) -> None:
-        self._switch(self.every > 0 and number % self.every == 0)
-        self._current = []
-        self._bound(None)
+        """Where the step before was recorded, it ends with the mark with which this one begins: no time is between them."""
+        on, was_on = self.every > 0 and is_sampled(number, self.every), self.is_on
+        if on and not was_on and self._timer.is_cuda:
+            # The reference may be many steps old, and what is measured from it coarse. What was marked since needs it.
+            self._sum_up()
+            self._timer.anchor()
+        self._switch(on)
+        self._current = self._current[-1:] if on and was_on else []
+        if not was_on:
+            self._bound(None)
+
+    def _sum_up(self, keep: int = 0) -> None:
+        """Split the steps that have ended, but for so many of the newest."""
+        while len(self._closed) > keep:
+            self._split.add(self._closed.pop(0))
 
     def _switch(self, on: bool) -> None:
         if on != self.is_on:

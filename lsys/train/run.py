@@ -107,7 +107,8 @@ class Run:
             self.reporter.close()
             return
         recording = self.waterfall.recording(self.step + 1)
-        with StopRequest(self.groups.device) as stop, ThreadPoolExecutor(1) as ahead, recording:
+        tracing = contextlib.closing(self.profiler)
+        with StopRequest(self.groups.device) as stop, ThreadPoolExecutor(1) as ahead, recording, tracing:
             plan = ahead.submit(self.data.training, self.step)
             while self.step < steps:
                 with self.meter.waiting_for_data(), self.waterfall.region("data"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from lsys.config.schema import Config
 from lsys.observe.efficiency import BaselineError, Efficiency, History, Record, hardware_name
 from lsys.observe.folder import FolderError, mark_folder, require_own_folder
+from lsys.observe.meter import Interval
+from lsys.observe.reporter import Reporter
 
 
 def make(folder: Path = Path("out"), tokens: int = 4096, **model: Any) -> Config:
@@ -38,6 +41,47 @@ def test_a_record_is_the_median_of_the_reports_but_the_first(tmp_path):
     assert record.step_seconds == 0.5 and record.flops == 200
     assert record.waterfall == pytest.approx({"compute": 0.4, "other": 0.1})
     assert record.versions["torch"] == torch.__version__
+
+
+def test_the_waterfall_is_of_the_reports_that_have_one():
+    def record(*falls: dict[str, float] | None) -> Record:
+        history = History()
+        for number, fall in enumerate(falls):
+            history.add(1.0 + number, 1.0, fall)
+        found = history.record(make(), 1, "a processor")
+        assert found is not None
+        return found
+
+    first = {"compute": 9.0, "core": 9.0}
+    found = record(first, {"compute": 3.0}, None, {"compute": 1.0, "data": 0.5}, None, {"compute": 2.0}, None, None)
+    assert found.waterfall == {"compute": 2.0, "data": 0.0} and found.step_seconds == 5.0
+    assert record(first, None, {"compute": 3.0, "other": 1.0}, {"compute": 4.0}, None).waterfall == {
+        "compute": 3.5,
+        "other": 0.5,
+    }
+    assert record(first, None, None).waterfall == {} and record(first).waterfall == first
+    assert History().record(make(), 1, "a processor") is None
+
+
+def test_a_long_run_keeps_its_latest_reports():
+    history = History()
+    for number in range(10_002):
+        history.add(float(number), 1.0)
+    found = history.record(make(), 1, "a processor")
+    assert found is not None and found.step_seconds == 5001.5  # 2 .. 10,001
+    assert len(history._others) == 10_000
+
+
+def test_only_the_rank_that_writes_keeps_reports():
+    mesh: Any = SimpleNamespace(world_size=2)
+    for active in (True, False):
+        reporter = Reporter(
+            make(), active=False, mesh=mesh, nodes=(0, 0), device=torch.device("cpu"), peak=None, efficiency=None,
+            first_step=1, text="",
+        )  # fmt: skip
+        reporter.active = active
+        reporter.training(1, Interval(1, 1.0, 0.0, 1, 1.0), loss=1.0, z_loss=0.0, grad_norm=1.0, lr=0.1, seen=1)
+        assert (reporter.history.record(make(), 2, "a processor") is not None) == active
 
 
 @pytest.mark.parametrize("tokens, ranks, kind", [(4096, 2, "weak"), (8192, 4, "weak"), (4096, 4, "strong")])

@@ -1,12 +1,19 @@
 """A trace has lsys's ranges and the communication that the ledger saw, at their times; `lsys bench trace` sums it up."""
 
+import contextlib
 import gzip
+import io
 import json
+import os
+import signal
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from support import delays
 from torch import nn
 
 from lsys.bench.trace import TraceError, TraceOptions, main, overlap, summarise, union
@@ -146,3 +153,54 @@ def test_a_run_that_ends_within_the_steps_leaves_no_hooks(tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"), profiler.step(1):
         raise RuntimeError("out of memory")
     assert not layer._forward_pre_hooks and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_between_the_steps_says_so(tmp_path, capsys):
+    """And the allocator of a GPU records no longer."""
+    layer, ended = Layer(1), []
+    profiler = Profiler(
+        Profile(first=2, steps=9, ranks=[3], memory=True), rank=3, folder=tmp_path, device=torch.device("cpu"),
+        models=[layer], communication=lambda _: lambda: ended.append(1) or [],
+    )  # fmt: skip
+    with mock.patch.object(torch.cuda.memory, "_record_memory_history") as history:
+        with profiler.step(1):
+            pass
+        profiler.close()  # there is no trace to end
+        assert capsys.readouterr().out == ""
+        with profiler.step(2):
+            pass
+        profiler.device = torch.device("cuda")
+        assert layer._forward_pre_hooks
+        profiler.close()
+        profiler.close()
+        history.assert_called_once_with(enabled=None)
+    assert ended == [1] and not layer._forward_pre_hooks and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "rank 3 wrote no trace: the run ended within the traced steps, 2 to 10\n"
+    with profiler.step(3):
+        assert not layer._forward_pre_hooks
+
+
+def stopped(rank: int, world_size: int) -> tuple[int, str, int]:
+    """SIGTERM in the first of the traced steps: the steps that were done, what was printed, observers that are left."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.parallel.ledger.hooks import HOOKS
+    from lsys.train.run import Run
+
+    step, said = Run._train_step, io.StringIO()
+
+    def ask(whole: Run, *args: Any) -> None:
+        step(whole, *args)
+        if whole.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(Run, "_train_step", ask), contextlib.redirect_stdout(said):
+        done = delays.run(rank, world_size, {"train__profile": Profile(first=2, steps=4, ranks=[0]).model_dump()})
+    return len(done), said.getvalue(), len(HOOKS._observers)
+
+
+def test_sigterm_within_the_traced_steps(gloo):
+    for rank, (steps, said, observers) in enumerate(gloo(2, stopped)):
+        assert steps == 2 and observers == 0
+        assert ("rank 0 wrote no trace: the run ended within the traced steps, 2 to 5" in said) == (rank == 0)

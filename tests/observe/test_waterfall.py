@@ -2,7 +2,9 @@
 
 import os
 import statistics
+import time
 from typing import Any
+from unittest import mock
 
 import pytest
 from support import delays
@@ -19,7 +21,6 @@ def check_sums(waterfalls: list[Any]) -> None:
     assert len(waterfalls) == delays.STEPS
     for each in waterfalls:
         assert each.steps == 1 and sum(each.percent.values()) == pytest.approx(100)
-        assert sum(each.parts.values()) == pytest.approx(each.seconds, abs=1e-9)
         assert min(min(parts.values()) for parts in each.per_rank) > -1e-9
         ranks = len(each.per_rank)
         for part, mean in each.parts.items():
@@ -152,11 +153,47 @@ def test_what_no_measurement_covers_is_little(gloo: Any) -> None:
         assert waterfall.percent["other"] < 5, waterfall.parts
 
 
-def test_every_third_step(gloo: Any) -> None:
-    for waterfalls in gloo(
-        2, run, {}, {"every": 3, "reports": 2}
-    ):  # reports after steps 2, 4, 6 and 7, recorded are 3 and 6
-        assert [each and each.steps for each in waterfalls] == [None, 1, 1, None]
+def timed(rank: int, world_size: int, reports: int) -> tuple[list[Any], list[tuple[float, float]]]:
+    """A run's waterfalls, and between which times each of its steps ended."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.observe.waterfall_recorder import Recorder
+
+    ends: list[tuple[float, float]] = []
+    end_step = Recorder.end_step
+
+    def around(recorder: Recorder, number: int) -> None:
+        before = time.perf_counter()
+        end_step(recorder, number)
+        ends.append((before, time.perf_counter()))
+
+    with mock.patch.object(Recorder, "end_step", around):
+        return delays.run(rank, world_size, {}, "data", 0.05, reports=reports), ends
+
+
+@pytest.mark.parametrize("reports", [1, 3])
+def test_parts_sum_to_the_time_that_steps_take(gloo: Any, reports: int) -> None:
+    """A step ends somewhere in `end_step`: so the time between two of these calls bounds that of the steps between them."""
+    for rank, (waterfalls, ends) in enumerate(gloo(2, timed, reports)):
+        lasts = [*range(reports, delays.STEPS, reports), delays.STEPS]  # steps after which there were reports
+        assert len(waterfalls) == len(lasts) and len(ends) == delays.STEPS
+        for waterfall, first, last in zip(waterfalls[1:], lasts, lasts[1:], strict=False):
+            assert waterfall.steps == last - first
+            (earliest, began), (ended, latest) = ends[first - 1], ends[last - 1]
+            seconds = waterfall.steps * sum(waterfall.per_rank[rank].values())
+            assert ended - began - 1e-6 < seconds < latest - earliest + 1e-6
+            assert waterfall.per_rank[rank]["data"] + waterfall.per_rank[rank]["core"] > 0.05 - 1e-6
+
+
+def test_one_of_every_three_steps(gloo: Any) -> None:
+    from lsys.observe.waterfall_recorder import is_sampled
+
+    recorded = [is_sampled(number, 3) for number in range(1, 1 + delays.STEPS)]
+    expected = [sum(recorded[first : first + 2]) or None for first in range(0, delays.STEPS, 2)]
+    for waterfalls in gloo(2, run, {}, {"every": 3, "reports": 2}):  # reports after steps 2, 4, 6 and 7
+        assert [each and each.steps for each in waterfalls] == expected
+    assert None in expected and sum(recorded) > 1
 
 
 def test_off(gloo: Any) -> None:

@@ -1,11 +1,8 @@
 """The arithmetic of the waterfall on made-up marks, and the exchange of issue times on made-up operations."""
 
-import contextlib
-import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -13,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lsys.observe import clocks
 from lsys.observe.clocks import RunQueue, Timer, clock_offset
 from lsys.observe.waterfall import Moved, Waterfall, part_names
 from lsys.observe.waterfall_peers import Channel, Issues
@@ -221,63 +217,6 @@ def exchanged_differing(rank: int, ranks: int) -> list[tuple[bool, Issues]]:
 def test_differing_operations_teach_nothing(gloo: Any) -> None:
     for found in gloo(3, exchanged_differing):
         assert all(not agree and issues.last is None for agree, issues in found)
-
-
-@contextlib.contextmanager
-def recorder(rank: int, ranks: int) -> Iterator[Any]:
-    from lsys.config.schema import Parallel
-    from lsys.runtime import install_megatron
-
-    install_megatron()
-    from lsys.observe.waterfall_recorder import Recorder
-    from lsys.runtime.environment import Launch
-    from lsys.runtime.groups import process_groups
-
-    with process_groups(Parallel(), Launch(rank=rank, world_size=ranks)) as groups:
-        yield Recorder(groups)
-
-
-def differing(rank: int, ranks: int) -> list[Waterfall]:
-    """An operation that only rank 0 records; then it is waited for by both. In the second step all is well."""
-    found = []
-    with recorder(rank, ranks) as own, own.recording(1):
-        for number in (1, 2, 3):
-            with own.region("compute"):
-                if rank == 1:
-                    time.sleep(0.2)
-                dist.all_reduce(torch.ones(4))
-            if number < 3:
-                with own.region("compute" if rank == 0 else "paused"):
-                    dist.all_reduce(torch.ones(4))
-            own.end_step(number)
-            with own.region("report"):
-                found.append(own.take())
-    return found
-
-
-def test_differing_operations_are_said_once(gloo: Any) -> None:
-    for first, second, third in gloo(2, differing):
-        assert [len(each.notes) for each in (first, second, third)] == [1, 0, 0]
-        assert first.notes[0].startswith("world: its ranks issued different operations")
-        assert first.per_rank[0]["exposed_world"] > 0.15 and first.per_rank[0]["imbalance"] < 0.05
-        assert third.per_rank[0]["imbalance"] > 0.15 and third.per_rank[0]["exposed_world"] < 0.05
-
-
-def without_counts(rank: int, ranks: int) -> list[Waterfall]:
-    found = []
-    missing = mock.patch.object(clocks.os, "open", side_effect=FileNotFoundError)
-    with recorder(rank, ranks) as own, missing, own.recording(1):
-        for number in (1, 2):
-            dist.all_reduce(torch.ones(4))
-            own.end_step(number)
-            found.append(own.take())
-    return found
-
-
-def test_a_system_that_does_not_count_waits_for_cores(gloo: Any) -> None:
-    first, second = gloo(2, without_counts)[0]
-    assert first.parts["core"] == 0 and "does not tell how long" in first.notes[0]
-    assert second.notes == () and dataclasses.replace(second, notes=()) == second
 
 
 def shifted(rank: int, ranks: int) -> float:
