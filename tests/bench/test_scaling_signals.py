@@ -12,9 +12,11 @@ from lsys.bench.signals import Signals
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
+# The tests may run in a shell's background, whose children ignore SIGINT.
 SWEEP = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lsys.bench import scaling
 scaling._require_sound = lambda *_: None
 scaling.find_spec = lambda name: name
