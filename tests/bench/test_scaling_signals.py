@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.processes import is_alive, number
 
 from lsys.bench.signals import Signals
 
@@ -41,23 +42,23 @@ def test_a_stopped_sweep_leaves_nothing_behind(tmp_path: Path, trap: str, number
     command = [sys.executable, "-c", SWEEP, str(QUICKSTART), str(out), f"sh {launcher}"]
     sweep = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        ended = [_number(tmp_path / f"pid{each}") for each in range(2)]
-        for number in numbers:
-            sweep.send_signal(number)
+        ended = [number(tmp_path / f"pid{each}") for each in range(2)]
+        for sent in numbers:
+            sweep.send_signal(sent)
             time.sleep(0.5)
         _, said = sweep.communicate(timeout=30)
     finally:
         sweep.kill()
     assert sweep.returncode == 128 + numbers[0] and "stopping the job" in said, said
     assert len(numbers) > 1 or f"{numbers[0].name} stopped the sweep on 1 ranks; {out}/ranks-1 has its logs" in said
-    assert not any(map(_alive, ended))
+    assert not any(map(is_alive, ended))
     assert [each.name for each in out.iterdir()] == ["ranks-1"]
 
 
 def test_what_a_launcher_leaves_is_ended(tmp_path: Path):
     with Signals() as signals:
         assert signals.run(["sh", "-c", f"sleep 100 & echo $! >{tmp_path}/pid; exit 3"]) == 3
-    assert not _alive(_number(tmp_path / "pid"))
+    assert not is_alive(number(tmp_path / "pid"))
 
 
 def test_what_was_ignored_stays_ignored():
@@ -70,18 +71,3 @@ def test_what_was_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def _number(path: Path) -> int:
-    end = time.monotonic() + 60
-    while not (path.exists() and path.read_text().strip()):
-        assert time.monotonic() < end, f"{path} is not written"
-        time.sleep(0.1)
-    return int(path.read_text())
-
-
-def _alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False

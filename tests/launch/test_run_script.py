@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.processes import is_alive, number
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "run.sh"
@@ -143,26 +144,11 @@ def test_no_worker_outlives_its_agent(tmp_path: Path):
     command = [SCRIPT, "--ranks", "2", "--no-preflight", "--", str(tmp_path / "work.py"), str(tmp_path)]
     agent = subprocess.Popen(command, env=os.environ | {"PYTHON": sys.executable})
     try:
-        workers = [_number(tmp_path / f"pid{rank}") for rank in range(2)]
+        workers = [number(tmp_path / f"pid{rank}", seconds=150) for rank in range(2)]
     finally:
         agent.send_signal(signal.SIGKILL)
         agent.wait()
     end = time.monotonic() + 10
-    while any(_alive(worker) for worker in workers):
+    while any(is_alive(worker) for worker in workers):
         assert time.monotonic() < end, "workers live on"
         time.sleep(0.05)
-
-
-def _number(path: Path) -> int:
-    end = time.monotonic() + 150
-    while not (path.exists() and path.read_text()):
-        assert time.monotonic() < end, f"{path} is not written"
-        time.sleep(0.1)
-    return int(path.read_text())
-
-
-def _alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
