@@ -98,14 +98,17 @@ class Profiler:
             return
         self._stop()
         self._profile, self._seen = None, ()
-        if self._has_memory:
-            torch.cuda.memory._record_memory_history(enabled=None)
+        self._forget_memory()
         steps = f"{self.settings.first} to {self._last}"
         print(f"rank {self.rank} wrote no trace: the run ended within the traced steps, {steps}", flush=True)
 
     @property
     def _has_memory(self) -> bool:
         return self.settings.memory and self.device.type == "cuda"
+
+    def _forget_memory(self) -> None:
+        if self._has_memory:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _stop(self) -> None:
         assert self._running is not None
@@ -135,7 +138,7 @@ class Profiler:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._has_memory:
             torch.cuda.memory._dump_snapshot(str(path.with_name(path.name.replace(".json.gz", "-memory.pickle"))))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            self._forget_memory()
         plain = path.with_suffix("")  # without .gz
         self._profile.export_chrome_trace(str(plain))
         trace = json.loads(plain.read_text())

@@ -73,11 +73,11 @@ class StageWork:
                 work["attention"] = max(flops) if most else sum(flops) / len(flops)
                 work[f"kernel:{kind}"], work["bytes"] = layer.before, layer.after + layer.middle
             else:
-                name = f"linked:{kind}" if is_linked(self.shape, kind) else f"kernel:{kind}"
                 if self.shape.gpu:
                     work[f"fused:{kind}"] = self.shape.slots * least(self.shape, kind)
                 else:
-                    work[name] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
+                    name = "linked" if is_linked(self.shape, kind) else "kernel"
+                    work[f"{name}:{kind}"] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
                 work["bytes"] = layer.after + layer.middle
             work[f"layer:{kind}"] = 1
             self._mixers[key] = work
