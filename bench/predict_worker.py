@@ -32,8 +32,8 @@ from support.memory import engine_bytes, peak_bytes
 class Case:
     """tree: the configuration. wants_layers: time layers one by one, and operations, for a calibration. links: for the replay.
 
-    replayed: steps of which the replay takes the least. As many as a calibration has samples of a layer (steps x micro-batches), or
-    one would be the least of more than the other.
+    replayed: steps of which the replay takes the least. About as many as a calibration has samples of a layer (steps x micro-batches,
+    those for bytes and memory included), or one would be the least of more than the other.
     """
 
     name: str
