@@ -162,6 +162,12 @@ def test_topology(capsys: pytest.CaptureFixture) -> None:
     assert "context 2: inside a node\ndata 2: over 2 nodes" in out
 
 
+@pytest.mark.parametrize("ranks", ["0", "-2"])
+def test_fewer_ranks_than_one_are_refused(capsys: pytest.CaptureFixture, ranks: str) -> None:
+    assert main(["check", QUICKSTART, "--world-size", ranks]) == 2
+    assert f"{ranks} ranks; a run has 1 or more" in capsys.readouterr().err
+
+
 def test_launch() -> None:
     assert launch_from_environment({}) == Launch()
     torchrun = dict(

@@ -10,7 +10,9 @@ from lsys.bench.scaling import Point, ScalingError, ScalingOptions, points
 from lsys.config.load import load
 from lsys.config.messages import ConfigError
 from lsys.config.overrides import Override
+from lsys.config.rules import check
 
+LARGE = Path(__file__).parents[2] / "configs" / "hybrid_7b_256k.yaml"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
@@ -25,6 +27,14 @@ def test_weak_scaling_over_context_makes_the_micro_batch_longer():
     assert changed(second)["parallel.context"] == str(4 * config.parallel.context)
     assert changed(second)["train.micro_batch_tokens"] == str(4 * config.train.micro_batch_tokens)
     assert changed(second)["train.batch_tokens"] == str(4 * config.train.batch_tokens)
+
+
+def test_the_schedule_of_a_long_run_does_not_stand_in_the_way():
+    """Its decay may be longer than a point has steps."""
+    config = load(LARGE)
+    assert config.optimizer.decay_steps
+    (point, *_) = scaling.points(config, ScalingOptions(LARGE, ranks="512", nodes="64"))
+    assert load(LARGE, point.overrides, lambda each: check(each, 512)).optimizer.decay_steps is None
 
 
 def test_strong_scaling_leaves_the_step_as_it_is():

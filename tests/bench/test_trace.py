@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lsys.bench.trace import summarise
+from lsys.bench.trace import TraceError, summarise
 
 
 def slice_(name: str, begin: int, end: int, category: str = "user_annotation", **more: Any) -> dict[str, Any]:
@@ -50,3 +50,10 @@ def test_kernels_before_the_first_step_and_after_the_last_are_left_out(tmp_path:
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": events}, file)
     assert summarise(path).nccl == [(100, 300), (1200, 1400)]
+
+
+def test_a_trace_that_was_cut_off_is_told(tmp_path: Path):
+    path = tmp_path / "rank0-step4.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": [slice_("lsys.step 4", 0, 1000)] * 50}).encode())[:-12])
+    with pytest.raises(TraceError, match="is no trace that train.profile wrote"):
+        summarise(path)
