@@ -8,6 +8,8 @@ export OMP_NUM_THREADS ?= 1
 
 # The environment: made anew when its description changes.
 $(BIN)/.installed: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "$(PYTHON) is Python %d.%d; the pinned packages are there for 3.11, 3.12 and 3.13: name one of these, such as make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo 'installing the packages of constraints.txt into .venv: 0.6 GB to download with the CPU build of torch, 2.9 GB with the CUDA build, which package indexes have by default'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@

@@ -49,6 +49,7 @@ setup(
             "import-linter",
             "matplotlib",
             "mypy",
+            "pip>=23.3",  # its dry runs fetch no wheels
             "pyarrow",
             "pytest",
             "ruff",
