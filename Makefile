@@ -31,14 +31,12 @@ test-all: $(BIN)/.installed
 test-fast: $(BIN)/.installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# Style, types, and that imports go down only. The last two read build/tree, the four trees laid out as the one package that they make.
+# Style, types, and that imports go down only.
 check: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/tree && mkdir -p build/tree/lsys
-	ln -s $(CURDIR)/lsys/* $(CURDIR)/kernels $(CURDIR)/parallel $(CURDIR)/launch build/tree/lsys/
-	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
-	cd build/tree && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(BIN)/.installed $(CORPUS).json
 	$(BIN)/python bench/step.py configs/quickstart.yaml

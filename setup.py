@@ -1,4 +1,8 @@
-"""Packaging. Four trees make one package: lsys, with kernels as lsys.kernels, parallel as lsys.parallel, and so on."""
+"""Packaging. Four trees make one package: lsys, with kernels as lsys.kernels, parallel as lsys.parallel, and so on.
+
+In the source tree links (lsys/kernels -> ../kernels) show every tool that one package; what is installed comes from the trees themselves,
+so that no bare `kernels` can be imported.
+"""
 
 import re
 from pathlib import Path
@@ -9,7 +13,11 @@ TREES = {"lsys.kernels": "kernels", "lsys.parallel": "parallel", "lsys.launch": 
 
 
 def packages() -> list[str]:
-    found = ["lsys", *(f"lsys.{name}" for name in find_packages("lsys"))]
+    linked = [name.removeprefix("lsys.") for name in TREES]
+    found = [
+        "lsys",
+        *(f"lsys.{name}" for name in find_packages("lsys", exclude=[*linked, *(f"{name}.*" for name in linked)])),
+    ]
     for package, folder in TREES.items():
         found += [package, *(f"{package}.{name}" for name in find_packages(folder))]
     return found

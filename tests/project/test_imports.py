@@ -1,6 +1,7 @@
 """Imports go down only, and the lower trees need no more packages than they say."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,30 +12,54 @@ ROOT = Path(__file__).parents[2]
 TREES = ("kernels", "parallel", "launch")
 
 
-def _contracts(folder: Path, extra: str = "") -> subprocess.CompletedProcess[str]:
-    """lint-imports over the four trees laid out as one package in `folder`; `extra` is added as a module of lsys.kernels."""
-    package = folder / "lsys"
-    package.mkdir()
-    for path in [*(ROOT / "lsys").iterdir(), *(ROOT / tree for tree in TREES if not (extra and tree == "kernels"))]:
-        (package / path.name).symlink_to(path)
-    if extra:
-        (package / "kernels").mkdir()
-        (package / "kernels" / "__init__.py").touch()
-        (package / "kernels" / "planted.py").write_text(extra)
+def _contracts(folder: Path, planted: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """lint-imports over a copy of the source tree; `planted`: statements by the path of a new module."""
+    for tree in ("lsys", *TREES):
+        shutil.copytree(ROOT / tree, folder / tree, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, statement in planted.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(statement + "\n")
+        (folder / path).parent.joinpath("__init__.py").touch()
     command = [Path(sys.executable).parent / "lint-imports", "--config", ROOT / "pyproject.toml", "--no-cache"]
     return subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-def test_contracts_hold(tmp_path):
-    result = _contracts(tmp_path)
+def test_contracts_hold(tmp_path: Path) -> None:
+    result = _contracts(tmp_path, {})
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("statement", ["import lsys.parallel", "import lsys.config", "import megatron.core"])
-def test_contracts_notice_a_planted_import(tmp_path, statement):
-    result = _contracts(tmp_path, statement)
+@pytest.mark.parametrize(
+    ("path", "statement"),
+    [
+        ("kernels/planted.py", "import lsys.parallel"),
+        ("kernels/planted.py", "import lsys.config"),
+        ("kernels/planted.py", "import megatron.core"),
+        ("lsys/predict/planted.py", "import torch"),
+        ("lsys/predict/planted.py", "from lsys.train.run import main"),
+        ("lsys/data/planted.py", "import lsys.generate"),
+        ("lsys/config/planted.py", "import lsys.inspection"),
+        ("lsys/options.py", "import lsys.predict"),
+        ("launch/planted.py", "import torch"),
+    ],
+)
+def test_contracts_notice_a_planted_import(tmp_path: Path, path: str, statement: str) -> None:
+    result = _contracts(tmp_path, {path: statement})
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "lsys.kernels.planted -> " + statement.split()[1].removesuffix(".core") in result.stdout
+    module = path.removesuffix(".py").replace("/", ".")
+    module = module if module.startswith("lsys") else f"lsys.{module}"
+    assert f"{module} -> {statement.split()[1].removesuffix('.core')}" in result.stdout
+
+
+def test_a_package_without_a_floor_is_noticed(tmp_path: Path) -> None:
+    result = _contracts(tmp_path, {"lsys/planted/module.py": ""})
+    assert result.returncode == 1 and "lsys.planted" in result.stdout, result.stdout + result.stderr
+
+
+def test_links_show_one_package() -> None:
+    for tree in TREES:
+        link = ROOT / "lsys" / tree
+        assert link.is_symlink() and link.resolve() == (ROOT / tree).resolve()
 
 
 def _imported(path: Path) -> set[str]:
