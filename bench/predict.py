@@ -29,6 +29,7 @@ from tools import launch, made_on
 
 from lsys.config import Config
 from lsys.config.rules import check
+from lsys.mixers.registry import CARDS
 from lsys.observe.efficiency import commit, hardware_name, versions
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed
 from lsys.parallel.links import NETWORK, NODE, Link
@@ -41,7 +42,7 @@ from lsys.predict.weights import weights
 from lsys.predict.work import StageWork, Work, backward
 
 CORES = len(os.sched_getaffinity(0))
-KINDS = "LRGMDSW"
+KINDS = "".join(card.letter for card in CARDS if card.letter)
 PARTS = (COMPUTE, *map(exposed, AXES), "waiting", "other")
 
 
@@ -59,7 +60,7 @@ def tree(**changes: Any) -> dict[str, Any]:
 
 
 def calibration_cases() -> list[Case]:
-    every = dict(model__pattern=KINDS, model__layers=7)
+    every = dict(model__pattern=KINDS, model__layers=len(KINDS))
     large = dict(
         model__hidden=256,
         model__heads=4,

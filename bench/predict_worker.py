@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 2 bench/predict_worker.py CASES.json RESU
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +75,7 @@ class LayerTimes:
     inside: the CPU seconds spent in such operations so far.
     """
 
-    def __init__(self, engine: Any, kinds: str, inside: InsideOperations) -> None:
+    def __init__(self, engine: Any, kinds: Sequence[str], inside: InsideOperations) -> None:
         self.inside = inside
         self.rows: dict[tuple[str, str, str], list[float]] = defaultdict(list)
         layers = [layer for chunk in engine.chunks for layer in chunk.module.decoder.layers]

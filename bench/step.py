@@ -31,7 +31,7 @@ class PlainLayer(nn.Module):
     def __init__(self, kind: str, index: int, model: Model) -> None:
         super().__init__()
         self.kind, self.model = kind, model
-        if kind == "S":
+        if kind == "softmax":
             width, inner = model.heads * model.head_width, (model.heads + 2 * model.kv_heads) * model.head_width
             self.norm_q, self.norm_k = (
                 nn.RMSNorm(model.head_width, model.norm_eps),
@@ -50,7 +50,7 @@ class PlainLayer(nn.Module):
 
     def forward(self, x: Tensor, batch: SimpleNamespace) -> Tensor:
         projected = self.into(self.norm(x))
-        x = x + self.out(self.softmax(projected, batch) if self.kind == "S" else self.linear(projected, batch))
+        x = x + self.out(self.softmax(projected, batch) if self.kind == "softmax" else self.linear(projected, batch))
         gate, up = self.up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
@@ -69,7 +69,7 @@ class PlainLayer(nn.Module):
         m, tokens = self.model, len(projected)
         qkv, gate = projected.view(tokens, m.linear_heads, 4, m.linear_head_width).split((3, 1), 2)
         q, k, v = (t[None] for t in F.silu(qkv).unbind(2))
-        decay = self.decay if m.linear.decay else None
+        decay = self.decay if m.mixers.lightning.decay else None
         o, _ = linear_attention(q, k, v, decay, cu_seqlens=batch.cu_seqlens)
         o = F.rms_norm(o[0], (m.linear_head_width,), None, m.norm_eps) * self.out_norm
         return (o * torch.sigmoid(gate.squeeze(2))).reshape(tokens, -1)

@@ -38,7 +38,7 @@ def print_check(
     for notice in notices(config, world_size):
         console.print(f"notice: {notice}")
     console.print(_grid(mesh), _parameters(config), _flops(config), _batches(config, mesh), sep="\n")
-    if mesh.context > 1 and {*"SW"} & {*config.model.kinds}:
+    if mesh.context > 1 and any(not card.has_state for card in config.model.cards.values()):
         nodes = mesh.nodes(ranks_per_node)
         console.print(*_attention(config, [nodes[rank] for rank in mesh.peers(0, "context")]), sep="\n")
     if machine is None:

@@ -9,6 +9,7 @@ import pytest
 
 from lsys.cli import main
 from lsys.config.schema import LinearMixer, Profile
+from lsys.mixers.registry import MIXERS
 from lsys.runtime.environment import Launch, LaunchError, launch_from_environment
 
 ROOT = Path(__file__).parents[1]
@@ -35,11 +36,16 @@ def test_help_lists_every_key_of_the_configuration(command: str, capsys: pytest.
     out = capsys.readouterr().out
     keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
     assert len(keys) > 60
-    sections = {"corpora", *LinearMixer.model_fields, "linear", *Profile.model_fields, "profile"}
+    sections = {"corpora", *LinearMixer.model_fields, "linear", *Profile.model_fields, "profile", *MIXERS, "mixers"}
     # told by their own keys, which other sections have too
     for key in set(keys) - sections:
         assert re.search(rf"--[a-z_.0-9-]+\.{key.replace('_', '-')} ", out), key
-    assert "--data.corpora.0.path" in out and "--model.linear.decay" in out and "Optimizer steps" in out
+    assert (
+        "--data.corpora.0.path" in out
+        and "--model.linear.decay" in out
+        and "--model.mixers.lightning.decay" in out
+        and "Optimizer steps" in out
+    )
 
 
 @pytest.mark.parametrize("words", [["--train.steps"], []])
@@ -98,7 +104,12 @@ def test_check_prints_what_the_configuration_resolves_to(capsys: pytest.CaptureF
     out = capsys.readouterr().out
     assert "  tensor: 2\n" in out and "sha256" in out
     assert "notice: optimizer.decay_steps has no effect: schedule is cosine, not wsd" in out
-    for part in ("softmax mixer", "linear attention", "micro-batches per replica (accumulation)", "tokens of the run"):
+    for part in (
+        "softmax mixer",
+        "lightning attention",
+        "micro-batches per replica (accumulation)",
+        "tokens of the run",
+    ):
         assert part in out
     assert "│ data     │ 2      │ 4      │ 0 4 " in out
 
@@ -107,7 +118,7 @@ def test_check_prints_what_each_way_of_attention_costs(capsys: pytest.CaptureFix
     words = ["check", QUICKSTART, "--world-size", "4", "--parallel.context", "4", "--ranks-per-node", "2"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "S layers over 4 context ranks on 2 nodes" in out and "W layers" not in out
+    assert "softmax layers over 4 context ranks on 2 nodes" in out and "window layers" not in out
     assert [line.split()[1] for line in out.splitlines() if "taken" in line] == ["usp"]
     assert main([*words, "--parallel.attention", "ring"]) == 0
     out = capsys.readouterr().out

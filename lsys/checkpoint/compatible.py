@@ -4,9 +4,11 @@ import logging
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from lsys.config import Config
-from lsys.config.load import resolved
+from lsys.config.load import model_keys
+from lsys.config.messages import from_validation
 from lsys.config.schema import Model
 
 # Fields of the model that change no stored tensor; the rest must be equal.
@@ -17,9 +19,13 @@ FUNCTION = frozenset({"rope_base", "norm_eps"})  # what the model computes chang
 def differences(stored: str, settings: Config) -> list[str]:
     """Every reason why a checkpoint with the configuration `stored` (YAML) cannot be loaded into a run with `settings`."""
     tree = yaml.safe_load(stored)
-    old, new = _flat(_defaults()) | _flat(tree["model"]), _flat(resolved(settings)["model"])
-    for key, value in (("linear.key_heads", "linear.heads"), ("linear.key_dim", "linear.head_dim")):
-        old[key] = old[key] or old[value]  # of a checkpoint that is older than these keys
+    try:
+        old, new = model_keys(tree["model"]), model_keys(settings.model)
+    except ValidationError as error:
+        return [
+            f"the model in the checkpoint is none that this lsys knows ({mistake})"
+            for mistake in from_validation(error, Model)
+        ]
     found = [
         f"model.{name} {_text(old.get(name))} in the checkpoint, {_text(new.get(name))} in the config"
         for name in sorted(old.keys() | new.keys())
@@ -58,19 +64,6 @@ def _optimizer(tree: dict[str, Any], settings: Config) -> list[str]:
             "(with optimizer.distributed false)"
         )
     return found
-
-
-def _defaults() -> dict[str, Any]:
-    """What a checkpoint that is older than a field had in its place."""
-    fields = {name: field.default for name, field in Model.model_fields.items() if not field.is_required()}
-    return {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in fields.items()}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _text(value: Any) -> str:

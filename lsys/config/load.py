@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lsys.config.messages import ConfigError, Mistake, from_validation
 from lsys.config.overrides import Override
-from lsys.config.schema import Config
+from lsys.config.schema import Config, Model
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,18 +147,47 @@ def _put(tree: dict, names: Sequence[str], value: Any) -> None:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """All keys with plain values; those that follow from others are filled in."""
-    tree = config.model_dump(mode="json")
-    model = config.model
-    tree["model"] |= dict(groups=model.kv_heads, head_dim=model.head_width, ffn=model.ffn_width)
-    tree["model"]["linear"] |= dict(
+    """All keys with plain values; those that follow from others are filled in. Of mixers, those that the model has."""
+    tree = config.model_dump(mode="json") | {"model": _resolved_model(config.model)}
+    if config.optimizer.schedule == "wsd":
+        tree["optimizer"]["decay_steps"] = config.optimizer.decay_steps or max(1, config.train.steps // 5)
+    return tree
+
+
+def model_keys(model: Model | dict[str, Any]) -> dict[str, Any]:
+    """What a model is, by dotted keys, whatever version wrote it and in whatever form: with the values that follow from others.
+
+    Of mixers, those that it has; the pattern is the kinds of its layers.
+
+    Raises:
+        ValidationError: it is no model that this version knows.
+    """
+    model = model if isinstance(model, Model) else Model.model_validate(model)
+    tree = _resolved_model(model) | {"pattern": model.shortened(model.kinds)}
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        pairs = ((f"{prefix}{name}", value) for name, value in tree.items())
+        return {
+            k: v
+            for key, value in pairs
+            for k, v in (flat(value, f"{key}.") if isinstance(value, dict) else {key: value}).items()
+        }
+
+    return flat(tree)
+
+
+def _resolved_model(model: Model) -> dict[str, Any]:
+    tree = model.model_dump(mode="json")
+    tree |= dict(groups=model.kv_heads, head_dim=model.head_width, ffn=model.ffn_width)
+    tree["linear"] |= dict(
         heads=model.linear_heads,
         head_dim=model.linear_head_width,
         key_heads=model.linear_key_heads,
         key_dim=model.linear_key_width,
     )
-    if config.optimizer.schedule == "wsd":
-        tree["optimizer"]["decay_steps"] = config.optimizer.decay_steps or max(1, config.train.steps // 5)
+    sections = {key: model.mixers.section(key) for key in model.mixers.keys if key in model.kinds}
+    dumped = {key: section.model_dump(mode="json", exclude_none=True) for key, section in sections.items() if section}
+    tree["mixers"] = {key: section for key, section in dumped.items() if section}
     return tree
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lsys.config.schema import held_section
+from lsys.section import held_section
 
 # What pydantic's words leave open, by its names of mistakes.
 RULES = {"model_type": "it should be a mapping", "list_type": "it should be a list in brackets, such as [a, b]"}
@@ -80,13 +80,18 @@ def _place(schema: type[BaseModel], loc: Iterable[str | int]) -> tuple[list[str 
     names: list[str | int] = []
     section: type[BaseModel] | None = schema  # of the next name
     holder: type[BaseModel] | None = None  # of the last name
+    is_open = False
     for part in loc:
         if isinstance(part, int):
             names.append(part)
         elif section is not None:
             names.append(part)
             holder = section
+            is_open = section.model_config.get("extra") == "allow" and part not in section.model_fields
             section = held_section(section.model_fields[part].annotation) if part in section.model_fields else None
+        elif is_open:  # keys below a name of the user's own
+            names.append(part)
+            holder = None
         else:
             break
     return names, holder

@@ -1,6 +1,12 @@
 """What a configuration says without effect, or at a price."""
 
-from lsys.config.schema import STATE_MIXERS, Config, Model, Section
+from collections.abc import Iterable
+
+from lsys.config.mixers import MOVED
+from lsys.config.schema import Config, Model
+from lsys.mixers.card import Card
+from lsys.mixers.registry import CARDS, LETTERS
+from lsys.section import Section
 
 
 def notices(config: Config, world_size: int | None = None) -> list[str]:
@@ -14,16 +20,23 @@ def _changed(section: Section, key: str) -> bool:
 
 
 def _parallel(config: Config, world_size: int | None) -> list[str]:
-    parallel, found = config.parallel, []
+    parallel, cards, found = config.parallel, config.model.cards.values(), []
     if parallel.context == 1 and _changed(parallel, "layout"):
         found.append(
             f"parallel.layout {parallel.layout} has no effect: context is 1, one rank holds all tokens of a micro-batch"
         )
-    if _changed(parallel, "attention") and (parallel.context == 1 or not {*"SW"} & {*config.model.kinds}):
-        why = "context is 1" if parallel.context == 1 else f"no layer of pattern {config.model.pattern!r} is S or W"
+    if _changed(parallel, "attention") and (parallel.context == 1 or all(card.has_state for card in cards)):
+        users = _listed(card for card in CARDS if not card.has_state)
+        why = (
+            "context is 1" if parallel.context == 1 else f"no layer of pattern {config.model.pattern_text!r} is {users}"
+        )
         found.append(f"parallel.attention {parallel.attention} has no effect: {why}")
-    if _changed(parallel, "linear") and (parallel.context == 1 or not {*STATE_MIXERS} & {*config.model.kinds}):
-        why = "context is 1" if parallel.context == 1 else f"no layer of pattern {config.model.pattern!r} has a state"
+    if _changed(parallel, "linear") and (parallel.context == 1 or not any(card.has_state for card in cards)):
+        why = (
+            "context is 1"
+            if parallel.context == 1
+            else f"no layer of pattern {config.model.pattern_text!r} has a state"
+        )
         found.append(f"parallel.linear {parallel.linear} has no effect: {why}")
     product = parallel.tensor * parallel.context * parallel.pipeline
     if world_size and world_size % product == 0:
@@ -39,32 +52,42 @@ def _parallel(config: Config, world_size: int | None) -> list[str]:
     return found
 
 
-# Letters of the layers that a key of model.linear is for, if not all with a state.
-_USERS = {"decay": "L", "lrpe": "L", "norm": "L", "gate_rank": "G", "conv_width": "MD", "negative_eigenvalues": "D"}
+def _listed(cards: Iterable[type[Card]]) -> str:
+    """`L, R or G`."""
+    return " or ".join(", ".join(card.symbol for card in cards).rsplit(", ", 1))
 
 
-def _without_layers(model: Model, users: dict[str, str]) -> list[str]:
-    """Sentences about those keys whose layers, given by their letters, the model lacks."""
-    listed = {key: " or ".join(", ".join(letters).rsplit(", ", 1)) for key, letters in users.items()}
-    return [
-        f"model.{key} has no effect: no layer of pattern {model.pattern!r} is {listed[key]}"
-        for key, letters in users.items()
-        if not {*letters} & {*model.kinds}
-    ]
+def _idle(model: Model, key: str, users: Iterable[type[Card]]) -> list[str]:
+    """A sentence about a key of `model` whose mixers the model lacks."""
+    users = tuple(users)
+    if any(isinstance(card, users) for card in model.cards.values()):
+        return []
+    return [f"model.{key} has no effect: no layer of pattern {model.pattern_text!r} is {_listed(users)}"]
 
 
 def _model(config: Config) -> list[str]:
     model, found = config.model, []
-    changed = [key for key in type(model.linear).model_fields if _changed(model.linear, key)]
-    found += _without_layers(model, {f"linear.{key}": _USERS.get(key, STATE_MIXERS) for key in changed})
-    changed = [key for key in ("groups", "qk_norm", "rope_base") if _changed(model, key)]
-    found += _without_layers(model, {key: "SWR" if key == "rope_base" else "SW" for key in changed})
-    if "W" not in model.kinds and model.window:
-        found.append(f"model.window has no effect: no layer of pattern {model.pattern!r} is W")
-    unused = [letter for letter in dict.fromkeys(model.pattern) if letter not in model.kinds]
+    for key in type(model.linear).model_fields:
+        if key in MOVED:
+            if getattr(model.linear, key) is not None:
+                there = " and ".join(f"model.mixers.{name}.{key}" for name in MOVED[key])
+                found.append(f"model.linear.{key} is now {there}; it is read as before")
+        elif _changed(model.linear, key):
+            found += _idle(model, f"linear.{key}", (card for card in CARDS if card.has_state))
+    for key in dict.fromkeys(key for card in CARDS for key in card.model_keys):
+        if _changed(model, key):
+            found += _idle(model, key, (card for card in CARDS if key in card.model_keys))
+    for key in model.mixers.keys:
+        section = model.mixers.section(key)
+        changed = [name for name in type(section).model_fields if _changed(section, name)] if section else []
+        if key not in model.kinds:
+            layer = _listed(card for card in CARDS if card.name == key) or key
+            why = f"no layer of pattern {model.pattern_text!r} is {layer}"
+            found += [f"model.mixers.{key}.{name} has no effect: {why}" for name in changed]
+    unused = [name for name in dict.fromkeys(model.pattern) if LETTERS.get(name, name) not in model.kinds]
     found += [
-        f"{letter} in model.pattern {model.pattern!r} has no effect: there are only {model.layers} layers"
-        for letter in unused
+        f"{name} in model.pattern {model.pattern_text!r} has no effect: there are only {model.layers} layers"
+        for name in unused
     ]
     return found
 

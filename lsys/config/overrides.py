@@ -14,7 +14,8 @@ import tyro
 from pydantic import BaseModel
 
 from lsys.config.reference import default_in_words, kind_in_words
-from lsys.config.schema import Config, held_section
+from lsys.config.schema import Config
+from lsys.section import held_section
 
 Options = TypeVar("Options")
 

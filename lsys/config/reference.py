@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lsys.config.schema import Config, held_section
+from lsys.config.schema import Config
+from lsys.section import held_section
 
 HEAD = """# Configuration
 

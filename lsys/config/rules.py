@@ -6,17 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
-from lsys.config.schema import STATE_MIXERS, Config
-
-MIXERS = {
-    "S": "softmax attention",
-    "W": "windowed softmax attention",
-    "L": "Lightning linear attention",
-    "R": "retention",
-    "G": "gated linear attention",
-    "M": "Mamba-2",
-    "D": "gated delta net",
-}
+from lsys.config.schema import Config
+from lsys.mixers.registry import LETTERS, listed
 
 
 def check(config: Config, world_size: int) -> list[Mistake]:
@@ -33,17 +24,15 @@ def require(config: Config, world_size: int) -> None:
 
 
 def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
-    pattern = config.model.pattern
-    known = ", ".join(f"{letter} ({name})" for letter, name in MIXERS.items())
-    if not pattern:
+    model = config.model
+    known = listed() + "".join(f", {name}" for name in model.mixers.model_extra or {})
+    if not model.pattern:
         yield Mistake("model.pattern", "it is empty", f"name at least one layer: {known}")
-    for letter in dict.fromkeys(pattern):
-        if letter not in MIXERS:
-            yield Mistake("model.pattern", f"{letter!r} in {pattern!r} is no token mixer", f"there are {known}")
-    if "W" in pattern and config.model.window is None:
-        yield Mistake(
-            "model.window", f"it is empty, and pattern {pattern!r} has W layers", "give the tokens of the window"
-        )
+    for name in dict.fromkeys(model.pattern):
+        if model.mixers.kind(LETTERS.get(name, name)) is None:
+            yield Mistake(
+                "model.pattern", f"{name!r} in {model.pattern_text!r} is no token mixer", f"there are {known}"
+            )
 
 
 def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -56,17 +45,8 @@ def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
         yield Mistake(
             "model.heads", problem, choice("", nearest(model.heads, divisors(model.hidden))) + ", or set model.head_dim"
         )
-    elif {*"SW"} & {*model.pattern} and model.head_width % 2:
-        fix = f"{model.head_width - 1 or 2} or {model.head_width + 1} does"
-        yield Mistake("model.head_dim", f"{model.head_width} is odd, and rotary positions turn pairs of channels", fix)
-    if {*STATE_MIXERS} & {*model.pattern} and model.linear_heads % model.linear_key_heads:
-        problem = f"{model.linear_key_heads} key heads do not divide {model.linear_heads} linear heads"
-        fits = nearest(model.linear_key_heads, divisors(model.linear_heads))
-        yield Mistake("model.linear.key_heads", problem, choice("", fits))
-    if "R" in model.pattern and model.linear_key_width % 2:
-        width = model.linear_key_width
-        problem = f"{width} is odd, and the phases of R layers turn pairs of channels"
-        yield Mistake("model.linear.key_dim", problem, f"{width - 1 or 2} or {width + 1} does")
+    refused = dict.fromkeys(refusal for card in model.known_cards.values() for refusal in card.refusals())
+    yield from (Mistake(f"model.{key}", problem, fix) for key, problem, fix in refused)
 
 
 def _world(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -109,10 +89,8 @@ def _sliced(config: Config) -> list[tuple[str, str, int]]:
         ("model.ffn", "channels of the MLP", model.ffn_width),
         ("model.vocab_multiple", "entries of the padded vocabulary", model.padded_vocab),
     ]
-    if {*STATE_MIXERS} & {*model.pattern}:
-        counts.append(("model.linear.heads", "linear heads", model.linear_heads))
-        if model.linear_key_heads != model.linear_heads:
-            counts.append(("model.linear.key_heads", "linear key heads", model.linear_key_heads))
+    sliced = dict.fromkeys(each for card in model.known_cards.values() for each in card.sliced())
+    counts += [(f"model.{key}", what, count) for key, what, count in sliced]
     return counts
 
 

@@ -3,29 +3,44 @@
 Units: tokens unless said otherwise. Rules that tie several keys to each other, or to the number of ranks, are in `lsys.config.rules`.
 """
 
-import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-STATE_MIXERS = "LRGMD"  # letters of `model.pattern` whose layers keep a state
+from lsys.config.mixers import MOVED, Mixers
+from lsys.mixers.card import Card
+from lsys.mixers.registry import CARDS, LETTERS, MIXERS, listed
+from lsys.section import Section
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+def _moved(key: str) -> Any:
+    """A field that is read and not written: the key has moved to the sections of the mixers that have it."""
+    there = " and ".join(f"`model.mixers.{name}.{key}`" for name in MOVED[key])
+    return Field(None, exclude=True, description=f"Now {there}; read as before.")
 
 
-def held_section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field of this annotation holds, itself or in a list."""
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _is_valid(name: str, key: str, value: Any) -> bool:
+    """Whether a mixer's own section takes this value."""
+    try:
+        MIXERS[name].Options.model_validate({key: value})
+    except ValidationError:
+        return False
+    return True
 
 
 class LinearMixer(Section):
-    """Settings of layers with a state (`L`, `R`, `G`, `M`, `D`); the state of a head is [`key_dim`, `head_dim`]."""
+    """Sizes of layers with a state; the state of a head is [`key_dim`, `head_dim`]."""
 
     heads: PositiveInt | None = Field(None, description="Value heads; `model.heads` if empty.")
     head_dim: PositiveInt | None = Field(
@@ -38,31 +53,22 @@ class LinearMixer(Section):
     key_dim: PositiveInt | None = Field(
         None, description="Channels of the queries and keys of one head; `head_dim` if empty. Mamba-2's state size."
     )
-    decay: bool = Field(True, description="`L`: fixed per-head decay; false: plain linear attention.")
-    lrpe: Literal["none", "first", "all"] = Field(
-        "none",
-        description="`L`: relative positions by phases of queries and keys (LRPE-d), which double the state: in no layer, the first `L` layer "
-        "(as TransNormerLLM) or all.",
-    )
-    norm: Literal["head", "srms"] = Field(
-        "head", description="`L`: norm of the output, inside each head: RMSNorm with weights, or without (SRMSNorm)."
-    )
-    gate_rank: PositiveInt = Field(16, description="`G`: rank of the projection that makes the decay.")
-    conv_width: PositiveInt = Field(
-        4, description="`M`, `D`: tokens that the short convolution sees, the token itself included."
-    )
-    negative_eigenvalues: bool = Field(
-        False, description="`D`: beta goes up to 2 instead of 1, so that a state can be turned over."
-    )
+    decay: bool | None = _moved("decay")
+    lrpe: Literal["none", "first", "all"] | None = _moved("lrpe")
+    norm: Literal["head", "srms"] | None = _moved("norm")
+    gate_rank: PositiveInt | None = _moved("gate_rank")
+    conv_width: PositiveInt | None = _moved("conv_width")
+    negative_eigenvalues: bool | None = _moved("negative_eigenvalues")
 
 
 class Model(Section):
     """The hybrid decoder: `pattern` repeated over `layers`."""
 
-    pattern: str = Field(
+    pattern: str | list[str] = Field(
         "LLLS",
-        description="One letter a layer, repeated: `S` softmax attention, `W` softmax attention in a sliding window; with a state: `L` Lightning linear "
-        "attention, `R` retention, `G` gated linear attention, `M` Mamba-2, `D` gated delta net.",
+        description="The token mixer of each layer, repeated: one letter a layer, or a list of names, of these and of `model.mixers`: "
+        + "; ".join(f"`{card.letter}`, `{card.name}`: {card.title}" for card in CARDS)
+        + ".",
     )
     layers: PositiveInt = Field(description="Number of layers.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
@@ -93,7 +99,35 @@ class Model(Section):
     init_std: PositiveFloat = Field(
         0.02, description="Standard deviation of initial weights; output projections divide it by sqrt(2 layers)."
     )
-    linear: LinearMixer = Field(LinearMixer(), description="Settings of layers with a state.")
+    linear: LinearMixer = Field(LinearMixer(), description="Sizes of layers with a state.")
+    mixers: Mixers = Field(Mixers(), description="Own keys of each mixer, and variants.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_moved(cls, data: Any) -> Any:
+        """With the keys that have moved out of `linear` where they are now; given in both places they are refused."""
+        given = data.get("linear") if isinstance(data, dict) else None
+        given = given.model_dump(exclude_unset=True) if isinstance(given, LinearMixer) else given
+        moved = {key: given[key] for key in MOVED if key in given} if isinstance(given, dict) else {}
+        mixers = data.get("mixers", {}) if moved else {}
+        if not moved or not isinstance(mixers, dict):
+            return data
+        found, twice = {name: section for name, section in mixers.items()}, list[InitErrorDetails]()
+        for key, value in moved.items():
+            for name in MOVED[key]:
+                section = found.get(name, {})
+                if not _is_valid(name, key, value):
+                    continue  # told of the key that is given
+                if isinstance(section, dict) and key in section:
+                    problem = PydanticCustomError(
+                        "twice", "it is given as {there} too", {"there": f"model.mixers.{name}.{key}"}
+                    )
+                    twice.append({"type": problem, "loc": ("linear", key), "input": value})
+                elif isinstance(section, dict):
+                    found[name] = {**section, key: value}
+        if twice:
+            raise ValidationError.from_exception_data(cls.__name__, twice)
+        return {**data, "mixers": found}
 
     @property
     def kv_heads(self) -> int:
@@ -128,9 +162,47 @@ class Model(Section):
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def kinds(self) -> str:
-        """One letter for each layer, `layers` long."""
-        return (self.pattern * self.layers)[: self.layers]
+    def pattern_text(self) -> str:
+        """The pattern as messages name it."""
+        return self.pattern if isinstance(self.pattern, str) else "[" + ", ".join(self.pattern) + "]"
+
+    def shortened(self, kinds: Iterable[str]) -> str:
+        """The layers by their letters, where all have one; else by their names."""
+        letters = {name: letter for letter, name in LETTERS.items()}
+        kinds = tuple(kinds)
+        return "".join(letters[k] for k in kinds) if {*kinds} <= letters.keys() else ",".join(kinds)
+
+    @property
+    def pattern_keys(self) -> tuple[str, ...]:
+        """The names in the pattern; letters that no mixer has stay as they are."""
+        return tuple(LETTERS.get(each, each) for each in self.pattern)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The mixer or variant of each layer by its name, `layers` long."""
+        repeats = -(-self.layers // max(1, len(self.pattern)))
+        return (self.pattern_keys * repeats)[: self.layers]
+
+    @property
+    def cards(self) -> dict[str, Card]:
+        """The cards of the kinds of layers that there are, in the order of the registry, then of `mixers`.
+
+        Raises:
+            KeyError: a layer is of a kind that nothing knows; `lsys.config.rules` refuses it.
+        """
+        if unknown := {*self.kinds} - {*self.mixers.keys}:
+            raise KeyError(f"no token mixer is called {', '.join(sorted(unknown))}; there are {listed()}")
+        return self.known_cards
+
+    @property
+    def known_cards(self) -> dict[str, Card]:
+        """As `cards`, without the kinds that nothing knows."""
+        kinds = {*self.kinds}
+        return {key: self.card(key) for key in self.mixers.keys if key in kinds}
+
+    def card(self, key: str) -> Card:
+        """The card of a mixer or variant in this model."""
+        return MIXERS[self.mixers.kind(key) or key](key, self, self.mixers.section(key))
 
 
 class Parallel(Section):

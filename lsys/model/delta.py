@@ -20,21 +20,17 @@ class GatedDeltaMixer(LinearMixer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        config, tp, model = self.config, self.tp_group, self.options.model
-        self.conv = ShortConvolution(config, self.key_heads * self.widths()[0], model.linear.conv_width, False, tp)
+        config, tp = self.config, self.tp_group
+        self.conv = ShortConvolution(config, self.card.channels, self.own.conv_width, False, tp)
         self.decay = StepDecay(config, self.heads, tp)
-        self.out_norm = HeadNorm(config, self.heads, self.head_dim, model.norm_eps, tp)
-
-    def widths(self) -> tuple[int, ...]:
-        values = self.shared * self.head_dim
-        return 2 * self.key_dim + values, values, self.shared, self.shared  # q, k and v; gate; beta; decay
+        self.out_norm = HeadNorm(config, self.heads, self.head_dim, self.model.norm_eps, tp)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         qkv, gate, beta, raw = self.parts(projected)
         qkv = self.conv(qkv.flatten(1), packed, self.comm, self.kept(packed)).view_as(qkv)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
         beta = torch.sigmoid(wide(beta.flatten(1)))  # [T_r, H]
-        if self.options.model.linear.negative_eigenvalues:
+        if self.own.negative_eigenvalues:
             beta = 2 * beta
         _, log_decay = self.decay(raw.flatten(1))
         o = self.attend(unit(q), unit(k), self.by_head(v), packed, log_decay=log_decay, beta=beta)

@@ -22,8 +22,8 @@ class GatedLinearMixer(LinearMixer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        config, rank = self.config, self.options.model.linear.gate_rank
-        self.out_norm = HeadNorm(config, self.heads, self.head_dim, self.options.model.norm_eps, self.tp_group)
+        config, rank = self.config, self.own.gate_rank
+        self.out_norm = HeadNorm(config, self.heads, self.head_dim, self.model.norm_eps, self.tp_group)
         self.decay_in = SharedLinear(config, config.hidden_size, rank)
         self.decay_out = ColumnParallelLinear(
             rank,
@@ -35,9 +35,6 @@ class GatedLinearMixer(LinearMixer):
             tp_group=self.tp_group,
         )
         self.decay_out.bias.initial = zeros
-
-    def widths(self) -> tuple[int, ...]:
-        return self.key_dim, self.key_dim, self.shared * self.head_dim, self.shared * self.head_dim
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         decay, _ = self.decay_out(self.decay_in(hidden_states))  # [slots / tensor, 1, rank] -> [slots, 1, H_k Dk]

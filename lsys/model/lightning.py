@@ -39,26 +39,22 @@ class LightningMixer(LinearMixer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        model = self.options.model
-        self.eps, linear, layer = model.norm_eps, model.linear, self.layer_number - 1
+        self.eps = self.model.norm_eps
         self.out_norm = None
-        if linear.norm == "head":
+        if self.own.norm == "head":
             self.out_norm = HeadNorm(self.config, self.heads, self.head_dim, self.eps, self.tp_group)
-        rates = self.mine(decay_rates(self.heads, layer, model.layers))
+        rates = self.mine(decay_rates(self.heads, self.layer_number - 1, self.model.layers))
         self.register_buffer("log_decay", rates, persistent=False)
-        self.has_phases = linear.lrpe == "all" or linear.lrpe == "first" and layer == model.kinds.index("L")
+        self.has_phases = self.own.lrpe == "all" or self.own.lrpe == "first" and self.is_first
         if self.has_phases:
             self.register_buffer("phases", self.mine(phase_rates(self.key_heads, self.key_dim)), persistent=False)
-
-    def widths(self) -> tuple[int, ...]:
-        return 2 * self.key_dim + self.shared * self.head_dim, self.shared * self.head_dim
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         qkv, gate = self.parts(projected)
         q, k, v = F.silu(qkv).split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
         if self.has_phases:
             q, k = self.turned(q, packed), self.turned(k, packed)
-        decay, scale = self.log_decay if self.options.model.linear.decay else None, self.key_dim**-0.5
+        decay, scale = self.log_decay if self.own.decay else None, self.key_dim**-0.5
         o = self.attend(q, k, self.by_head(v), packed, log_decay=decay, scale=scale)
         o = F.rms_norm(o, (self.head_dim,), None, self.eps) if self.out_norm is None else self.out_norm(o)
         return (o * torch.sigmoid(self.by_head(gate))).flatten(1)

@@ -1,12 +1,12 @@
 """The frame of mixers that keep a state: linear attention in all its forms."""
 
-from abc import abstractmethod
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lsys.mixers.state import StateCard
 from lsys.model.mixer import Mixer, MixerOptions
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.linear import linear_attention
@@ -15,9 +15,12 @@ from lsys.parallel.linear import linear_attention
 class LinearMixer(Mixer):
     """Queries and keys of H_k heads, values of H heads, of which each key head serves n = H / H_k.
 
-    `in_proj` is laid out key head by key head, of each what `widths` says, so a tensor rank owns whole heads. All that a token
+    `in_proj` is laid out key head by key head, of each the parts that the card names, so a tensor rank owns whole heads. All that a token
     needs of those before it is what `Cache` keeps: the state and, with a short convolution, its last inputs.
     """
+
+    card: StateCard
+    own: Any  # its section of the YAML
 
     def __init__(
         self,
@@ -27,23 +30,19 @@ class LinearMixer(Mixer):
         options: MixerOptions,
         **unused: Any,
     ) -> None:
-        model = options.model
-        self.heads, self.key_heads = model.linear_heads, model.linear_key_heads
-        self.key_dim, self.head_dim = model.linear_key_width, model.linear_head_width
+        card = options.card
+        assert isinstance(card, StateCard)
+        self.card, self.own = card, card.own
+        self.heads, self.key_heads = card.heads, card.key_heads
+        self.key_dim, self.head_dim = card.key_width, card.value_width
         self.shared = self.heads // self.key_heads
-        width = self.key_heads * sum(self.widths())
-        super().__init__(
-            config, layer_number, pg_collection, options, in_width=width, out_width=self.heads * self.head_dim
-        )
-
-    @abstractmethod
-    def widths(self) -> tuple[int, ...]:
-        """Widths of the parts of one key head and the heads that it serves, in the order of `in_proj`."""
+        super().__init__(config, layer_number, pg_collection, options)
 
     def parts(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[T_r, in_width / tensor] -> the parts, each [T_r, key heads, its width]."""
+        widths = tuple(self.card.parts().values())
         groups = self.key_heads // self.tp_group.size()
-        return projected.view(len(projected), groups, sum(self.widths())).split(self.widths(), dim=-1)
+        return projected.view(len(projected), groups, sum(widths)).split(widths, dim=-1)
 
     def by_head(self, x: Tensor) -> Tensor:
         """[T_r, key heads, n D] -> [T_r, H, D]."""
@@ -55,7 +54,7 @@ class LinearMixer(Mixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedMicroBatch, **options: Any) -> Tensor:
         """q, k [T_r, H_k, Dk], v [T_r, H, Dv] -> [T_r, H, Dv]; options of `lsys.parallel.linear.linear_attention`."""
-        kept, method = self.kept(packed), self.options.parallel.linear
+        kept, method = self.kept(packed), self.options.method
         if kept is None:
             return linear_attention(q, k, v, packed.layout, self.comm, method=method, **options)[0]
         options |= dict(initial_state=kept.get("state"), output_final_state=True)

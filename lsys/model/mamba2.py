@@ -20,18 +20,13 @@ class Mamba2Mixer(LinearMixer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        config, tp, model = self.config, self.tp_group, self.options.model
+        config, tp = self.config, self.tp_group
         inner = self.shared * self.head_dim  # channels of a group
-        channels = self.key_heads * (inner + 2 * self.key_dim)
-        self.conv = ShortConvolution(config, channels, model.linear.conv_width, True, tp)
+        self.conv = ShortConvolution(config, self.card.channels, self.own.conv_width, True, tp)
         self.decay = StepDecay(config, self.heads, tp)
         self.skip = HeadParameters(config, tp)
         self.skip.add("D", (self.heads,), ones)
-        self.out_norm = HeadNorm(config, self.key_heads, inner, model.norm_eps, tp)
-
-    def widths(self) -> tuple[int, ...]:
-        inner = self.shared * self.head_dim
-        return inner, inner + 2 * self.key_dim, self.shared  # z; x, B and C; dt
+        self.out_norm = HeadNorm(config, self.key_heads, inner, self.model.norm_eps, tp)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         z, xbc, raw = self.parts(projected)

@@ -14,29 +14,28 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lsys.config.schema import Model, Parallel
+from lsys.mixers.card import Card
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.comm import SequenceComm
 
 
 @dataclass(frozen=True)
 class MixerOptions:
-    """What a mixer takes from the configuration beside Megatron's own.
+    """What a mixer takes beside Megatron's own configuration.
 
     Attributes:
-        comm: the context ranks.
-        attention: how each kind of softmax layer crosses them.
+        card: the mixer in this model. comm: the context ranks. method: how it crosses them.
+        recompute: whether `mix` is run again in the backward pass.
     """
 
-    model: Model
-    parallel: Parallel
+    card: Card
     comm: SequenceComm
-    attention: dict[str, str]
+    method: str
     recompute: bool = False
 
 
 class Mixer(MegatronModule):
-    """Replaces Megatron's self-attention in a layer. Subclasses say the widths and implement `mix`.
+    """Replaces Megatron's self-attention in a layer. The card says the widths; subclasses implement `mix`.
 
     The residual stream has a constant number of slots on every rank; the last few may be slack that no document fills. Mixers see
     documents' tokens only: slack is cut off before `mix` and comes back as zeros.
@@ -50,19 +49,26 @@ class Mixer(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         options: MixerOptions,
-        *,
-        in_width: int,
-        out_width: int,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.layer_number, self.options = layer_number, options
+        card = options.card
+        self.layer_number, self.options, self.model = layer_number, options, card.model
         self.tp_group, self.comm = pg_collection.tp, options.comm
         common = dict(config=config, bias=False, skip_bias_add=True, tp_group=pg_collection.tp)
-        self.in_proj = ColumnParallelLinear(config.hidden_size, in_width, init_method=config.init_method, **common)
+        self.in_proj = ColumnParallelLinear(config.hidden_size, card.in_width, init_method=config.init_method, **common)
         self.out_proj = RowParallelLinear(
-            out_width, config.hidden_size, init_method=config.output_layer_init_method, input_is_parallel=True, **common
+            card.out_width,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            **common,
         )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first layer of its kind in the model."""
+        return self.model.kinds.index(self.options.card.key) == self.layer_number - 1
 
     @abstractmethod
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:

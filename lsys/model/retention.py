@@ -27,13 +27,10 @@ class RetentionMixer(LinearMixer):
         super().__init__(*arguments, **named)
         self.register_buffer("log_decay", self.mine(decay_rates(self.heads)), persistent=False)
 
-    def widths(self) -> tuple[int, ...]:
-        return self.key_dim, self.key_dim, self.shared * self.head_dim, self.shared * self.head_dim
-
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         q, k, v, gate = self.parts(projected)
-        rotary = packed.rotary(self.options.model.rope_base, self.key_dim)
+        rotary = packed.rotary(self.model.rope_base, self.key_dim)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         o = self.attend(q, k, self.by_head(v), packed, log_decay=self.log_decay)
-        o = F.layer_norm(o, (self.head_dim,), None, None, self.options.model.norm_eps)
+        o = F.layer_norm(o, (self.head_dim,), None, None, self.model.norm_eps)
         return (o * F.silu(self.by_head(gate))).flatten(1)

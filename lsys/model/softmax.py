@@ -1,4 +1,4 @@
-"""`S`: softmax attention with grouped keys, QK-norm and rotary positions; `W`: the same in a sliding window."""
+"""Softmax attention with grouped keys, QK-norm and rotary positions."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lsys.kernels.softmax_attention import softmax_attention as kernel
+from lsys.mixers.attention import AttentionCard
 from lsys.model.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
 from lsys.model.packed import PackedMicroBatch, apply_rotary
@@ -21,9 +22,6 @@ class SoftmaxMixer(Mixer):
     whatever a tensor rank owns: whole groups.
     """
 
-    kind = "S"
-    window: int | None = None  # tokens that a query sees, itself included; None: all before it
-
     def __init__(
         self,
         config: TransformerConfig,
@@ -32,12 +30,11 @@ class SoftmaxMixer(Mixer):
         options: MixerOptions,
         **unused: Any,
     ) -> None:
-        model = options.model
+        super().__init__(config, layer_number, pg_collection, options)
+        card, model = options.card, self.model
+        assert isinstance(card, AttentionCard)
+        self.window = card.window  # tokens that a query sees, itself included; None: all before it
         self.head_dim, self.queries_per_group = model.head_width, model.heads // model.kv_heads
-        in_width = (model.heads + 2 * model.kv_heads) * self.head_dim
-        super().__init__(
-            config, layer_number, pg_collection, options, in_width=in_width, out_width=model.heads * self.head_dim
-        )
         if model.qk_norm:
             self.q_layernorm = RMSNorm(config, self.head_dim, model.norm_eps)
             self.k_layernorm = RMSNorm(config, self.head_dim, model.norm_eps)
@@ -47,14 +44,14 @@ class SoftmaxMixer(Mixer):
         grouped = projected.view(tokens, -1, n + 2, self.head_dim)  # [T_r, groups, queries + 2, D]
         q = grouped[:, :, :n].reshape(tokens, -1, self.head_dim)  # [T_r, heads, D]
         k, v = grouped[:, :, n], grouped[:, :, n + 1]  # [T_r, groups, D]
-        if self.options.model.qk_norm:
+        if self.model.qk_norm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        rotary = packed.rotary(self.options.model.rope_base, self.head_dim)
+        rotary = packed.rotary(self.model.rope_base, self.head_dim)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         kept = self.kept(packed)
         if kept is not None:
             return self._go_on(q, k, v, kept).reshape(tokens, -1)
-        method = self.options.attention[self.kind]
+        method = self.options.method
         o = softmax_attention(q, k, v, packed.layout, self.comm, method=method, window=self.window)
         return o.reshape(tokens, -1)
 
@@ -68,13 +65,3 @@ class SoftmaxMixer(Mixer):
         kept["k"], kept["v"] = (k, v) if first == 0 else (k[first:].clone(), v[first:].clone())
         bounds = (torch.tensor([0, len(x)]) for x in (q, k))
         return kernel(q, k, v, cu_seqlens_q=next(bounds), cu_seqlens_k=next(bounds), window=self.window)[0]
-
-
-class WindowMixer(SoftmaxMixer):
-    """Softmax attention to the last `model.window` tokens of the document (Beltagy et al., Longformer, 2020; Jiang et al., Mistral 7B, 2023)."""
-
-    kind = "W"
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.window = self.options.model.window

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lsys.config import Config
-from lsys.config.load import resolved
+from lsys.config.load import model_keys, resolved
 from lsys.runtime.environment import Launch
 from lsys.runtime.groups import device_of
 
@@ -123,18 +123,11 @@ def _differences(then: Work, now: Work) -> Iterator[str]:
         "train.precision": (then.precision, now.precision),
         "train.recompute": (then.recompute, now.recompute),
     }
-    for key, value in _leaves("model", now.model).items():
-        pairs[key] = _leaves("model", then.model).get(key), value
-    for key, (before, after) in pairs.items():
-        if before != after:
-            yield f"{key} is {after!r}, in the baseline {before!r}"
-
-
-def _leaves(name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(f"{name}.{key}", value) if isinstance(value, Mapping) else {f"{name}.{key}": value}
-    return leaves
+    before, after = (model_keys(work.model) for work in (then, now))
+    pairs |= {f"model.{key}": (before.get(key), after.get(key)) for key in {**after, **before}}
+    for key, (old, new) in pairs.items():
+        if old != new:
+            yield f"{key} is {new!r}, in the baseline {old!r}"
 
 
 class Efficiency:

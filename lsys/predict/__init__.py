@@ -3,7 +3,7 @@
 shape         who holds which layers and how many tokens
 weights       parameters, gradients, optimizer states: exact
 traffic       all bytes of a step by axis and link class: exact (collectives: the ledger's formulas)
-activations   live tensors of a step (kernels: those of mixers; schedule: micro-batches under way)
+activations   live tensors of a step (kernels: those of mixers; schedule: micro-batches under way); what mixers keep is on their cards
 work          what a rank has to do; hardware: how fast that goes, by data sheets or a calibration
 seconds       a step's time and its waterfall
 plan          all of these for a configuration; search: other degrees; report: what `lsys check` prints

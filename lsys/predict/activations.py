@@ -14,14 +14,13 @@ a CPU, measured (tests/predict/test_memory.py); those of fused operations on GPU
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from lsys.predict.kernels import attention_workspace, linear_saved, linear_workspace
-from lsys.predict.mixers import inside, is_sent
+from lsys.predict.kernels import linear_saved, workspace
 from lsys.predict.schedule import in_flight
 from lsys.predict.shape import Shape
-from lsys.predict.weights import in_width, out_width
 
 
 @dataclass(frozen=True)
@@ -91,33 +90,32 @@ class Activations:
 
     @cached_property
     def layers(self) -> dict[str, LayerMemory]:
-        """By letter."""
+        """By the kinds of layers."""
         return {kind: self._layer(kind) for kind in dict.fromkeys(self.model.kinds)}
 
     def _layer(self, kind: str) -> LayerMemory:
         slots, part = self.slots, self.slots / self.tensor  # of the whole rank, and of the residual stream
         norm = part * self.norm(self.model.hidden)
         ffn = self.model.ffn_width / self.tensor
-        projected = slots * self.b * in_width(self.config, kind) / self.tensor
-        before, after, keeps = inside(self.shape, kind)
-        entry, decay = norm, 0.0
-        if kind == "G":  # projects its decay by a low rank; in fp32 that is what the decay's backward pass needs
-            entry += part * self.b * self.model.linear.gate_rank
-            decay = slots * self.b * self.model.linear_key_heads * self.model.linear_key_width / self.tensor
-        mixed = slots * self.b * out_width(self.config, kind) / self.tensor
-        workspace = attention_workspace(self.shape, kind) if kind in "SW" else linear_workspace(self.shape, kind)
-        # Where kernels take no view of the projections, these go with the gate of the output.
-        goes = keeps and (kind in "MD" or kind in "RG" and is_sent(self.shape, kind))
+        projected = slots * self.b * self.shape.cards[kind].in_width / self.tensor
+        card = self.shape.cards[kind]
+        before, after, stays = card.kept(self.shape.place(kind))
+        entry, outs = norm, 0.0
+        for each in card.low_ranks():
+            entry += part * self.b * each.rank
+            outs += slots * self.b * each.width / self.tensor
+        mixed = slots * self.b * card.out_width / self.tensor
         return LayerMemory(
             entry=entry,
-            projected=(projected if keeps and not goes else 0.0) + (decay if self.b == 4 else 0.0),
-            inputs=projected + decay,
-            before=slots * before + (0.0 if kind in "SW" else linear_saved(self.shape, kind)),
-            after=slots * after + (projected if goes else 0.0),
+            # In fp32, what comes out of low ranks is what the backward pass of decays and gates needs.
+            projected=(projected if stays == "kernel" else 0.0) + (outs if self.b == 4 else 0.0),
+            inputs=projected + outs,
+            before=slots * before + (linear_saved(self.shape, kind) if card.has_state else 0.0),
+            after=slots * after + (projected if stays == "gate" else 0.0),
             mixed=mixed,
             middle=mixed + part * self._residual + norm,
             mlp=slots * self.b * ffn * (3 if self.shape.gpu else 5) + part * self._residual,
-            workspace=workspace,
+            workspace=workspace(self.shape, kind),
         )
 
     # ---- the rank's peak
@@ -159,16 +157,12 @@ class Activations:
         """Of the residual stream."""
         return self.slots / self.tensor * self.b * self.model.hidden
 
-    def _tables(self, kinds: str) -> float:
+    def _tables(self, kinds: Iterable[str]) -> float:
         """Cosines and sines of positions, which a micro-batch's layers share."""
-        model, widths = self.model, set[int]()
-        if {*"SW"} & {*kinds}:
-            widths.add(model.head_width)
-        if "R" in kinds:
-            widths.add(model.linear_key_width)
-        if "L" in kinds and model.linear.lrpe != "none":
-            widths.add(2 * model.linear_key_heads * model.linear_key_width // self.tensor)
-        return 4.0 * self.slots * sum(widths)
+        tables: dict[Hashable, int] = {}
+        for kind in kinds:
+            tables |= self.shape.cards[kind].tables(self.tensor)
+        return 4.0 * self.slots * sum(tables.values())
 
     @property
     def _gathered(self) -> float:

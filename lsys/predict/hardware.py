@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lsys.config.messages import ConfigError, Mistake
-from lsys.config.schema import STATE_MIXERS
+from lsys.mixers.registry import CARDS
 from lsys.parallel.links import HARDWARE, NETWORK, NODE, Link, Links
 
 # Peaks: `lsys.observe.gpus`. HBM bytes and bytes/s from the same data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 / 8.
@@ -109,12 +109,14 @@ def _data_sheet(name: str, gpu: str, ranks: int, precision: str) -> Hardware:
         "step": 1e-3,
     }
     costs["weights_backward"] = 10 * moved  # the gradient, and its fp32 sum read and written
-    for kind in "SWLRGMD":
-        costs |= {f"layer:{kind}": 3 * LAUNCH, f"layer_backward:{kind}": 3 * LAUNCH}
+    for card in CARDS:
+        costs |= {f"layer:{card.symbol}": 3 * LAUNCH, f"layer_backward:{card.symbol}": 3 * LAUNCH}
     fused = 1 / (KERNEL * bandwidth)
-    for kind in STATE_MIXERS:  # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
+    for kind in (
+        card.symbol for card in CARDS if card.has_state
+    ):  # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
         costs |= {f"fused:{kind}": fused, f"fused_backward:{kind}": 1.75 * fused}
-    for kind in "SW":
+    for kind in (card.symbol for card in CARDS if not card.has_state):
         costs |= {f"kernel:{kind}": costs["bytes"], f"kernel_backward:{kind}": costs["bytes_backward"]}
     links = {k: Link(link.latency, LINK * link.bandwidth) for k, link in HARDWARE[gpu].items()}
     return Hardware(name, ranks, True, USABLE * size, peaks, costs, links, call=5e-6, overlap=1.0)

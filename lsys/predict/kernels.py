@@ -7,41 +7,48 @@ the states before the chunks.
 
 from __future__ import annotations
 
+from lsys.mixers.state import StateCard
 from lsys.predict.shape import Shape
 
 SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.grid`
 BLOCK = 2**18  # elements of a block, as `lsys.kernels.linear_attention.blocks`
 
 # Numbers a token that are alive at the peak of a kernel's backward pass beside its inputs, their gradients and that of its output:
-# of keys, values, H K, H C, H K V / C, H K^2 / C. Counted from live tensors; `G` and `D` may have more, by `_counts`.
+# of keys, values, H K, H C, H K V / C, H K^2 / C, by the variant of the kernel. Counted from live tensors; decays of channels and the
+# delta rule may have more, by `_counts`.
 Counts = tuple[float, ...]
 WHOLE: dict[str, Counts] = {
-    "L": (6, 6, 4, 3, 3, 0),
-    "R": (6, 6, 4, 3, 3, 0),
-    "G": (2, 6, 18, 2, 3, 0),
-    "M": (5, 6, 4, 5, 3, 0),
-    "D": (8, 6, 8, 8, 3, 1),
+    "head": (6, 6, 4, 3, 3, 0),
+    "channel": (2, 6, 18, 2, 3, 0),
+    "token": (5, 6, 4, 5, 3, 0),
+    "delta": (8, 6, 8, 8, 3, 1),
 }
 
 # The same of linked segments, whose backward pass goes through all blocks once for states, once for outputs and once for maps:
 # of a block, and of all tokens, what one turn tells the next.
 LINKED: dict[str, Counts] = {
-    "L": (5, 1, 4, 2, 0, 0),
-    "R": (5, 1, 4, 2, 0, 0),
-    "G": (2, 1, 14, 2, 0, 0),
-    "M": (5, 1, 3, 4, 0, 0),
-    "D": (4, 4, 3, 5, 1, 0),
+    "head": (5, 1, 4, 2, 0, 0),
+    "channel": (2, 1, 14, 2, 0, 0),
+    "token": (5, 1, 3, 4, 0, 0),
+    "delta": (4, 4, 3, 5, 1, 0),
 }
-ACROSS: dict[str, Counts] = {**dict.fromkeys("LRGM", (0, 1, 0, 0, 1, 0)), "D": (0, 2, 2, 0, 1, 0)}
+ACROSS: dict[str, Counts] = {
+    **dict.fromkeys(("head", "channel", "token"), (0, 1, 0, 0, 1, 0)),
+    "delta": (0, 2, 2, 0, 1, 0),
+}
 
 # The same of what is kept of linked segments beside their inputs: the states before chunks, and how far these reach.
 SAVED: dict[str, Counts] = {
-    "L": (0, 0, 0, 0, 1, 0),
-    "R": (0, 0, 0, 0, 1, 0),
-    "G": (0, 0, 0, 0, 1, 0),
-    "M": (0, 0, 0, 0, 1, 0),
-    "D": (0, 0, 0, 0, 1, 1),
+    **dict.fromkeys(("head", "channel", "token"), (0, 0, 0, 0, 1, 0)),
+    "delta": (0, 0, 0, 0, 1, 1),
 }
+
+
+def variant(card: StateCard) -> str:
+    """The kernel's variant, which the tables here are by."""
+    if card.delta:
+        return "channel delta" if card.decay == "channel" else "delta"
+    return "head" if card.decay == "none" else card.decay
 
 
 def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
@@ -60,27 +67,28 @@ def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
 
 def _widths(shape: Shape, kind: str) -> tuple[int, int, int, int, int]:
     """H, H_k, K, V of a tensor rank, and C."""
-    model, t = shape.config.model, shape.mesh.tensor
-    k = model.linear_key_width * (2 if kind == "L" and model.linear.lrpe == "all" else 1)
+    card, t = _card(shape, kind), shape.mesh.tensor
+    k = card.widened(is_first=False)
     linked = is_linked(shape, kind)  # else documents are whole, or were put together
     parts = 2 if linked and shape.config.parallel.layout == "zigzag" else 1
     length = max(1, max(shape.documents) // (parts * shape.mesh.context if linked else 1))
-    return (
-        model.linear_heads // t,
-        model.linear_key_heads // t,
-        k,
-        model.linear_head_width,
-        chunk_size([length] * parts, k, model.linear_head_width),
-    )
+    return card.heads // t, card.key_heads // t, k, card.value_width, chunk_size([length] * parts, k, card.value_width)
 
 
-def _counts(kind: str, linked: bool, size: int, grouped: bool) -> Counts:
-    """Of a block of chunks of `size` tokens. Where heads share keys, scores have copies for each.
+def _card(shape: Shape, kind: str) -> StateCard:
+    card = shape.cards[kind]
+    assert isinstance(card, StateCard)
+    return card
 
-    `G` halves chunks down to spans of 4, and keeps the decays into and out of halves at each level.
+
+def _counts(card: StateCard, linked: bool, size: int, grouped: bool) -> Counts:
+    """Of a block of chunks of `size` tokens. Where heads share keys, scores that decays or corrections are in have copies for each.
+
+    With a decay a channel, chunks are halved down to spans of 4, and the decays into and out of halves are kept at each level.
     """
-    keys, values, heads, *others = (LINKED if linked else WHOLE)[kind]
-    heads += 2 * (grouped and kind in "GD") + ((size // 4).bit_length() - 1 if kind == "G" else 0)
+    keys, values, heads, *others = (LINKED if linked else WHOLE)[variant(card)]
+    channel = card.decay == "channel"
+    heads += 2 * (grouped and (channel or card.delta)) + ((size // 4).bit_length() - 1 if channel else 0)
     return keys, values, heads, *others
 
 
@@ -95,34 +103,28 @@ def intermediate(shape: Shape, kind: str, tokens: float = 1.0, room: float = 1.0
     """Numbers that a kernel makes on its way, of so many tokens, `room` of them in a block."""
     heads, key_heads, *_, size = _widths(shape, kind)
     linked = is_linked(shape, kind)
-    found = room * _numbers(shape, kind, _counts(kind, linked, size, heads > key_heads))
-    return found + tokens * _numbers(shape, kind, ACROSS[kind]) if linked else found
+    found = room * _numbers(shape, kind, _counts(_card(shape, kind), linked, size, heads > key_heads))
+    return found + tokens * _numbers(shape, kind, ACROSS[variant(_card(shape, kind))]) if linked else found
 
 
 def least(shape: Shape, kind: str) -> float:
     """Bytes a token that a fused kernel of linear attention reads and writes at the least, forward."""
     heads, key_heads, k, v, _ = _widths(shape, kind)
-    return shape.itemsize * (2 * key_heads * k + 2 * heads * v) + 4 * _gates(shape, kind)
-
-
-def _gates(shape: Shape, kind: str) -> int:
-    """Numbers a token of log-decays and betas, which are fp32."""
-    heads, _, k, *_ = _widths(shape, kind)
-    return {"G": heads * k, "M": heads, "D": 2 * heads}.get(kind, 0)
+    return shape.itemsize * (2 * key_heads * k + 2 * heads * v) + 4 * _card(shape, kind).gates(shape.mesh.tensor)
 
 
 def linear_workspace(shape: Shape, kind: str) -> float:
     """Bytes of a backward pass: gradients of the inputs, of the output and of what gates it, and intermediate results."""
     heads, key_heads, k, v, c = _widths(shape, kind)
     b, tokens = shape.itemsize, shape.slots
-    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _gates(shape, kind)
+    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _card(shape, kind).gates(shape.mesh.tensor)
     room = c * max(1, BLOCK // (c * max(1, heads * max(k, v))))
     return tokens * whole + 4 * intermediate(shape, kind, tokens, min(tokens, room))
 
 
 def is_linked(shape: Shape, kind: str) -> bool:
     """Whether states come from and go to other ranks."""
-    return shape.mesh.context > 1 and shape.config.parallel.linear != "ulysses" and kind not in "SW"
+    return shape.mesh.context > 1 and shape.config.parallel.linear != "ulysses" and shape.cards[kind].has_state
 
 
 def linear_saved(shape: Shape, kind: str) -> float:
@@ -132,16 +134,21 @@ def linear_saved(shape: Shape, kind: str) -> float:
     """
     if not is_linked(shape, kind):
         return 0.0
+    card = _card(shape, kind)
     heads, _, k, v, _ = _widths(shape, kind)
     runs = (2 * shape.mesh.context - 1) if shape.config.parallel.layout == "zigzag" else shape.mesh.context
     own: float = 2 if shape.config.parallel.layout == "zigzag" else 1
-    if kind in "GMD" and shape.config.parallel.linear == "lasp2":
-        own += runs * (1 + (k / v if kind == "D" else 1 / v if kind == "G" else 0))
-    return 4.0 * (shape.slots * _numbers(shape, kind, SAVED[kind]) + own * heads * k * v)
+    if (card.delta or card.decay in ("token", "channel")) and shape.config.parallel.linear == "lasp2":
+        own += runs * (1 + (k / v if card.delta else 1 / v if card.decay == "channel" else 0))
+    return 4.0 * (shape.slots * _numbers(shape, kind, SAVED[variant(card)]) + own * heads * k * v)
 
 
 def attention_workspace(shape: Shape, kind: str) -> float:
     """Bytes of softmax attention's backward pass: gradients of queries, keys, values, and its output's."""
-    model, t, b = shape.config.model, shape.mesh.tensor, shape.itemsize
-    q, k = model.heads * model.head_width / t, model.kv_heads * model.head_width / t
-    return shape.slots * b * (2 * q + 2 * k)
+    card, t = shape.cards[kind], shape.mesh.tensor
+    return shape.slots * shape.itemsize * (card.in_width + card.out_width) / t
+
+
+def workspace(shape: Shape, kind: str) -> float:
+    """Bytes of the backward pass of a mixer's kernel."""
+    return linear_workspace(shape, kind) if shape.cards[kind].has_state else attention_workspace(shape, kind)

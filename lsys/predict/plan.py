@@ -61,10 +61,7 @@ class Plan:
         """Of each axis the rank that receives most, of one of each kind of stages; of hundreds of context ranks, of the first 128."""
         mesh, step = self.shape.mesh, StepTraffic(self.shape)
         most: dict[str, tuple[int, Bytes]] = {}
-        first = step.first_linear  # its state is twice as large with LRPE in the first layer
-        distinct = {
-            (self.shape.alike(stage), first is not None and first[0] == stage): stage for stage in range(mesh.pipeline)
-        }.values()
+        distinct = {step.alike(stage): stage for stage in range(mesh.pipeline)}.values()
         ends = {
             mesh.rank(tensor=tensor, context=context, data=data, pipeline=stage)
             for stage in distinct

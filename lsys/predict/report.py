@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from lsys.config.notices import notices
-from lsys.observe.flops import NAMES
 from lsys.parallel.links import NETWORK, NODE
 from lsys.predict.plan import Plan
 from lsys.predict.search import Changes, nearest, overrides, search
@@ -34,11 +33,12 @@ def memory(plan: Plan) -> Table:
     """GiB of a rank of each stage."""
     kinds = list(dict.fromkeys(plan.config.model.kinds))
     title = f"GiB of a rank, recompute {plan.config.train.recompute}; activations at their peak"
-    names = [f"{NAMES[kind]} layers" for kind in kinds]
+    names = [f"{kind} layers" for kind in kinds]
     headings = ["stage", "layers", "parameters", "gradients", "optimizer", *names, "other activations", "peak"]
     table = Table(*headings, title=title, title_justify="left")
     for stage, (held, peak, total) in enumerate(zip(plan.weights, plan.activations, plan.memory, strict=True)):
-        layers = " ".join(plan.shape.kinds(stage, chunk) for chunk in range(plan.shape.chunks))
+        chunks = (plan.shape.kinds(stage, chunk) for chunk in range(plan.shape.chunks))
+        layers = " ".join(map(plan.config.model.shortened, chunks))
         sizes = (held.parameters, held.gradients, held.optimizer, *(peak.held.get(kind, 0.0) for kind in kinds))
         table.add_row(str(stage), _short(layers), *(_gib(size) for size in (*sizes, peak.rest, total)))
     return table

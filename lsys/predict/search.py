@@ -9,7 +9,7 @@ from typing import Any
 
 from lsys.config.messages import divisors
 from lsys.config.rules import check
-from lsys.config.schema import STATE_MIXERS, Config
+from lsys.config.schema import Config
 from lsys.parallel.messages import linear
 from lsys.predict.hardware import Hardware
 from lsys.predict.plan import Plan
@@ -136,7 +136,7 @@ def _fitting(start: Plan, degrees: Changes) -> tuple[Changes, Plan] | None:
 def _with_method(start: Plan, changes: Changes, plan: Plan) -> tuple[Changes, Plan]:
     """With the fastest way of states."""
     config = plan.config
-    if config.parallel.context == 1 or not {*STATE_MIXERS} & {*config.model.kinds}:
+    if config.parallel.context == 1 or not any(card.has_state for card in config.model.cards.values()):
         return changes, plan
     methods = sorted(linear.METHODS, key=lambda method: method != config.parallel.linear)  # of equals the configured
     plans = [(each, _plan(start, each)) for each in ({**changes, "parallel.linear": method} for method in methods)]

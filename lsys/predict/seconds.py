@@ -19,7 +19,6 @@ from lsys.predict.shape import Shape
 from lsys.predict.timeline import Duration, Durations, Timeline
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.transfers import Transfers, once
-from lsys.predict.weights import in_width
 from lsys.predict.work import StageWork
 
 AXES = (*mesh.AXES, "model")  # of communication that takes time
@@ -57,8 +56,7 @@ class StepTime:
 
     def durations(self, stage: int) -> Durations:
         """Of the passes of a stage."""
-        first = self.traffic.first_linear
-        key = (self.shape.alike(stage), first is not None and first[0] == stage)
+        key = self.traffic.alike(stage)
         if key not in self._alike:
             found: Durations = {}
             for chunk in range(self.shape.chunks):
@@ -76,7 +74,7 @@ class StepTime:
             return 0.0, 0.0
         forward = backward = 0.0
         for number, kind in enumerate(self.shape.kinds(stage, chunk)):
-            is_first = kind == "L" and self.traffic.first_linear == (stage, chunk, number)
+            is_first = (stage, chunk, number) in self.traffic.firsts
             (there, back), (there_beside, back_beside) = self.mixer_exchange(kind, is_first)
             hides = self.hardware.overlap * self.hardware.seconds(self.work.mixer(kind, self.shape.methods, False))
             there += max(0.0, there_beside - hides)
@@ -126,7 +124,7 @@ class StepTime:
         # Backward, projections into heads and channels gather behind one product and scatter behind another
         # (`LinearWithGradAccumulationAndAsyncCommunication` of megatron/core/tensor_parallel/layers.py).
         product = 2.0 * shape.slots * model.hidden / shape.mesh.tensor * self.hardware.costs.get("matmul", 0.0)
-        for width in (*(in_width(self.config, kind) for kind in kinds), *len(kinds) * [2 * model.ffn_width]):
+        for width in (*(shape.cards[kind].in_width for kind in kinds), *len(kinds) * [2 * model.ffn_width]):
             back += max(0.0, gather - width * product) + max(0.0, scatter - width * product)
         if shape.is_first(stage, chunk):
             there, back = there + scatter, back + gather

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lsys.config.methods import ITEMSIZE, attention_methods
-from lsys.config.schema import STATE_MIXERS, Config
+from lsys.config.schema import Config
+from lsys.mixers.card import Card, Place
+from lsys.mixers.exchange import Ranks
 from lsys.parallel.mesh import Mesh
 
 
@@ -77,10 +79,26 @@ class Shape:
         return [self.nodes[rank] for rank in self.mesh.peers(0, "context")]
 
     @cached_property
+    def cards(self) -> dict[str, Card]:
+        """The cards of the kinds of layers that there are."""
+        return self.config.model.cards
+
+    @cached_property
     def methods(self) -> dict[str, str]:
-        """By letter, how a layer crosses the context ranks."""
-        state = dict.fromkeys(STATE_MIXERS, self.config.parallel.linear)
+        """How a layer crosses the context ranks, by its kind."""
+        state = {kind: self.config.parallel.linear for kind, card in self.cards.items() if card.has_state}
         return {**state, **attention_methods(self.config, self.context_nodes)}
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The context ranks, and the documents that lie on them."""
+        parallel = self.config.parallel
+        return Ranks(parallel.layout, self.documents, tuple(self.context_nodes), self.backend, self.itemsize)
+
+    def place(self, kind: str) -> Place:
+        """Where a layer of a kind runs, as far as its bytes depend on it."""
+        is_sent = self.mesh.context > 1 and self.methods[kind] == "ulysses"
+        return Place(self.itemsize, self.gpu, self.mesh.tensor, is_sent)
 
     # ---- layers
 
@@ -89,14 +107,14 @@ class Shape:
         """Of a stage."""
         return self.config.parallel.virtual_pipeline
 
-    def kinds(self, stage: int, chunk: int = 0) -> str:
-        """Letters of the layers of a virtual chunk: chunk v of stage p of P is number v P + p of the P V chunks."""
+    def kinds(self, stage: int, chunk: int = 0) -> tuple[str, ...]:
+        """Kinds of the layers of a virtual chunk: chunk v of stage p of P is number v P + p of the P V chunks."""
         stages, model = self.mesh.pipeline, self.config.model
         each = model.layers // (stages * self.chunks)
         first = (chunk * stages + stage) * each
         return model.kinds[first : first + each]
 
-    def alike(self, stage: int) -> tuple[tuple[str, ...], bool, bool]:
+    def alike(self, stage: int) -> tuple[tuple[tuple[str, ...], ...], bool, bool]:
         """What two stages must share to need and take the same."""
         return tuple(self.kinds(stage, v) for v in range(self.chunks)), stage == 0, stage == self.mesh.pipeline - 1
 

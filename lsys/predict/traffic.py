@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from lsys.parallel.links import NETWORK, NODE
-from lsys.parallel.messages import Phases, Placement, attention, linear
+from lsys.parallel.messages import Phases
 from lsys.parallel.traffic import Operation, traffic
 from lsys.predict.shape import Shape
-from lsys.predict.weights import convolved, weights
+from lsys.predict.weights import weights
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,16 @@ class StepTraffic:
         return Issued(axis, tuple(self.shape.group(group or axis, rank)), operation, times)
 
     def _tensor(self, rank: int, stage: int) -> Iterator[Issued]:
-        shape, model = self.shape, self.config.model
-        whole = shape.slots * model.hidden * shape.itemsize
-        gathers = scatters = low_rank = sums = 0
+        shape = self.shape
+        whole = shape.slots * self.config.model.hidden * shape.itemsize
+        gathers = scatters = sums = 0
+        low_ranks: list[int] = []
         for chunk in range(shape.chunks):
             kinds = shape.kinds(stage, chunk)
             again = 2 if self.config.train.recompute == "full" else 1
             gathers += (2 * again + 2 + 2) * len(kinds)  # two projections in; their inputs again; two out, backward
             scatters += (2 * again + 2) * len(kinds)
-            low_rank += kinds.count("G")
+            low_ranks += [each.rank for kind in kinds for each in shape.cards[kind].low_ranks()]
             if shape.is_first(stage, chunk):
                 gathers, scatters = gathers + 1, scatters + 1
             if shape.is_last(stage, chunk):
@@ -127,12 +128,12 @@ class StepTraffic:
         yield self._issued("tensor", rank, Operation("all_gather", part), gathers * times)
         yield self._issued("tensor", rank, Operation("reduce_scatter", whole), scatters * times)
         yield self._issued("tensor", rank, Operation("all_reduce", 4 * shape.slots), sums * times)
-        if low_rank:  # what makes the decay of `G`: gathered between its two products
-            rows = shape.slots * model.linear.gate_rank * shape.itemsize
+        for rank_, layers in Counter(low_ranks).items():  # gathered between their two products
+            rows = shape.slots * rank_ * shape.itemsize
             again = 3 if self.config.train.recompute == "full" else 2
             operation = Operation("all_gather", rows // shape.mesh.tensor)
-            yield self._issued("tensor", rank, operation, again * low_rank * times)
-            yield self._issued("tensor", rank, Operation("reduce_scatter", rows), low_rank * times)
+            yield self._issued("tensor", rank, operation, again * layers * times)
+            yield self._issued("tensor", rank, Operation("reduce_scatter", rows), layers * times)
 
     def _pipeline(self, rank: int, stage: int) -> Iterator[Issued]:
         shape, ranks = self.shape, tuple(self.shape.group("pipeline", rank))
@@ -168,61 +169,30 @@ class StepTraffic:
 
     # ---- exchanges between context ranks
 
-    @cached_property
-    def place(self) -> Placement:
-        """Of the documents over the context ranks."""
-        return Placement.of(self.config.parallel.layout, self.shape.documents, self.shape.mesh.context)
-
-    def layer_phases(self, kind: str, is_first_linear: bool = False) -> list[Phases]:
-        """What one layer exchanges: its mixer's messages, and those of its short convolution before them."""
-        model, tensor, itemsize = self.config.model, self.config.parallel.tensor, self.shape.itemsize
+    def layer_phases(self, kind: str, is_first: bool = False) -> list[Phases]:
+        """What one layer exchanges, in order: the halo of a short convolution, its mixer's messages; is_first: the first of its kind."""
         if self.shape.mesh.context == 1:
             return []
-        if kind in "SW":
-            one = attention.Shape(model.heads // tensor, model.kv_heads // tensor, model.head_width, itemsize)
-            window, parallel = model.window if kind == "W" else None, self.config.parallel
-            where = (
-                parallel.layout,
-                self.shape.documents,
-                one,
-                tuple(self.shape.context_nodes),
-                window,
-                self.shape.backend,
-            )
-            return [_softmax(self.shape.methods[kind], *where)]
-        wider = (
-            2 if kind == "L" and (model.linear.lrpe == "all" or is_first_linear and model.linear.lrpe == "first") else 1
-        )
-        decay = {"L": "head" if model.linear.decay else "none", "R": "head", "G": "channel"}.get(kind, "token")
-        shape = linear.Shape(
-            model.linear_heads // tensor,
-            model.linear_key_heads // tensor,
-            wider * model.linear_key_width,
-            model.linear_head_width,
-            decay,
-            kind == "D",
-            itemsize,
-        )
-        found = [linear.phases(self.shape.methods[kind], self.place, shape)]
-        if kind in "MD":
-            channels = convolved(self.config, kind) // tensor
-            reach = model.linear.conv_width - 1
-            found.insert(0, linear.halo(self.place, reach, channels * itemsize, channels * max(4, itemsize)))
-        return found
+        method, ranks = self.shape.methods[kind], self.shape.ranks
+        exchanges = self.shape.cards[kind].exchanges(self.config.parallel.tensor, is_first)
+        return [each.phases(method, ranks) for each in exchanges]
 
     @cached_property
-    def first_linear(self) -> tuple[int, int, int] | None:
-        """Stage, chunk and place of the model's first `L` layer."""
-        number, stages = self.config.model.kinds.find("L"), self.shape.mesh.pipeline
+    def firsts(self) -> set[tuple[int, int, int]]:
+        """Stage, chunk and place of the layers that are not as the others of their kind: the first of each, where that is so."""
+        kinds, stages = self.config.model.kinds, self.shape.mesh.pipeline
         each = self.config.model.layers // (stages * self.shape.chunks)
-        return None if number < 0 else (number // each % stages, number // each // stages, number % each)
+        numbers = (kinds.index(kind) for kind, card in self.shape.cards.items() if card.is_first_apart)
+        return {(number // each % stages, number // each // stages, number % each) for number in numbers}
+
+    def alike(self, stage: int) -> object:
+        """What two stages must share to move and take the same."""
+        return self.shape.alike(stage), frozenset(first for first in self.firsts if first[0] == stage)
 
     @cached_property
     def _phases(self) -> dict[tuple[str, bool], list[Phases]]:
-        kinds = self.config.model.kinds
-        first = kinds.find("L")
-        wanted = {(kind, kind == "L" and number == first) for number, kind in enumerate(kinds)}
-        return {key: self.layer_phases(*key) for key in wanted}
+        stages = range(self.shape.mesh.pipeline)
+        return {key: self.layer_phases(*key) for key in dict.fromkeys(k for s in stages for k in self.layer_counts(s))}
 
     def context_phases(self, rank: int) -> Iterator[tuple[Sequence[tuple[int, int, int]], int]]:
         """The phases of all layers of the rank's stage, and how often each happens in a step."""
@@ -236,22 +206,9 @@ class StepTraffic:
                     yield phase, layers * shape.micro_batches
 
     def layer_counts(self, stage: int) -> Counter[tuple[str, bool]]:
-        """Layers of a stage by (letter, whether it is the model's first `L`)."""
+        """Layers of a stage by (kind, whether it is one of `firsts`)."""
         counts: Counter[tuple[str, bool]] = Counter()
         for chunk in range(self.shape.chunks):
             for number, kind in enumerate(self.shape.kinds(stage, chunk)):
-                counts[kind, kind == "L" and self.first_linear == (stage, chunk, number)] += 1
+                counts[kind, (stage, chunk, number) in self.firsts] += 1
         return counts
-
-
-@lru_cache(maxsize=64)
-def _softmax(
-    method: str,
-    layout: str,
-    documents: tuple[int, ...],
-    one: attention.Shape,
-    nodes: tuple[int, ...],
-    window: int | None,
-    backend: str,
-) -> Phases:
-    return attention.phases(method, Placement.of(layout, documents, len(nodes)), one, nodes, window, backend)

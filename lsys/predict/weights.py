@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from math import lcm
 
 from lsys.config.methods import ITEMSIZE
-from lsys.config.schema import STATE_MIXERS, Config
+from lsys.config.schema import Config
+from lsys.mixers.card import Card
 from lsys.predict.shape import Shape
 
 
@@ -26,12 +27,14 @@ class Parameter:
         numbers: of the piece.
         summed: whether the tensor ranks sum its gradients: those of norms, and of what is whole on every tensor rank.
         shared: whether it is the embedding that first and last stage share, which has a bucket of its own.
+        is_trained: whether it has a gradient; else it is in no bucket, and no optimizer has its states.
     """
 
     name: str
     numbers: int
     summed: bool = False
     shared: bool = False
+    is_trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,69 +62,20 @@ class Weights:
     tensors: int
 
 
-def layer_parameters(config: Config, kind: str) -> Iterator[Parameter]:
-    """Of one layer, in the order in which its modules were made."""
+def layer_parameters(config: Config, card: Card) -> Iterator[Parameter]:
+    """Parameters of one layer, in the order in which its modules were made."""
     model, tensor = config.model, config.parallel.tensor
     sharded = tensor > 1
     hidden = model.hidden
     yield Parameter("input_layernorm", hidden, sharded)
-    yield Parameter("in_proj", in_width(config, kind) // tensor * hidden)
-    yield Parameter("out_proj", out_width(config, kind) // tensor * hidden)
-    for name, numbers in _small(config, kind):
-        whole = name in ("q_layernorm", "k_layernorm", "decay_in")
-        yield Parameter(name, numbers if whole else numbers // tensor, whole and sharded)
+    yield Parameter("in_proj", card.in_width // tensor * hidden)
+    yield Parameter("out_proj", card.out_width // tensor * hidden)
+    for weight in card.weights():
+        numel = weight.numel // tensor if weight.is_cut else weight.numel
+        yield Parameter(weight.name, numel, weight.is_summed and sharded, is_trained=weight.is_trained)
     yield Parameter("pre_mlp_layernorm", hidden, sharded)
     yield Parameter("linear_fc1", 2 * model.ffn_width // tensor * hidden)
     yield Parameter("linear_fc2", model.ffn_width // tensor * hidden)
-
-
-def in_width(config: Config, kind: str) -> int:
-    """Rows of a mixer's input projection, over all tensor ranks (`widths` of the mixers in lsys.model)."""
-    model = config.model
-    if kind in "SW":
-        return (model.heads + 2 * model.kv_heads) * model.head_width
-    keys, values = model.linear_key_heads * model.linear_key_width, model.linear_heads * model.linear_head_width
-    return 2 * (keys + values) + {"M": 1, "D": 2}.get(kind, 0) * model.linear_heads
-
-
-def out_width(config: Config, kind: str) -> int:
-    """Channels that a mixer hands to its output projection."""
-    model = config.model
-    return model.heads * model.head_width if kind in "SW" else model.linear_heads * model.linear_head_width
-
-
-def convolved(config: Config, kind: str) -> int:
-    """Channels of a short convolution, over all tensor ranks."""
-    return in_width(config, kind) - out_width(config, kind) - _steps(config, kind) if kind in "MD" else 0
-
-
-def _steps(config: Config, kind: str) -> int:
-    return {"M": 1, "D": 2}[kind] * config.model.linear_heads
-
-
-def _small(config: Config, kind: str) -> Iterator[tuple[str, int]]:
-    """Parameters of a mixer beside its projections, whole."""
-    model = config.model
-    if kind in "SW":
-        if model.qk_norm:
-            yield from (("q_layernorm", model.head_width), ("k_layernorm", model.head_width))
-        return
-    keys, values, heads = model.linear_key_heads * model.linear_key_width, out_width(config, kind), model.linear_heads
-    if kind in "MD":
-        yield "conv.weight", convolved(config, kind) * model.linear.conv_width
-        if kind == "M":
-            yield "conv.bias", convolved(config, kind)
-        yield from (("decay.A_log", heads), ("decay.dt_bias", heads))
-        if kind == "M":
-            yield "skip.D", heads
-    if kind != "R" and not (kind == "L" and model.linear.norm == "srms"):
-        yield "out_norm", values
-    if kind == "G":
-        rank = model.linear.gate_rank
-        yield from (("decay_in", rank * model.hidden), ("decay_out.weight", keys * rank), ("decay_out.bias", keys))
-
-
-assert set("LRGMD") == set(STATE_MIXERS)
 
 
 def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
@@ -132,7 +86,7 @@ def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
     first, last, one = shape.is_first(stage, chunk), shape.is_last(stage, chunk), shape.mesh.pipeline == 1
     found = [Parameter("embedding", embedding, shared=model.tied and not one)] if first else []
     for kind in shape.kinds(stage, chunk):
-        found += layer_parameters(config, kind)
+        found += layer_parameters(config, shape.cards[kind])
     if last:
         found.append(Parameter("final_layernorm", model.hidden, tensor > 1))
         if not (first and model.tied):
@@ -147,8 +101,9 @@ def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
     buckets, placed, every = [], 0, []
     updated = tensors = 0
     for chunk in range(shape.chunks):
-        parameters = chunk_parameters(shape, stage, chunk)
-        every += parameters
+        made = chunk_parameters(shape, stage, chunk)
+        every += made
+        parameters = [parameter for parameter in made if parameter.is_trained]
         limit = max(40_000_000, 1_000_000 * shape.mesh.data) if shape.overlap and stage == 0 and chunk == 0 else None
         cut = _buckets(parameters, ranks if distributed else 0, limit)
         buckets.append(tuple(stop - start for start, stop, _ in cut))
@@ -160,13 +115,14 @@ def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
             updated += sum(n for n in held if n > 0)
             tensors += sum(n > 0 for n in held)
     count = sum(parameter.numbers for parameter in every)
+    fixed = sum(parameter.numbers for parameter in every if not parameter.is_trained)
     states = (8 + (4 if itemsize == 2 else 0)) * updated + 4 * tensors
     return Weights(
-        parameters=itemsize * (placed if distributed else count),
+        parameters=itemsize * (placed + fixed if distributed else count),
         gradients=4 * placed,
         optimizer=states,
         buckets=tuple(buckets),
-        summed=sum(p.numbers for p in every if p.summed),
+        summed=sum(p.numbers for p in every if p.summed and p.is_trained),
         shared=sum(p.numbers for p in every if p.shared),
         count=count,
         updated=updated,

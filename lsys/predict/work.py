@@ -2,7 +2,7 @@
 
     matmul                    FLOPs of products with weights
     attention                 FLOPs of softmax attention: 4 H D for each query and key that it sees (2.5 times as many backward)
-    kernel:K, linked:K        bytes of intermediate results in the mixer of letter K; linked: where states cross ranks
+    kernel:K, linked:K        bytes of intermediate results in the mixer with the symbol K; linked: where states cross ranks
     fused:K                   on GPUs instead of these: bytes that its kernel reads and writes at the least
     bytes                     of other activations that layers keep: each is written once and read a few times
     weights                   numbers of weights, whose gradients are added up
@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lsys.parallel.messages import Placement
+from lsys.mixers.attention import visible
+from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages.attention import rank_groups, shares
 from lsys.predict.activations import Activations
 from lsys.predict.kernels import intermediate, is_linked, least
 from lsys.predict.shape import Shape
-from lsys.predict.weights import in_width, out_width, weights
+from lsys.predict.weights import weights
 
 
 class Work(dict[str, float]):
@@ -58,7 +59,6 @@ class StageWork:
     def __init__(self, shape: Shape) -> None:
         self.shape, self.config, self.model = shape, shape.config, shape.config.model
         self.activations = Activations(shape)
-        self.place = Placement.of(self.config.parallel.layout, shape.documents, shape.mesh.context)
         self._mixers: dict[tuple[str, bool], Work] = {}
         self._layers: dict[tuple[str, bool], Work] = {}
 
@@ -66,39 +66,35 @@ class StageWork:
         """Of one layer's mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
         key = (kind, most)
         if key not in self._mixers:
-            layer, work = self.activations.layers[kind], Work()
-            work["bytes"] = layer.before + layer.after + layer.middle
-            if kind in "SW":
+            layer, card, work = self.activations.layers[kind], self.shape.cards[kind], Work()
+            if not card.has_state:
                 flops = self.attention_flops(kind, methods[kind])
                 work["attention"] = max(flops) if most else sum(flops) / len(flops)
-                work[f"kernel:{kind}"], work["bytes"] = layer.before, layer.after + layer.middle
+                work[f"kernel:{card.symbol}"] = layer.before
+            elif self.shape.gpu:
+                work[f"fused:{card.symbol}"] = self.shape.slots * least(self.shape, kind)
             else:
-                if self.shape.gpu:
-                    work[f"fused:{kind}"] = self.shape.slots * least(self.shape, kind)
-                else:
-                    name = "linked" if is_linked(self.shape, kind) else "kernel"
-                    work[f"{name}:{kind}"] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
-                work["bytes"] = layer.after + layer.middle
-            work[f"layer:{kind}"] = 1
+                name = "linked" if is_linked(self.shape, kind) else "kernel"
+                work[f"{name}:{card.symbol}"] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
+            work["bytes"] = layer.after + layer.middle
+            work[f"layer:{card.symbol}"] = 1
             self._mixers[key] = work
         return self._mixers[key]
 
     def attention_flops(self, kind: str, method: str) -> list[float]:
         """Forward, by context rank: of the pairs that its queries see, or of its share of the heads."""
-        model, context = self.model, self.shape.mesh.context
-        heads = model.heads // self.shape.mesh.tensor
-        each = 4.0 * model.head_width
-        window = model.window if kind == "W" else None
-        groups = rank_groups(method, context, heads, [0] * context) if method == "ulysses" else None
+        context, tensor = self.shape.mesh.context, self.shape.mesh.tensor
+        (one,) = (each for each in self.shape.cards[kind].exchanges(tensor) if isinstance(each, KeyValues))
+        each, window = 4.0 * one.width, one.window
+        groups = rank_groups(method, context, one.heads, [0] * context) if method == "ulysses" else None
         if groups:
             total = sum(visible(n, window) for n in self.shape.documents)
-            split = shares(heads, model.kv_heads // self.shape.mesh.tensor, context)
-            return [each * queries * total for queries, _ in split]
-        pairs = [0.0] * context
-        for part in self.place.parts:
-            start = part.begin - self.place.places[part.document]
+            return [each * queries * total for queries, _ in shares(one.heads, one.kv_heads, context)]
+        pairs, place = [0.0] * context, self.shape.ranks.placement
+        for part in place.parts:
+            start = part.begin - place.places[part.document]
             pairs[part.rank] += visible(start + part.length, window) - visible(start, window)
-        return [each * heads * n for n in pairs]
+        return [each * one.heads * n for n in pairs]
 
     def layer(self, kind: str, methods: Mapping[str, str], most: bool = False) -> Work:
         """Of one layer, forward; most: as of `mixer`."""
@@ -107,14 +103,13 @@ class StageWork:
         return self._layers[kind, most]
 
     def _layer(self, kind: str, methods: Mapping[str, str], most: bool) -> Work:
-        model, t = self.model, self.shape.mesh.tensor
-        numbers = (in_width(self.config, kind) + out_width(self.config, kind)) * model.hidden
-        if kind == "G":
-            numbers += model.linear.gate_rank * (model.hidden + model.linear_key_heads * model.linear_key_width)
-        found = self.mlp(kind) + Work({"matmul": 2.0 * self.shape.slots * numbers / t, "weights": numbers / t})
+        card, t = self.shape.cards[kind], self.shape.mesh.tensor
+        found = self.mlp(kind) + Work(
+            {"matmul": 2.0 * self.shape.slots * card.products / t, "weights": card.products / t}
+        )
         found["bytes"] += self.activations.layers[kind].entry
         if t > 1:
-            found["tensor"] += 3 if kind == "G" else 2  # its decay is gathered between two products
+            found["tensor"] += 2 + len(card.low_ranks())  # what is between their two products is gathered
         return found + self.mixer(kind, methods, most)
 
     def mlp(self, kind: str) -> Work:
@@ -149,9 +144,3 @@ class StageWork:
         """After the last micro-batch: gradients are cleared, scaled and measured, and the optimizer makes a step."""
         held = weights(self.shape, stage)
         return Work({"optimizer": held.updated, "tensors": held.tensors, "gradients": held.gradients, "step": 1})
-
-
-def visible(length: int, window: int | None) -> int:
-    """Pairs of a query and a key that it sees, in the first so many tokens of a causal document."""
-    full = length if window is None else min(length, window)
-    return full * (full + 1) // 2 + (length - full) * full

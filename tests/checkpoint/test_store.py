@@ -233,7 +233,7 @@ def test_other_models_are_refused_field_by_field(gloo: Any, tmp_path: Path) -> N
     ((text,),) = gloo(1, refusals, tmp_path, ["step-00000010"], changes)
     for part in (
         "model.layers 4 in the checkpoint, 2 in the config",
-        "model.linear.decay true in the checkpoint, false in the config",
+        "model.mixers.lightning.decay true in the checkpoint, false in the config",
         "model.vocab 61 (padded to 64) in the checkpoint, 100 (padded to 104) in the config",
         "optimizer.distributed true in the checkpoint, false in the config",
     ):
@@ -249,8 +249,9 @@ def test_a_checkpoint_older_than_a_key_had_its_default() -> None:
     from lsys.config.load import resolved
 
     tree = resolved(parity.settings())
-    for key in ("key_heads", "key_dim", "conv_width", "norm"):
+    for key in ("key_heads", "key_dim"):
         del tree["model"]["linear"][key]
+    del tree["model"]["mixers"]["lightning"]["norm"]
     assert differences(yaml.safe_dump(tree), parity.settings()) == []
     (text,) = differences(yaml.safe_dump(tree), parity.settings(model__linear={"norm": "srms"}))
-    assert text == "model.linear.norm head in the checkpoint, srms in the config"
+    assert text == "model.mixers.lightning.norm head in the checkpoint, srms in the config"

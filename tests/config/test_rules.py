@@ -236,19 +236,34 @@ NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (
         dict(model__pattern="MS", model__linear__decay=False),
         None,
-        "model.linear.decay has no effect: no layer of pattern 'MS' is L",
+        "model.mixers.lightning.decay has no effect: no layer of pattern 'MS' is L",
     ),
-    (dict(model__pattern="MD", model__linear__lrpe="all"), None, "model.linear.lrpe has no effect"),
-    (dict(model__pattern="LR", model__linear__gate_rank=8), None, "model.linear.gate_rank has no effect"),
+    (
+        dict(model__pattern="MS", model__linear__decay=False),
+        None,
+        "model.linear.decay is now model.mixers.lightning.decay; it is read as before",
+    ),
+    (
+        dict(model__pattern=["mamba2", "S"], model__mixers__lightning__decay=False),
+        None,
+        "model.mixers.lightning.decay has no effect: no layer of pattern '[mamba2, S]' is L",
+    ),
+    (
+        dict(model__mixers__far={"kind": "window", "window": 4}),
+        None,
+        "model.mixers.far.window has no effect: no layer of",
+    ),
+    (dict(model__pattern="MD", model__linear__lrpe="all"), None, "model.mixers.lightning.lrpe has no effect"),
+    (dict(model__pattern="LR", model__linear__gate_rank=8), None, "model.mixers.gla.gate_rank has no effect"),
     (
         dict(model__pattern="LR", model__linear__conv_width=2),
         None,
-        "model.linear.conv_width has no effect: no layer of pattern 'LR' is M or D",
+        "model.mixers.mamba2.conv_width has no effect: no layer of pattern 'LR' is M",
     ),
     (
         dict(model__pattern="M", model__linear__negative_eigenvalues=True),
         None,
-        "model.linear.negative_eigenvalues has no",
+        "model.mixers.gated_delta.negative_eigenvalues has no",
     ),
     (dict(parallel__linear="zeco"), None, "parallel.linear zeco has no effect: context is 1"),
     (

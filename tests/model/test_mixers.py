@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lsys.mixers.registry import LETTERS
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "L": ("L", {}),
     "L LRPE srms": ("L", dict(lrpe="first", norm="srms", key_heads=2, key_dim=6)),
@@ -34,7 +36,7 @@ def mixer_of(rank: int, ranks: int, case: str, dtype: torch.dtype, **parallel: i
     from lsys.runtime import install_megatron
 
     install_megatron()
-    from lsys.model.layers import MIXERS
+    from lsys.model.layers import mixer_class
     from lsys.model.megatron_config import transformer_config
     from lsys.model.mixer import MixerOptions
     from lsys.model.parameters import initialise, pieces
@@ -46,8 +48,9 @@ def mixer_of(rank: int, ranks: int, case: str, dtype: torch.dtype, **parallel: i
     changes |= dict(model__pattern="S" + kind, model__hidden=HIDDEN, model__linear=linear, model__init_std=0.4)
     settings = parity.settings(**changes)
     with process_groups(settings.parallel, Launch(rank=rank, world_size=ranks)) as groups:
-        options = MixerOptions(settings.model, settings.parallel, groups.context, {})
-        mixer = MIXERS[kind](transformer_config(settings), 2, groups.collection, options).to(dtype)
+        card = settings.model.cards[LETTERS[kind]]
+        options = MixerOptions(card, groups.context, settings.parallel.linear)
+        mixer = mixer_class(card)(transformer_config(settings), 2, groups.collection, options).to(dtype)
         initialise(mixer, settings.model, seed=0)
         for piece in pieces(mixer):
             seed = int.from_bytes(hashlib.sha256(piece.key.encode()).digest()[:4], "little")
@@ -89,7 +92,7 @@ def _against_paper(rank: int, ranks: int, case: str, dtype: torch.dtype) -> dict
         found = [y, *torch.autograd.grad((y * weigh).sum(), (x, *parameters))]
         leaf = x.detach().double().requires_grad_()
         weights = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
-        layer = LAYERS[CASES[case][0]]
+        layer = LAYERS[LETTERS[CASES[case][0]]]
         y = torch.cat([layer(part, weights, model, 1) for part in leaf.split(LENGTHS) if len(part)])
         wanted = [y, *torch.autograd.grad((y * weigh.double()).sum(), (leaf, *weights.values()))]
         pairs = zip(("y", "x", *names), found, wanted, strict=True)

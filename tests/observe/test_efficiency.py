@@ -94,7 +94,7 @@ def test_weak_and_strong_scaling(tmp_path, tokens, ranks, kind):
     "config, hardware, said",
     [
         (make(tokens=5120), "a processor", ["train.batch_tokens is 5,120 on 4 ranks", "take 8,192", "4,096"]),
-        (make(tokens=8192, pattern="L"), "a processor", ["model.pattern is 'L', in the baseline 'LLLS'"]),
+        (make(tokens=8192, pattern="S"), "a processor", ["model.pattern is 'SS', in the baseline 'LL'"]),
         (make(tokens=8192), "another", ["measured on 'a processor', this is 'another'"]),
     ],
 )

@@ -69,7 +69,7 @@ def test_parameters_by_part() -> None:
     assert parts == {
         "embedding": 64 * 48,
         "softmax mixer": (6 + 2 * 2) * 10 * 48 + 48 * 60,
-        "linear mixer": 4 * (4 * 60 * 48 + 48 * 60),
+        "lightning mixer": 4 * (4 * 60 * 48 + 48 * 60),
         "mlp": 5 * (2 * 80 * 48 + 48 * 80),
         "norms": 11 * 48 + 2 * 10 + 4 * 60,
         "output": 0,
@@ -95,7 +95,11 @@ def test_a_window_caps_what_a_query_sees() -> None:
 
 def test_linear_attention_does_not_depend_on_lengths() -> None:
     model = Model(**(BASE | dict(pattern="L", linear=dict(heads=1, head_dim=128), layers=1)))
-    assert flops_per_token(model, 7)["linear attention"] == flops_per_token(model, 70_000)["linear attention"] == 98_304
+    assert (
+        flops_per_token(model, 7)["lightning attention"]
+        == flops_per_token(model, 70_000)["lightning attention"]
+        == 98_304
+    )
 
 
 def test_each_layer_with_a_state() -> None:
@@ -126,7 +130,7 @@ def test_training_is_three_forward_passes_and_recompute_is_apart() -> None:
     assert training_flops(model, 128) == training_flops(model, [128])
     assert training_flops(model, []) == 0
     assert recompute_flops_per_token(model, 128, "none") == 0
-    attention = forward["softmax attention"] + forward["linear attention"]
+    attention = forward["softmax attention"] + forward["lightning attention"]
     assert recompute_flops_per_token(model, [100, 28], "selective") == attention
     full = recompute_flops_per_token(model, [100, 28], "full")
     assert math.isclose(full, sum(forward.values()) - forward["output"], rel_tol=1e-12)

@@ -63,18 +63,18 @@ def test_heads_are_waited_for_and_rings_are_not(linear: str) -> None:
     ring, heads = (
         StepTime(Shape(config(**changes, parallel__attention=method), 64), H200) for method in ("ring", "ulysses")
     )
-    (there, back), beside = heads.mixer_exchange("S", False)
+    (there, back), beside = heads.mixer_exchange("softmax", False)
     assert there > 0 and back > 0 and beside == (0, 0)
-    assert ring.mixer_exchange("S", False)[0] == (0, 0)
-    linear_waits, linear_beside = ring.mixer_exchange("L", False)
+    assert ring.mixer_exchange("softmax", False)[0] == (0, 0)
+    linear_waits, linear_beside = ring.mixer_exchange("lightning", False)
     assert (linear_waits > (0, 0), linear_beside > (0, 0)) == (linear == "ulysses", linear == "lasp2")
-    layers = heads.shape.kinds(0).count("S")
+    layers = heads.shape.kinds(0).count("softmax")
     assert heads.context_seconds(0, 0)[0] - ring.context_seconds(0, 0)[0] == pytest.approx(layers * there)
 
 
 def test_halos_are_waited_for() -> None:
     it = StepTime(Shape(config("delta_1b", parallel__linear="lasp2", parallel__context=8), 64), H200)
-    waits, beside = it.mixer_exchange("D", False)
+    waits, beside = it.mixer_exchange("gated_delta", False)
     assert min(*waits, *beside) > 0
 
 

@@ -33,11 +33,15 @@ def lightning(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
     n = heads // keys
     q, k, v, gate = heads_of(x, w, m, [dk, dk, n * dv, n * dv])
     q, k, v = F.silu(q), F.silu(k), F.silu(v).reshape(len(x), heads, dv)
-    phases = m.linear.lrpe == "all" or m.linear.lrpe == "first" and "L" not in m.kinds[:layer]
+    phases = (
+        m.mixers.lightning.lrpe == "all" or m.mixers.lightning.lrpe == "first" and "lightning" not in m.kinds[:layer]
+    )
     o = torch.zeros(len(x), heads, dv, dtype=x.dtype)
     for h in range(heads):
         g = h // n
-        rate = 2 ** (-8 * (h + 1) / heads) * (1 - layer / max(m.layers - 1, 1) + 1e-5) if m.linear.decay else 0
+        rate = (
+            2 ** (-8 * (h + 1) / heads) * (1 - layer / max(m.layers - 1, 1) + 1e-5) if m.mixers.lightning.decay else 0
+        )
         rate = float(torch.tensor(rate, dtype=torch.float64).float())  # the model keeps it in fp32
         theta = torch.tensor([10000 ** (-2 * (g * dk + i) / (keys * dk)) for i in range(dk)], dtype=x.dtype)
         for t in range(len(x)):
@@ -45,7 +49,7 @@ def lightning(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
                 turn = torch.cos(theta * (t - s)) if phases else 1
                 o[t, h] += (q[t, g] * k[s, g] * turn).sum() / math.sqrt(dk) * math.exp(-rate * (t - s)) * v[s, h]
     o = rms(o, m.norm_eps)
-    if m.linear.norm == "head":
+    if m.mixers.lightning.norm == "head":
         o = o * w["out_norm.weight"].view(heads, dv)
     return (o.flatten(1) * torch.sigmoid(gate.reshape(len(x), -1))) @ w["out_proj.weight"].T
 
@@ -119,7 +123,7 @@ def gated_delta(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
     q, k, v = convolved(qkv, w).split([dk, dk, n * dv], -1)
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     v = v.reshape(len(x), heads, dv)
-    beta = (2 if m.linear.negative_eigenvalues else 1) * torch.sigmoid(beta.reshape(len(x), heads))
+    beta = (2 if m.mixers.gated_delta.negative_eigenvalues else 1) * torch.sigmoid(beta.reshape(len(x), heads))
     dt = torch.log(1 + torch.exp(raw.reshape(len(x), heads) + w["decay.dt_bias"]))
     alpha = torch.exp(-torch.exp(w["decay.A_log"]) * dt)
     o = torch.zeros_like(v)
@@ -134,4 +138,10 @@ def gated_delta(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
     return (o.flatten(1) * F.silu(gate.reshape(len(x), -1))) @ w["out_proj.weight"].T
 
 
-LAYERS = {"L": lightning, "R": retention, "G": gated_linear, "M": mamba2, "D": gated_delta}
+LAYERS = {
+    "lightning": lightning,
+    "retention": retention,
+    "gla": gated_linear,
+    "mamba2": mamba2,
+    "gated_delta": gated_delta,
+}  # by the names of the registry

@@ -1,0 +1,59 @@
+"""The card of Lightning linear attention."""
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from lsys.mixers.card import Kept, Place, Weight
+from lsys.mixers.state import Decay, Sizes, StateCard, StateOptions, grouped
+
+
+class LightningOptions(StateOptions):
+    """Own keys of Lightning linear attention."""
+
+    decay: bool = Field(True, description="Fixed per-head decay; false: plain linear attention.")
+    lrpe: Literal["none", "first", "all"] = Field(
+        "none",
+        description="Relative positions by phases of queries and keys (LRPE-d), which double the state: in no layer, the first of these layers "
+        "(as TransNormerLLM) or all.",
+    )
+    norm: Literal["head", "srms"] = Field(
+        "head", description="Norm of the output, inside each head: RMSNorm with weights, or without (SRMSNorm)."
+    )
+
+
+class Lightning(StateCard):
+    name, letter, title = "lightning", "L", "Lightning linear attention"
+    Options = LightningOptions
+    module = "lsys.model.lightning:LightningMixer"
+    own: LightningOptions
+
+    @property
+    def decay(self) -> Decay:
+        return "head" if self.own.decay else "none"
+
+    def parts(self) -> Mapping[str, int]:
+        return grouped(self)
+
+    def small(self) -> Iterator[Weight]:
+        if self.own.norm == "head":
+            yield self.out_norm()
+
+    @property
+    def is_first_apart(self) -> bool:
+        return self.own.lrpe == "first"
+
+    def widened(self, is_first: bool) -> int:
+        return self.key_width * (2 if self.own.lrpe == "all" or is_first and self.is_first_apart else 1)
+
+    def kept(self, place: Place) -> Kept:
+        sizes = Sizes(self, place)
+        normed = sizes.normed - (sizes.b * sizes.values if self.own.norm == "srms" else 0.0)
+        rotated = 4 * sizes.b * sizes.keys if self.own.lrpe == "all" else 0.0
+        before = sizes.b * (2 * sizes.keys + sizes.values) + sizes.taken(0.0) + rotated
+        return Kept(before, normed + sizes.gated, "kernel")
+
+    def tables(self, tensor: int) -> Mapping[Hashable, int]:
+        width = 2 * self.keys // tensor
+        return {("lrpe", self.key_heads // tensor, self.key_width): width} if self.own.lrpe != "none" else {}

@@ -1,0 +1,8 @@
+"""The card of softmax attention."""
+
+from lsys.mixers.attention import AttentionCard
+
+
+class Softmax(AttentionCard):
+    name, letter, title = "softmax", "S", "softmax attention"
+    module = "lsys.model.softmax:SoftmaxMixer"
