@@ -19,7 +19,7 @@ class GatedDeltaOptions(ConvolvedOptions):
 class GatedDelta(StateCard):
     name, letter, title = "gated_delta", "D", "gated delta net"
     Options = GatedDeltaOptions
-    module = "lsys.model.delta:GatedDeltaMixer"
+    module = "lsys.model.mixers.gated_delta:GatedDeltaMixer"
     delta, convolved = True, "qkv"
     own: GatedDeltaOptions
 

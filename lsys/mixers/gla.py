@@ -17,7 +17,7 @@ class GatedLinearOptions(StateOptions):
 class GatedLinear(StateCard):
     name, letter, title = "gla", "G", "gated linear attention"
     Options = GatedLinearOptions
-    module = "lsys.model.gla:GatedLinearMixer"
+    module = "lsys.model.mixers.gla:GatedLinearMixer"
     own: GatedLinearOptions
 
     @property

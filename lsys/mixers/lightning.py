@@ -26,7 +26,7 @@ class LightningOptions(StateOptions):
 class Lightning(StateCard):
     name, letter, title = "lightning", "L", "Lightning linear attention"
     Options = LightningOptions
-    module = "lsys.model.lightning:LightningMixer"
+    module = "lsys.model.mixers.lightning:LightningMixer"
     own: LightningOptions
 
     @property

@@ -13,7 +13,7 @@ class Mamba2Options(ConvolvedOptions):
 class Mamba2(StateCard):
     name, letter, title = "mamba2", "M", "Mamba-2"
     Options = Mamba2Options
-    module = "lsys.model.mamba2:Mamba2Mixer"
+    module = "lsys.model.mixers.mamba2:Mamba2Mixer"
     convolved = "xbc"
     own: Mamba2Options
 

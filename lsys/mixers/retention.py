@@ -9,7 +9,7 @@ from lsys.mixers.state import Decay, Sizes, StateCard
 class Retention(StateCard):
     name, letter, title = "retention", "R", "retention"
     model_keys = ("rope_base",)
-    module = "lsys.model.retention:RetentionMixer"
+    module = "lsys.model.mixers.retention:RetentionMixer"
 
     @property
     def decay(self) -> Decay:

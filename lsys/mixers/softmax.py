@@ -5,4 +5,4 @@ from lsys.mixers.attention import AttentionCard
 
 class Softmax(AttentionCard):
     name, letter, title = "softmax", "S", "softmax attention"
-    module = "lsys.model.softmax:SoftmaxMixer"
+    module = "lsys.model.mixers.softmax:SoftmaxMixer"

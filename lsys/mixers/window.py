@@ -21,7 +21,7 @@ class Window(AttentionCard):
     name, letter, title = "window", "W", "windowed softmax attention"
     Options = WindowOptions
     model_keys = (*AttentionCard.model_keys, "window")
-    module = "lsys.model.window:WindowMixer"
+    module = "lsys.model.mixers.window:WindowMixer"
     own: WindowOptions
 
     @property

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import (
 from lsys.config import Config
 from lsys.config.methods import attention_methods
 from lsys.mixers.card import Card
-from lsys.model.mixer import Mixer, MixerOptions
+from lsys.model.mixers.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
 from lsys.parallel.comm import SequenceComm
 

@@ -38,7 +38,7 @@ def mixer_of(rank: int, ranks: int, case: str, dtype: torch.dtype, **parallel: i
     install_megatron()
     from lsys.model.layers import mixer_class
     from lsys.model.megatron_config import transformer_config
-    from lsys.model.mixer import MixerOptions
+    from lsys.model.mixers.mixer import MixerOptions
     from lsys.model.parameters import initialise, pieces
     from lsys.runtime.environment import Launch
     from lsys.runtime.groups import process_groups

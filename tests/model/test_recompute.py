@@ -12,9 +12,9 @@ def calls_of_mix(rank: int, world_size: int, recompute: str) -> dict[str, Any]:
 
     install_megatron()
     from lsys.data.plan import Planner
-    from lsys.model.lightning import LightningMixer
+    from lsys.model.mixers.lightning import LightningMixer
+    from lsys.model.mixers.softmax import SoftmaxMixer
     from lsys.model.parameters import pieces
-    from lsys.model.softmax import SoftmaxMixer
     from lsys.runtime.environment import Launch
     from lsys.runtime.groups import process_groups
     from lsys.train.engine import Engine

@@ -1,6 +1,6 @@
 """Softmax attention in a sliding window."""
 
-from lsys.model.softmax import SoftmaxMixer
+from lsys.model.mixers.softmax import SoftmaxMixer
 
 
 class WindowMixer(SoftmaxMixer):

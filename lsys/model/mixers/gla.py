@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from lsys.model.heads import HeadNorm, wide, zeros
-from lsys.model.linear import LinearMixer
-from lsys.model.mixer import SharedLinear
+from lsys.model.mixers.heads import HeadNorm, wide, zeros
+from lsys.model.mixers.mixer import SharedLinear
+from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch
 
 TEMPERATURE = 16  # divides the log-decay, so that states last long at first

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsys.model.heads import HeadNorm, ShortConvolution, StepDecay, wide
-from lsys.model.linear import LinearMixer
+from lsys.model.mixers.heads import HeadNorm, ShortConvolution, StepDecay, wide
+from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch
 
 

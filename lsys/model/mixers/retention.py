@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsys.model.linear import LinearMixer
+from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch, apply_rotary
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsys.kernels.softmax_attention import softmax_attention as kernel
 from lsys.mixers.attention import AttentionCard
-from lsys.model.mixer import Mixer, MixerOptions
+from lsys.model.mixers.mixer import Mixer, MixerOptions
 from lsys.model.norm import RMSNorm
 from lsys.model.packed import PackedMicroBatch, apply_rotary
 from lsys.parallel.attention import softmax_attention

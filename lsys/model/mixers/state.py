@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lsys.mixers.state import StateCard
-from lsys.model.mixer import Mixer, MixerOptions
+from lsys.model.mixers.mixer import Mixer, MixerOptions
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.linear import linear_attention
 

@@ -1,0 +1,1 @@
+"""One module a token mixer, named as its card in lsys/mixers."""
