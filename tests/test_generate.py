@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import resuming
 
-PATTERNS = ("LS", "RGW", "MDS")
+PATTERNS = ("LS", "RGW", "MDNS")
 TOLERANCE = 2e-4  # fp32; of the largest logit
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lsys.mixers.card import Card
+from lsys.mixers.delta_net import DeltaNet
 from lsys.mixers.gated_delta import GatedDelta
 from lsys.mixers.gla import GatedLinear
 from lsys.mixers.lightning import Lightning
@@ -13,7 +14,7 @@ from lsys.mixers.retention import Retention
 from lsys.mixers.softmax import Softmax
 from lsys.mixers.window import Window
 
-CARDS: tuple[type[Card], ...] = (Softmax, Window, Lightning, Retention, GatedLinear, Mamba2, GatedDelta)
+CARDS: tuple[type[Card], ...] = (Softmax, Window, Lightning, Retention, GatedLinear, Mamba2, GatedDelta, DeltaNet)
 
 MIXERS = {card.name: card for card in CARDS}
 LETTERS = {card.letter: card.name for card in CARDS if card.letter}

@@ -21,6 +21,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "G shared keys": ("G", dict(key_heads=2, key_dim=6)),
     "M": ("M", dict(key_heads=2, key_dim=6)),
     "M width 1": ("M", dict(conv_width=1)),
+    "N": ("N", dict(key_heads=2, key_dim=6)),
+    "N own heads": ("N", {}),
     "D": ("D", dict(key_heads=2, key_dim=6)),
     "D negative": ("D", dict(conv_width=2, negative_eigenvalues=True)),
 }

@@ -138,7 +138,27 @@ def gated_delta(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
     return (o.flatten(1) * F.silu(gate.reshape(len(x), -1))) @ w["out_proj.weight"].T
 
 
+def delta_net(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
+    heads, keys, dk, dv = sizes(m)
+    n = heads // keys
+    qkv, beta = heads_of(x, w, m, [2 * dk + n * dv, n])
+    q, k, v = convolved(qkv, w).split([dk, dk, n * dv], -1)
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    v, beta = v.reshape(len(x), heads, dv), torch.sigmoid(beta.reshape(len(x), heads))
+    o = torch.zeros_like(v)
+    for h in range(heads):
+        state = torch.zeros(dv, dk, dtype=x.dtype)
+        for t in range(len(x)):
+            key = k[t, h // n]
+            old = state @ key
+            new = beta[t, h] * v[t, h] + (1 - beta[t, h]) * old  # the paper's update of a key's value
+            state = state - torch.outer(old, key) + torch.outer(new, key)
+            o[t, h] = state @ q[t, h // n] / math.sqrt(dk)
+    return (rms(o, m.norm_eps) * w["out_norm.weight"].view(heads, dv)).flatten(1) @ w["out_proj.weight"].T
+
+
 LAYERS = {
+    "delta_net": delta_net,
     "lightning": lightning,
     "retention": retention,
     "gla": gated_linear,

@@ -74,11 +74,12 @@ FAMILY = {
     "GS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="GS", model__linear={"gate_rank": 3})),
     "MMMS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="MMMS", model__linear=LINEAR)),
     "DDDS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="DDDS", model__linear=LINEAR)),
+    "NS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="NS", model__linear=LINEAR)),
     "RGMD PP2xVPP2": (2, degrees(pipeline=2, virtual=2, model__pattern="RGMD", model__linear=LINEAR)),
 }
 FAMILY_SLOW = {
     f"{pattern} {name}": (ranks, degrees(model__pattern=pattern, model__linear=LINEAR, **axes))
-    for pattern in ("LS", "GS", "MMMS", "DDDS", "RGMD")
+    for pattern in ("LS", "GS", "MMMS", "DDDS", "NS", "RGMD")
     for name, ranks, axes in [
         ("TP2", 2, dict(tensor=2)),
         ("PP2", 2, dict(pipeline=2)),
