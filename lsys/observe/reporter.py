@@ -1,6 +1,6 @@
 """What a run tells of itself: the console line, TensorBoard, and its record. Only rank 0 writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -14,6 +14,7 @@ from lsys.observe.waterfall import Waterfall
 from lsys.parallel.mesh import Mesh
 
 RECORD = "scaling.json"  # in the run's folder
+LOSS = "loss_metrics/global_avg_loss"
 
 
 class Reporter:
@@ -58,33 +59,23 @@ class Reporter:
         self.console.print(message)
 
     def training(
-        self,
-        step: int,
-        interval: Interval,
-        *,
-        loss: float,
-        z_loss: float,
-        grad_norm: float,
-        lr: float,
-        seen: int,
-        waterfall: Waterfall | None = None,
+        self, step: int, interval: Interval, values: Mapping[str, float], waterfall: Waterfall | None = None
     ) -> None:
-        """One console line and one point per curve, for the steps up to `step`."""
+        """One console line and one point per curve, for the steps up to `step`.
+
+        Args:
+            values: by tag, what the steps themselves gave; the loss, the norm of the gradients and the learning rate are among them.
+        """
         name, gib = memory(self.device)
         flops = interval.flops / interval.seconds  # of all ranks
         values = {
-            "loss_metrics/global_avg_loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "n_tokens_seen": seen,
+            **values,
             "throughput(tps)": interval.tokens_per_second / self.ranks,
             "tflops": flops / self.ranks / 1e12,
             "time_metrics/end_to_end(s)": interval.step_seconds,
             "time_metrics/data_loading(%)": interval.data_percent,
             f"memory/{name}(GiB)": gib,
         }
-        if self.settings.train.z_loss:
-            values["loss_metrics/z_loss"] = z_loss
         if self.peak:
             values["mfu(%)"] = 100 * flops / self.peak
         if self.efficiency:
@@ -103,8 +94,8 @@ class Reporter:
         total = self.settings.train.steps
         left = timedelta(seconds=round((total - step) * interval.step_seconds))
         self.say(
-            f"step {step:>{len(str(total))}}/{total} | loss {loss:.4f} | {interval.tokens_per_second:,.0f} tokens/s{mfu} | "
-            f"memory {gib:.2f} GiB | grad norm {grad_norm:.2f} | lr {lr:.2e} | ETA {left}"
+            f"step {step:>{len(str(total))}}/{total} | loss {values[LOSS]:.4f} | {interval.tokens_per_second:,.0f} tokens/s{mfu} | "
+            f"memory {gib:.2f} GiB | grad norm {values['grad_norm']:.2f} | lr {values['lr']:.2e} | ETA {left}"
             + (f" | efficiency {values['scaling/efficiency(%)']:.1f}%" if self.efficiency else "")
             + (f" | {waterfall.line}" if waterfall else "")
         )

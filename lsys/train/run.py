@@ -149,16 +149,15 @@ class Run:
             own = self.meter.take()
             with self.waterfall.region("report"):
                 interval = replace(own, flops=self.data.flops_of_all(own.flops))
-                self.reporter.training(
-                    self.step,
-                    interval,
-                    loss=losses.mean,
-                    z_loss=losses.z_loss / max(losses.tokens, 1),
-                    grad_norm=norm,
-                    lr=lr,
-                    seen=self.step * self.settings.train.batch_tokens,
-                    waterfall=self.waterfall.take(),
-                )
+                values = {
+                    "loss_metrics/global_avg_loss": losses.mean,
+                    "grad_norm": norm,
+                    "lr": lr,
+                    "n_tokens_seen": self.step * self.settings.train.batch_tokens,
+                }
+                if self.settings.train.z_loss:
+                    values["loss_metrics/z_loss"] = losses.z_loss / max(losses.tokens, 1)
+                self.reporter.training(self.step, interval, values, waterfall=self.waterfall.take())
 
     def _validate(self) -> None:
         """Loss over the held-out documents."""

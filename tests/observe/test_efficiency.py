@@ -80,7 +80,8 @@ def test_only_the_rank_that_writes_keeps_reports():
             first_step=1, text="",
         )  # fmt: skip
         reporter.active = active
-        reporter.training(1, Interval(1, 1.0, 0.0, 1, 1.0), loss=1.0, z_loss=0.0, grad_norm=1.0, lr=0.1, seen=1)
+        values = {"loss_metrics/global_avg_loss": 1.0, "grad_norm": 1.0, "lr": 0.1}
+        reporter.training(1, Interval(1, 1.0, 0.0, 1, 1.0), values)
         assert (reporter.history.record(make(), 2, "a processor") is not None) == active
 
 
