@@ -8,6 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from lsys.model.cache import Cache
+from lsys.observe.values import Pass
 from lsys.parallel.layout import SequenceLayout
 
 
@@ -19,17 +20,28 @@ class PackedMicroBatch(PackedSeqParams):
         layout: which tokens of which documents each context rank holds.
         positions: int64 [T_r], position of each local token in its document.
         cache: what layers keep of the tokens of one document that came before these; None: nothing did, as in training.
+        values: where layers report; None: nowhere, as in decoding.
     """
 
     layout: SequenceLayout
     positions: Tensor
     cache: Cache | None = None
+    values: Pass | None = None
     qkv_format: str = "thd"
     _tables: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def anew(self) -> "PackedMicroBatch":
+    def anew(self, values: Pass | None = None) -> "PackedMicroBatch":
         """The same without the tables: for one pass, so that they go with its activations, not with the last batch of the step."""
-        return replace(self, _tables={})
+        return replace(self, _tables={}, values=values)
+
+    def report(self, name: str, value: Tensor | float, weight: Tensor | float | None = None) -> None:
+        """Add to a declared metric (`lsys.config.reports`); what a recomputed layer reports again in backward is dropped.
+
+        Args:
+            value: a tensor of the metric's size, or a number; of a mean, the total. weight: of a mean with weights of its own.
+        """
+        if self.values is not None:
+            self.values.report(name, value, weight)
 
     def table(self, key: Hashable, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What depends on the positions alone, such as (cos, sin); computed once per micro-batch."""

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from lsys.config import Config
+from lsys.config.reports import LOSS, Metric, declared
 from lsys.observe.efficiency import Efficiency, History, hardware_name
 from lsys.observe.meter import Interval, memory
 from lsys.observe.tensorboard import Board
@@ -14,7 +15,6 @@ from lsys.observe.waterfall import Waterfall
 from lsys.parallel.mesh import Mesh
 
 RECORD = "scaling.json"  # in the run's folder
-LOSS = "loss_metrics/global_avg_loss"
 
 
 class Reporter:
@@ -50,6 +50,7 @@ class Reporter:
         self.settings, self.ranks, self.device = settings, mesh.world_size, device
         self.peak, self.efficiency = peak, efficiency
         self.active, self.history = active, History()
+        self.metrics = [metric for metric in declared(settings) if metric.shown]
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
         self.board: Board | None = None
         if active and settings.metrics.tensorboard:
@@ -97,13 +98,23 @@ class Reporter:
             f"step {step:>{len(str(total))}}/{total} | loss {values[LOSS]:.4f} | {interval.tokens_per_second:,.0f} tokens/s{mfu} | "
             f"memory {gib:.2f} GiB | grad norm {values['grad_norm']:.2f} | lr {values['lr']:.2e} | ETA {left}"
             + (f" | efficiency {values['scaling/efficiency(%)']:.1f}%" if self.efficiency else "")
+            + "".join(
+                f" | {metric.console} {self._numbers(metric, values)}" for metric in self.metrics if metric.console
+            )
             + (f" | {waterfall.line}" if waterfall else "")
         )
 
-    def validation(self, step: int, loss: float, entropy: float | None) -> None:
-        """Held-out loss, beside the corpus's bigram entropy where that is known."""
+    @staticmethod
+    def _numbers(metric: Metric, values: Mapping[str, float]) -> str:
+        return " ".join(f"{values[tag]:.4g}" for tag in metric.tags if tag in values) or "-"
+
+    def validation(
+        self, step: int, loss: float, entropy: float | None, values: Mapping[str, float] | None = None
+    ) -> None:
+        """Held-out loss, beside the corpus's bigram entropy where that is known; and what else was reported, as `validation/NAME`."""
         if self.board:
-            self.board.scalars(step, {"loss_metrics/validation_loss": loss})
+            others = {f"validation/{tag}": value for tag, value in (values or {}).items() if tag != LOSS}
+            self.board.scalars(step, {"loss_metrics/validation_loss": loss, **others})
         beside = f" (bigram entropy of the corpus: {entropy:.4f})" if entropy is not None else ""
         self.say(f"step {step} | validation loss {loss:.4f} nats per token{beside}")
 

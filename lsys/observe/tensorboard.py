@@ -1,9 +1,11 @@
 """How TensorBoard shows a run: groups of charts on one page, hyperparameters, texts."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lsys.config.reports import LOSS, Metric, declared
 from lsys.config.schema import Config
 from lsys.observe.folder import mark_folder, tensorboard_folder
 from lsys.observe.waterfall import COMPUTE, Waterfall
@@ -48,12 +50,13 @@ class Group:
     charts: tuple[Lines | Bands, ...]
 
 
-def groups(waterfall: bool) -> list[Group]:
-    """The sections of a run, with or without a waterfall. A capability adds its own here."""
+def groups(waterfall: bool, metrics: Sequence[Metric] = ()) -> list[Group]:
+    """The sections of a run, with or without a waterfall; of what layers and losses report, one for each first name."""
     training = Group(
         "training",
         (
             Lines("loss", (r"loss_metrics/global_avg_loss", r"loss_metrics/validation_loss")),
+            *_reported(metrics).pop("loss_metrics", ()),
             Lines("gradient norm", ("grad_norm",)),
             Lines("learning rate", ("lr",)),
         ),
@@ -86,7 +89,19 @@ def groups(waterfall: bool) -> list[Group]:
         ),
     )
     memory = Group("memory", (Lines("GiB", (r"memory/.* GiB",)),))
-    return [training, speed, *([time, ranks, communication] if waterfall else []), memory]
+    reported = [Group(name, charts) for name, charts in _reported(metrics).items() if name != "loss_metrics"]
+    return [training, *reported, speed, *([time, ranks, communication] if waterfall else []), memory]
+
+
+def _reported(metrics: Sequence[Metric]) -> dict[str, tuple[Lines, ...]]:
+    """A chart for each metric but the loss, by the first part of their names; a vector's numbers are lines of one."""
+    charts: dict[str, tuple[Lines, ...]] = {}
+    for metric in metrics:
+        if metric.shown and metric.name != LOSS:
+            first, _, rest = metric.name.partition("/")
+            expression = re.escape(page_tag(metric.name)) + r"/\d+" * (metric.size > 1)
+            charts[first] = (*charts.get(first, ()), Lines(rest or first, (expression,)))
+    return charts
 
 
 def page_tag(tag: str) -> str:
@@ -183,7 +198,7 @@ class Board:
         self.writer.add_text("config", f"```yaml\n{text}```", first_step)
         self.writer.add_text("ranks", rank_grid(mesh, nodes), first_step)
         summaries = (
-            layout(groups(config.metrics.waterfall_every > 0)),
+            layout(groups(config.metrics.waterfall_every > 0, declared(config))),
             *hyperparameter_summaries(config, mesh.world_size),
         )
         for summary in summaries:

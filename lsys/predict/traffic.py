@@ -12,7 +12,7 @@ has s / t slots; Korthikanti et al., 2022) and numbers of b bytes:
 
 Recomputing a layer repeats its forward pass, but for nothing of the output layer. Once a step: gradients and parameters over the
 data x context ranks, bucket by bucket; sums over tensor ranks of the gradients of norms; over first and last stage of a tied
-embedding's; and scalars: tokens, losses, the norm, and whether to stop.
+embedding's; and scalars: tokens, losses and what layers report, the norm, and whether to stop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lsys.config.reports import Slots, declared
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phases
 from lsys.parallel.traffic import Operation, traffic
@@ -52,6 +53,7 @@ class StepTraffic:
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.config = shape, shape.config
+        self.messages = Slots(declared(shape.config)).messages  # of what layers and losses report
 
     def bytes(self, rank: int) -> Bytes:
         """Of one rank, in a training step."""
@@ -90,8 +92,14 @@ class StepTraffic:
         """Of those, what comes once a step and not with every micro-batch."""
         shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
         stages, held = tuple(shape.group("pipeline", rank)), weights(shape, stage)
-        for size in (4, 24):  # tokens; sums of losses
-            yield Issued("pipeline", stages, Operation("broadcast", size, len(stages) - 1), 1)
+        yield Issued("pipeline", stages, Operation("broadcast", 4, len(stages) - 1), 1)  # tokens
+        for message in self.messages:
+            once = (
+                ("broadcast", message.bytes, len(stages) - 1) if message.last_stage else ("all_reduce", message.bytes)
+            )
+            yield Issued("pipeline", stages, Operation(*once), 1)
+            if message.over_tensor:
+                yield self._issued("tensor", rank, Operation("all_reduce", message.bytes), 1)
         if len(stages) > 1 and held.shared:
             yield Issued("pipeline", (stages[0], stages[-1]), Operation("all_reduce", 4 * held.shared), 1)
         if held.summed:
@@ -157,7 +165,7 @@ class StepTraffic:
         return shape.slots // shape.mesh.tensor * self.config.model.hidden * shape.itemsize
 
     def _data(self, rank: int, stage: int) -> Iterator[Issued]:
-        for size in (4, 24):
+        for size in (4, *(message.bytes for message in self.messages)):
             yield self._issued("data", rank, Operation("all_reduce", size), 1, "replicas")
         for bucket in (bucket for chunk in weights(self.shape, stage).buckets for bucket in chunk):
             if self.config.optimizer.distributed:

@@ -1,6 +1,7 @@
 """Model chunks, gradients and optimizer of one rank: Megatron's DDP, distributed optimizer and pipeline schedules behind four verbs."""
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,21 +15,28 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lsys.config import Config
+from lsys.config.reports import LOSS, TOKENS, Z_LOSS, Slots, declared
 from lsys.data.plan import RankBatch
 from lsys.model.hybrid import HybridModel
 from lsys.model.megatron_config import transformer_config
 from lsys.model.parameters import initialise
+from lsys.observe.values import Collector, Values
 from lsys.runtime.groups import Groups
 from lsys.train.errors import RunError
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over the tokens of a step that count, over all ranks."""
+    """Sums over the tokens of a step that count, over all ranks; beside them, all that layers and the loss reported."""
 
     entropy: float
     z_loss: float
     tokens: int
+    values: Values
+
+    @classmethod
+    def of(cls, values: Values) -> "Losses":
+        return cls(values.total(LOSS), values.total(Z_LOSS), round(values.total(TOKENS)), values)
 
     @property
     def mean(self) -> float:
@@ -47,7 +55,7 @@ class Engine:
 
     def __init__(self, settings: Config, groups: Groups) -> None:
         self.settings, self.groups = settings, groups
-        self.config = transformer_config(settings)
+        self.config, self.slots = transformer_config(settings), Slots(declared(settings))
         self.overlap = settings.train.overlap if settings.train.overlap is not None else groups.device.type == "cuda"
         self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self._build_chunks())]
         self._check_layers()
@@ -129,8 +137,9 @@ class Engine:
                 chunk.zero_grad_buffer()
         if not forward_only:
             self.optimizer.zero_grad()
-        iterators = [iter(batches) for _ in self.chunks]
-        sums = get_forward_backward_func()(
+        collector = Collector(self.slots, self.groups)
+        iterators = [zip(batches, itertools.repeat(collector), strict=False) for _ in self.chunks]
+        get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
@@ -140,7 +149,7 @@ class Engine:
             forward_only=forward_only,
             force_all_reduce=force_all_reduce,
         )
-        return self._reduce(sums)
+        return Losses.of(collector.reduce())
 
     def step(self) -> float:
         """Clip, update, advance the schedule. Returns the gradient norm before clipping."""
@@ -170,29 +179,24 @@ class Engine:
                 for chunk in self.chunks:
                     chunk.enable_forward_pre_hook()
 
-    def _reduce(self, sums: list[Tensor]) -> Losses:
-        """Add the sums of micro-batches (known on the last stage) over data and context ranks, and tell every stage."""
-        groups = self.groups.collection
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
-        dist.all_reduce(total, group=groups.dp_cp)
-        dist.broadcast(total, dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
-        entropy, z_loss, tokens = total.tolist()
-        return Losses(entropy, z_loss, round(tokens))
 
+def _forward_step(
+    batches: Iterator[tuple[RankBatch, Collector]], chunk: DistributedDataParallel
+) -> tuple[Tensor, object]:
+    batch, collector = next(batches)
 
-def _forward_step(batches: Iterator[RankBatch], chunk: DistributedDataParallel) -> tuple[Tensor, object]:
-    batch = next(batches)
-
-    def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[2, slots] -> (sum to differentiate, its tokens, what is reported). Megatron divides by the tokens of all ranks."""
+    def loss(losses: Tensor) -> tuple[Tensor, Tensor, None]:
+        """[2, slots] -> (sum to differentiate, its tokens, nothing for Megatron to keep). Megatron divides by the tokens of all ranks."""
         # Slack is cut off, not multiplied by zero: whatever its slots hold cannot reach the loss.
         held = losses[:, : len(batch.loss_mask)]
         entropy, z_loss = (held * batch.loss_mask).sum(1)
         tokens = batch.loss_mask.sum()
-        report = torch.stack((entropy.detach(), z_loss.detach(), tokens)).double()
-        return entropy + z_loss, tokens.int(), report
+        for name, total in ((LOSS, entropy), (Z_LOSS, z_loss), (TOKENS, tokens)):
+            collector.add(name, total)
+        return entropy + z_loss, tokens.int(), None
 
-    return chunk(batch.tokens, batch.targets, batch.packed.anew()), loss
+    with collector.forward() as values:
+        return chunk(batch.tokens, batch.targets, batch.packed.anew(values)), loss
 
 
 def _optimizer_config(settings: Config, gathers_late: bool) -> OptimizerConfig:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lsys.config import Config
 from lsys.config.load import dump
+from lsys.config.reports import LOSS, TOKENS
 from lsys.config.rules import check_files, require
 from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.folder import require_own_folder
@@ -16,6 +18,9 @@ from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import launch_from_environment
 from lsys.runtime.groups import Groups, process_groups
 from lsys.train.errors import RunError
+
+if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
+    from lsys.observe.values import Values
 
 
 def main(settings: Config) -> int:
@@ -56,6 +61,7 @@ class Run:
         self.checkpoints = Checkpoints(settings.train.folder / "checkpoints", settings.checkpoint.keep)
         self.step = self._resume()
         self.saved_step = self.step
+        self.values: Values | None = None  # that the steps since the last report gave
         self.meter, self.waterfall = Meter(), Recorder(groups, settings.metrics.waterfall_every)
         self.profiler = Profiler(
             settings.train.profile,
@@ -145,30 +151,28 @@ class Run:
         self.step += 1
         self.waterfall.end_step(self.step)
         self.meter.add(self.settings.train.batch_tokens, flops)
+        self.values = self.values.followed_by(losses.values) if self.values else losses.values
         if _due(self.step, self.settings.metrics.every) or self.step == self.settings.train.steps:
             own = self.meter.take()
             with self.waterfall.region("report"):
                 interval = replace(own, flops=self.data.flops_of_all(own.flops))
-                values = {
-                    "loss_metrics/global_avg_loss": losses.mean,
-                    "grad_norm": norm,
-                    "lr": lr,
-                    "n_tokens_seen": self.step * self.settings.train.batch_tokens,
-                }
-                if self.settings.train.z_loss:
-                    values["loss_metrics/z_loss"] = losses.z_loss / max(losses.tokens, 1)
+                seen = self.step * self.settings.train.batch_tokens
+                values = {LOSS: losses.mean, **self.values.curves, "grad_norm": norm, "lr": lr, "n_tokens_seen": seen}
                 self.reporter.training(self.step, interval, values, waterfall=self.waterfall.take())
+                self.values = None
 
     def _validate(self) -> None:
         """Loss over the held-out documents."""
         if not self.data.validation_steps:
             return
-        entropy, tokens = 0.0, 0
+        values: Values | None = None
         with self.meter.paused(), self.waterfall.region("paused"), self.engine.settled_parameters():
             for batches in self.data.validation():
-                losses = self.engine.forward_backward(batches, forward_only=True)
-                entropy, tokens = entropy + losses.entropy, tokens + losses.tokens
-        self.reporter.validation(self.step, entropy / max(tokens, 1), self.data.bigram_entropy)
+                found = self.engine.forward_backward(batches, forward_only=True).values
+                values = values.followed_by(found) if values else found
+        assert values is not None  # there are validation steps
+        loss = values.total(LOSS) / max(values.total(TOKENS), 1)
+        self.reporter.validation(self.step, loss, self.data.bigram_entropy, values.curves)
 
     def _save(self) -> None:
         from lsys.checkpoint import Cursor

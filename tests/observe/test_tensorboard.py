@@ -5,6 +5,7 @@ import re
 import numpy as np
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from lsys.config.reports import Metric
 from lsys.observe.picture import COLOURS, colours, ranks_picture
 from lsys.observe.tensorboard import LOWER, UPPER, groups, layout, page_tag, rank_grid, stacked
 from lsys.parallel.mesh import Mesh
@@ -85,3 +86,14 @@ def test_a_straggler_among_many_is_the_reddest_cell():
 def test_axes_have_colours_of_their_own():
     parts = ["compute", *(f"exposed_{axis}" for axis in ("tensor", "context", "data", "pipeline", "model", "world"))]
     assert len(set(colours(parts).values())) == len(colours(parts))
+
+
+def test_what_layers_report_has_charts_of_its_own():
+    probes = [Metric("moe/load(%)", "mean", size=4), Metric("moe/dropped", "sum"), Metric("entropy", "mean")]
+    z_loss, hidden = Metric("loss_metrics/z_loss", "mean"), Metric("tokens", "sum", shown=False)
+    titles = {group.title: group for group in groups(False, [*probes, z_loss, hidden])}
+    assert list(titles) == ["training", "moe", "entropy", "speed", "memory"]
+    load, dropped = titles["moe"].charts
+    assert [chart.title for chart in (load, dropped)] == ["load(%)", "dropped"]
+    assert all(re.fullmatch(load.tags[0], page_tag(tag)) for tag in probes[0].tags)
+    assert [chart.title for chart in titles["training"].charts][:2] == ["loss", "z_loss"]
