@@ -4,13 +4,11 @@ import contextlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsys.config import Config
 from lsys.config.load import dump
-from lsys.config.reports import LOSS, TOKENS
 from lsys.config.rules import check_files, require
 from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.folder import require_own_folder
@@ -20,7 +18,7 @@ from lsys.runtime.groups import Groups, process_groups
 from lsys.train.errors import RunError
 
 if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
-    from lsys.observe.values import Values
+    from lsys.train.observers import Observers, StepDone
 
 
 def main(settings: Config) -> int:
@@ -61,7 +59,8 @@ class Run:
         self.checkpoints = Checkpoints(settings.train.folder / "checkpoints", settings.checkpoint.keep)
         self.step = self._resume()
         self.saved_step = self.step
-        self.values: Values | None = None  # that the steps since the last report gave
+        self.is_stopping = False
+        self.observers: Observers
         self.meter, self.waterfall = Meter(), Recorder(groups, settings.metrics.waterfall_every)
         self.profiler = Profiler(
             settings.train.profile,
@@ -100,10 +99,8 @@ class Run:
         return cursor.step
 
     def train(self) -> None:
-        """Steps until `train.steps` or SIGTERM; validation and checkpoints at their intervals and at the end."""
-        from lsys.train.signals import StopRequest
-
-        settings, steps = self.settings, self.settings.train.steps
+        """Steps until `train.steps` or SIGTERM; the observers do all else."""
+        steps, failed = self.settings.train.steps, True
         if self.step:
             self.reporter.say(f"resumed after step {self.step} of {steps}")
         if self.step >= steps:
@@ -112,79 +109,65 @@ class Run:
             )
             self.reporter.close()
             return
-        recording = self.waterfall.recording(self.step + 1)
-        tracing = contextlib.closing(self.profiler)
-        with StopRequest(self.groups.device) as stop, ThreadPoolExecutor(1) as ahead, recording, tracing:
-            plan = ahead.submit(self.data.training, self.step)
-            while self.step < steps:
-                with self.meter.waiting_for_data(), self.waterfall.region("data"):
-                    batches, flops = plan.result()
-                if self.step + 1 < steps:
-                    plan = ahead.submit(self.data.training, self.step + 1)
-                with self.profiler.step(self.step + 1):
-                    self._train_step(batches, flops)
-                if self.profiler.is_complete(self.step):
-                    with self.waterfall.region("report"):
-                        print(f"rank {self.groups.launch.rank} wrote {self.profiler.write()}", flush=True)
-                if _due(self.step, settings.train.validate_every) and self.step < steps:
-                    self._validate()
-                if _due(self.step, settings.checkpoint.every):
-                    self._save()
-                if stop.agreed():
-                    self.reporter.say(f"SIGTERM: saving after step {self.step} and stopping")
-                    break
-        if self.step >= steps:
-            self._validate()
-        self._save()
-        self.reporter.close()
+        self.observers = self._observers()
+        try:
+            with ThreadPoolExecutor(1) as ahead:
+                plan = ahead.submit(self.data.training, self.step)
+                while not self.is_ending:
+                    with self.observers.paused("data"):
+                        batches, flops = plan.result()
+                    if self.step + 1 < steps:
+                        plan = ahead.submit(self.data.training, self.step + 1)
+                    self.observers.end_step(self._train_step(batches, flops))
+            failed = False
+        finally:
+            self.observers.close(failed)
 
-    def _train_step(self, batches: list, flops: float) -> None:
-        with self.waterfall.region("compute"):
-            losses = self.engine.forward_backward(batches)
-            if not math.isfinite(losses.entropy):
-                raise RunError(
-                    f"the loss of step {self.step + 1} is {losses.mean}: no update was made; the newest checkpoint is "
-                    f"{self.checkpoints.latest()}. A lower optimizer.lr, a longer warmup_steps or optimizer.clip may help"
-                )
-            lr = self.engine.learning_rate
-            norm = self.engine.step()
+    @property
+    def is_ending(self) -> bool:
+        """Whether no other step follows."""
+        return self.is_stopping or self.step >= self.settings.train.steps
+
+    def _observers(self) -> "Observers":
+        from lsys.train import observers as known
+
+        meter, rank = self.meter, self.groups.launch.rank
+        return known.Observers(
+            [
+                known.Saving(self),
+                known.Stopping(self),
+                known.Validation(self),
+                known.Tracing(self, self.profiler),
+                known.Reporting(self, self.reporter, meter, self.waterfall),
+                known.Metering(meter, self.settings.train.batch_tokens),
+                known.Splitting(self.waterfall, self.step + 1),
+            ],
+            tell=lambda text: print(f"rank {rank}: {text}", flush=True),
+        )
+
+    def _train_step(self, batches: list, flops: float) -> "StepDone":
+        from lsys.train.observers import StepDone
+
+        self.observers.begin_step(self.step + 1)
+        losses = self.engine.forward_backward(batches)
+        if not math.isfinite(losses.entropy):
+            raise RunError(
+                f"the loss of step {self.step + 1} is {losses.mean}: no update was made; the newest checkpoint is "
+                f"{self.checkpoints.latest()}. A lower optimizer.lr, a longer warmup_steps or optimizer.clip may help"
+            )
+        lr = self.engine.learning_rate
+        norm = self.engine.step()
         self.step += 1
-        self.waterfall.end_step(self.step)
-        self.meter.add(self.settings.train.batch_tokens, flops)
-        self.values = self.values.followed_by(losses.values) if self.values else losses.values
-        if _due(self.step, self.settings.metrics.every) or self.step == self.settings.train.steps:
-            own = self.meter.take()
-            with self.waterfall.region("report"):
-                interval = replace(own, flops=self.data.flops_of_all(own.flops))
-                seen = self.step * self.settings.train.batch_tokens
-                values = {LOSS: losses.mean, **self.values.curves, "grad_norm": norm, "lr": lr, "n_tokens_seen": seen}
-                self.reporter.training(self.step, interval, values, waterfall=self.waterfall.take())
-                self.values = None
+        return StepDone(self.step, losses, norm, lr, flops)
 
-    def _validate(self) -> None:
-        """Loss over the held-out documents."""
-        if not self.data.validation_steps:
-            return
-        values: Values | None = None
-        with self.meter.paused(), self.waterfall.region("paused"), self.engine.settled_parameters():
-            for batches in self.data.validation():
-                found = self.engine.forward_backward(batches, forward_only=True).values
-                values = values.followed_by(found) if values else found
-        assert values is not None  # there are validation steps
-        loss = values.total(LOSS) / max(values.total(TOKENS), 1)
-        self.reporter.validation(self.step, loss, self.data.bigram_entropy, values.curves)
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of the steps done, unless there is one (collective)."""
         from lsys.checkpoint import Cursor
 
         if not self.settings.checkpoint.save or self.step == self.saved_step:
             return
-        with self.meter.paused(), self.waterfall.region("checkpoint"), self.engine.settled_parameters():
+        with self.observers.paused("checkpoint"), self.engine.settled_parameters():
             cursor = Cursor(self.step, self.step * self.settings.train.batch_tokens, dump(self.settings))
             path = self.checkpoints.save(self.engine, cursor)
         self.saved_step = self.step
         self.reporter.say(f"saved {path}")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -190,10 +190,11 @@ def stopped(rank: int, world_size: int) -> tuple[int, str, int]:
 
     step, said = Run._train_step, io.StringIO()
 
-    def ask(whole: Run, *args: Any) -> None:
-        step(whole, *args)
+    def ask(whole: Run, *args: Any) -> Any:
+        taken = step(whole, *args)
         if whole.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+        return taken
 
     with mock.patch.object(Run, "_train_step", ask), contextlib.redirect_stdout(said):
         done = delays.run(rank, world_size, {"train__profile": Profile(first=2, steps=4, ranks=[0]).model_dump()})

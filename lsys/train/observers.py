@@ -1,0 +1,276 @@
+"""What watches the loop: a small protocol, and its members. The loop goes over them, and knows none by name.
+
+A step's order: `paused("data")` around the wait for its batches; `begin_step` from the first observer to the last; the step;
+`end_step` from the last to the first, so that they lie in each other like contexts. `close` comes last, once, whatever happened.
+
+An observer is required or optional. What a required one raises ends the run, and it may communicate: all ranks call it alike. An optional
+one makes no collective, so one rank's can fail on its own: it is told once, and left out from then on; the run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lsys.config.reports import LOSS, TOKENS
+from lsys.observe.meter import Meter
+from lsys.observe.profiler import Profiler
+from lsys.observe.reporter import Reporter
+from lsys.observe.waterfall_recorder import Recorder
+from lsys.train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from lsys.observe.values import Values
+    from lsys.train.engine import Losses
+    from lsys.train.run import Run
+
+PAUSES = ("data", "report", "validation", "checkpoint")
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step that has been taken.
+
+    Attributes:
+        step: its number, from 1. losses: what it reported. grad_norm: before clipping. lr: that it was taken with.
+        flops: model FLOPs of this rank's data replica.
+    """
+
+    step: int
+    losses: Losses
+    grad_norm: float
+    lr: float
+    flops: float
+
+
+class StepObserver:
+    """An observer that does nothing. Subclasses override what they need.
+
+    Attributes:
+        required: whether its failure ends the run; see above.
+    """
+
+    required = False
+
+    def begin_step(self, step: int) -> None:
+        """Step `step`, from 1, begins; its batches are there."""
+
+    def end_step(self, done: StepDone) -> None:
+        """The parameters have been updated."""
+
+    def paused(self, what: str) -> AbstractContextManager[Any]:
+        """Around what is no part of a step's own work: one of PAUSES."""
+        return contextlib.nullcontext()
+
+    def close(self, failed: bool) -> None:
+        """The run ends; `failed`: by an error."""
+
+
+class Observers:
+    """The observers of a run, called as one.
+
+    Args:
+        tell: how an optional one's failure is told.
+    """
+
+    def __init__(self, observers: Sequence[StepObserver], tell: Callable[[str], None]) -> None:
+        self.observers, self.tell = list(observers), tell
+
+    def begin_step(self, step: int) -> None:
+        for each in tuple(self.observers):
+            self._call(each, each.begin_step, step)
+
+    def end_step(self, done: StepDone) -> None:
+        for each in reversed(tuple(self.observers)):
+            self._call(each, each.end_step, done)
+
+    @contextlib.contextmanager
+    def paused(self, what: str) -> Iterator[None]:
+        entered = []
+        for each in tuple(self.observers):
+            context = self._call(each, each.paused, what)
+            if context is not None:
+                self._call(each, context.__enter__)
+                entered.append((each, context))
+        try:
+            yield
+        finally:
+            for each, context in reversed(entered):
+                self._call(each, context.__exit__, None, None, None)
+
+    def close(self, failed: bool) -> None:
+        """Close all, the last first; each, even if another one fails."""
+        with ExitStack() as stack:
+            for each in tuple(self.observers):
+                stack.callback(self._call, each, each.close, failed)
+
+    def _call(self, observer: StepObserver, method: Callable[..., Any], *args: Any) -> Any:
+        if observer.required:
+            return method(*args)
+        if observer not in self.observers:
+            return None
+        try:
+            return method(*args)
+        except Exception as error:
+            self.observers.remove(observer)
+            name = f"{type(observer).__module__}:{type(observer).__qualname__}"
+            self.tell(f"{name} failed and is left out from now on: {type(error).__name__}: {error}")
+            return None
+
+
+# ---- those of every run, in their order
+
+
+class Saving(StepObserver):
+    """Checkpoints at their interval, at the end and on SIGTERM."""
+
+    required = True
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def end_step(self, done: StepDone) -> None:
+        run = self.run
+        if is_due(done.step, run.settings.checkpoint.every) or run.is_ending:
+            run.save()
+
+
+class Stopping(StepObserver):
+    """Ends the run after a step in which any rank got SIGTERM."""
+
+    required = True
+
+    def __init__(self, run: Run) -> None:
+        self.run, self._stack = run, ExitStack()
+        self.request = self._stack.enter_context(StopRequest(run.groups.device))
+
+    def end_step(self, done: StepDone) -> None:
+        if self.request.agreed():
+            self.run.reporter.say(f"SIGTERM: saving after step {done.step} and stopping")
+            self.run.is_stopping = True
+
+    def close(self, failed: bool) -> None:
+        self._stack.close()
+
+
+class Validation(StepObserver):
+    """Loss over the held-out documents, at its interval and at the end."""
+
+    required = True
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def end_step(self, done: StepDone) -> None:
+        train = self.run.settings.train
+        if is_due(done.step, train.validate_every) or done.step == train.steps:
+            self._validate(done.step)
+
+    def _validate(self, step: int) -> None:
+        data, engine, values = self.run.data, self.run.engine, None
+        if not data.validation_steps:
+            return
+        with self.run.observers.paused("validation"), engine.settled_parameters():
+            for batches in data.validation():
+                found = engine.forward_backward(batches, forward_only=True).values
+                values = values.followed_by(found) if values else found
+        assert values is not None  # there are validation steps
+        loss = values.total(LOSS) / max(values.total(TOKENS), 1)
+        self.run.reporter.validation(step, loss, data.bigram_entropy, values.curves)
+
+
+class Tracing(StepObserver):
+    """Traces of chosen steps. A disk that is full costs the trace, not the run."""
+
+    def __init__(self, run: Run, profiler: Profiler) -> None:
+        self.run, self.profiler, self._step = run, profiler, ExitStack()
+
+    def begin_step(self, step: int) -> None:
+        self._step.enter_context(self.profiler.step(step))
+
+    def end_step(self, done: StepDone) -> None:
+        self._step.close()
+        if self.profiler.is_complete(done.step):
+            with self.run.observers.paused("report"):
+                print(f"rank {self.run.groups.launch.rank} wrote {self.profiler.write()}", flush=True)
+
+    def close(self, failed: bool) -> None:
+        self._step.close()
+        self.profiler.close()
+
+
+class Reporting(StepObserver):
+    """The console's line and TensorBoard's points, at their interval and at the end."""
+
+    required = True
+
+    def __init__(self, run: Run, reporter: Reporter, meter: Meter, recorder: Recorder) -> None:
+        self.run, self.reporter, self.meter, self.recorder = run, reporter, meter, recorder
+        self.values: Values | None = None  # that the steps since the last report gave
+
+    def end_step(self, done: StepDone) -> None:
+        settings, found = self.run.settings, done.losses.values
+        self.values = self.values.followed_by(found) if self.values else found
+        if not is_due(done.step, settings.metrics.every) and done.step != settings.train.steps:
+            return
+        own = self.meter.take()
+        with self.run.observers.paused("report"):
+            interval = replace(own, flops=self.run.data.flops_of_all(own.flops))
+            values = {LOSS: done.losses.mean, **self.values.curves, "grad_norm": done.grad_norm, "lr": done.lr}
+            values["n_tokens_seen"] = done.step * settings.train.batch_tokens
+            self.reporter.training(done.step, interval, values, waterfall=self.recorder.take())
+        self.values = None
+
+    def close(self, failed: bool) -> None:
+        if not failed:  # what it achieved is no record then
+            self.reporter.close()
+
+
+class Metering(StepObserver):
+    """Seconds, tokens and FLOPs of the steps."""
+
+    required = True
+
+    def __init__(self, meter: Meter, tokens: int) -> None:
+        self.meter, self.tokens = meter, tokens
+
+    def end_step(self, done: StepDone) -> None:
+        self.meter.add(self.tokens, done.flops)
+
+    def paused(self, what: str) -> AbstractContextManager[Any]:
+        if what == "report":  # a report costs the steps after it
+            return contextlib.nullcontext()
+        return self.meter.waiting_for_data() if what == "data" else self.meter.paused()
+
+
+class Splitting(StepObserver):
+    """The waterfall's parts: what is between the beginning and the end of a step is computed."""
+
+    required = True
+    REGIONS = {"data": "data", "report": "report", "validation": "paused", "checkpoint": "checkpoint"}
+
+    def __init__(self, recorder: Recorder, first: int) -> None:
+        self.recorder, self._run, self._step = recorder, ExitStack(), ExitStack()
+        self._run.enter_context(recorder.recording(first))
+
+    def begin_step(self, step: int) -> None:
+        self._step.enter_context(self.recorder.region("compute"))
+
+    def end_step(self, done: StepDone) -> None:
+        self._step.close()
+        self.recorder.end_step(done.step)
+
+    def paused(self, what: str) -> AbstractContextManager[Any]:
+        return self.recorder.region(self.REGIONS[what])
+
+    def close(self, failed: bool) -> None:
+        self._step.close()
+        self._run.close()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is done after this one; 0: never."""
+    return every > 0 and step % every == 0
