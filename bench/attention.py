@@ -25,8 +25,8 @@ from tools import launch, run_sections, show
 
 from lsys.kernels.softmax_attention import softmax_attention as one_device
 from lsys.parallel.attention import METHODS
-from lsys.parallel.attention.cost import Shape, traffic
 from lsys.parallel.ledger import NETWORK, NODE
+from lsys.parallel.messages.choice import seconds
 from lsys.parallel.replay import Link, Links, Program, SoloComm, fastest, simulate
 
 WORKER = "attention_worker.py"
@@ -117,10 +117,10 @@ def replay(options: Options) -> dict[str, Any]:
 def overlap(options: Options) -> dict[str, Any]:
     kinds = {name: options.case(comm=name) for name in ("none", "serial", "overlapped")}
     alone = launch(WORKER, [kinds["none"]], 2)[0]["seconds"]
-    shape = Shape(options.heads, options.heads, options.width, 4)
-    sent = traffic("ring", options.case().make_layout(2), shape, (0, 1))
+    forward, backward = options.case().phases((0, 1))
     # Bytes that follow one another: in each step those of the direction that has more. TCP's payload is 99.3% of jumbo frames.
-    serial_bytes = sent.seconds((0, 1), dict.fromkeys((NODE, NETWORK), Link(0.0, 1.0)))  # at 1 byte/s
+    links = dict.fromkeys((NODE, NETWORK), Link(0.0, 1.0))  # at 1 byte/s
+    serial_bytes = sum(seconds(phase, (0, 1), links) for phase in (*forward, *backward))
     rate = round(8 * serial_bytes / alone / 0.993 / 1e3)  # kbit/s
     serial, overlapped = (
         r["seconds"] for r in launch(WORKER, [kinds["serial"], kinds["overlapped"]], 2, f"{rate}kbit")

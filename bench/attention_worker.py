@@ -4,7 +4,7 @@ torchrun --standalone --nproc-per-node 2 bench/attention_worker.py CASES.json RE
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ from tools import serve
 from torch import Tensor
 
 from lsys.parallel.attention import softmax_attention
-from lsys.parallel.attention.cost import Shape, traffic
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import record
+from lsys.parallel.messages import Phase, Phases, Placement
+from lsys.parallel.messages.attention import Shape
+from lsys.parallel.methods import SOFTMAX
 from lsys.parallel.replay import SoloComm
 
 
@@ -42,6 +44,11 @@ class Case:
     def make_layout(self, ranks: int) -> SequenceLayout:
         return getattr(SequenceLayout, self.layout)(self.lengths, ranks)
 
+    def phases(self, nodes: Sequence[int]) -> Phases:
+        """What it sends, by formulas."""
+        place = Placement.of(self.layout, self.lengths, len(nodes))
+        return SOFTMAX[self.method].phases(place, Shape(self.heads, self.kv_heads, self.width, 4), nodes, self.window)
+
     def tensors(self, tokens: int) -> list[Tensor]:
         """q, k, v and the gradient of o, fp32."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
@@ -65,6 +72,14 @@ def attend(case: Case, layout: SequenceLayout, comm: SequenceComm, tensors: list
     return [o.detach(), *torch.autograd.grad(o, leaves, tensors[3])]
 
 
+def by_rank(phases: Iterable[Phase], ranks: int) -> list[int]:
+    """Bytes that each rank receives."""
+    received = [0] * ranks
+    for _, destination, size in (message for phase in phases for message in phase):
+        received[destination] += size
+    return received
+
+
 def measure(case: Case) -> dict[str, Any]:
     """Wall-clock of forward and backward (the slowest rank's, the best of the repeats) and bytes received by each rank."""
     comm = SerialComm(None) if case.comm == "serial" else SequenceComm(None)
@@ -79,11 +94,9 @@ def measure(case: Case) -> dict[str, Any]:
     with record() as ledger:
         outputs = attend(case, layout, used, tensors)  # warms up, too
     received = comm.all_gather(torch.tensor([ledger.bytes(direction="received")])).tolist()
-    formula = traffic(
-        case.method, layout, Shape(case.heads, case.kv_heads, case.width, 4), comm.node_of_rank, window=case.window
-    )
     result["received"] = received
-    result["formula"] = formula.received(comm.node_of_rank).sum((0, 2)).tolist()
+    forward, backward = case.phases(comm.node_of_rank)
+    result["formula"] = by_rank((*forward, *backward), comm.size)
     if case.reference:
         errors = [
             float(((x - layout.shard(y, comm.rank)).abs() / (1 + y.abs().max())).max())

@@ -21,13 +21,13 @@ import tyro
 from linear_worker import MEMBERS, Case, attend
 from tools import launch, run_sections, show
 
-from lsys.parallel.attention import cost as softmax_cost
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear import cost
+from lsys.parallel.messages import Placement, attention, linear
+from lsys.parallel.methods import SOFTMAX, STATE
 from lsys.parallel.replay import HARDWARE, Compute, Issue, Program, SoloComm, fastest, simulate
 
 WORKER = "linear_worker.py"
-STATE_METHODS = ("lasp1", "lasp2", "zeco", "ulysses")
+STATE_METHODS = tuple(STATE)
 RANKS_PER_NODE = 8
 SHAPED = "118mbit"
 
@@ -242,17 +242,17 @@ def steps_of(method: str, ranks: int) -> int:
     """Transfers of a forward pass that follow one another: a message each, but for collectives."""
     nodes = [rank // RANKS_PER_NODE for rank in range(ranks)]
     if method == "ring":
-        layout = SequenceLayout.zigzag([FEW * ranks], ranks)
-        return len(softmax_cost.traffic("ring", layout, softmax_cost.Shape(HEADS, HEADS, WIDTH, BYTES), nodes).forward)
-    layout = SequenceLayout.contiguous([FEW * ranks], ranks)
-    return len(cost.traffic(method, layout, cost.Shape(HEADS, HEADS, WIDTH, WIDTH, "token")).forward)
+        place, shape = Placement.of("zigzag", [FEW * ranks], ranks), attention.Shape(HEADS, HEADS, WIDTH, BYTES)
+        return len(SOFTMAX[method].phases(place, shape, nodes).forward)
+    place = Placement.of("contiguous", [FEW * ranks], ranks)
+    return len(STATE[method].phases(place, linear.Shape(HEADS, HEADS, WIDTH, WIDTH, "token")).forward)
 
 
 def replay(options: Options) -> dict[str, Any]:
     rows: list[list[Any]] = []
     for setting in SETTINGS:
         ranks, links, found = setting.ranks, HARDWARE[GPUS[setting.gpu].links], {}
-        names = STATE_METHODS if ranks <= HEADS else STATE_METHODS[:3]
+        names = [name for name in STATE if ranks <= HEADS or not STATE[name].whole]
         for method in (*names, "ring") if ranks <= 64 else names:
             found[method] = simulate(programs(setting, method), links).seconds
             attending = setting.softmax_seconds() if method == "ring" else setting.linear_seconds()

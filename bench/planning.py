@@ -16,16 +16,15 @@ from typing import TypeVar
 import torch
 
 from lsys.kernels.softmax_attention import Tiles, cpu, cuda
-from lsys.parallel.attention import gather, ring, usp
 from lsys.parallel.attention.route import Route, route
 from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.methods import SOFTMAX, Method
 
 Result = TypeVar("Result")
 
-METHODS = ("ring", "gather", "ulysses", "usp")
 MASKS = {"causal": Mask(True, None), "window 1024": Mask(True, 1024), "full": Mask(False, None)}
-HEADS, NODE = 32, 8  # for usp: groups of the ranks of a node
+HEADS, NODE = 32, 8  # query heads, ranks of a node: what methods group ranks by
 
 
 def draw(documents: int) -> list[int]:
@@ -49,15 +48,11 @@ def all_tiles(found: Route) -> list[Tiles]:
     return [tiles for step in found.steps for tiles in (step.local, step.remote) if len(tiles)]
 
 
-def plan(method: str, layout: SequenceLayout, rank: int, mask: Mask) -> tuple[list[float], list[int]]:
+def plan(method: Method, layout: SequenceLayout, rank: int, mask: Mask) -> tuple[list[float], list[int]]:
     """Seconds of the schedule, the route and the two kinds of launches; how many tiles and launches there are."""
-    generate, groups = gather.schedule if method == "gather" else ring.schedule, None
-    if method == "ulysses":
-        groups = (tuple(range(layout.ranks)),)
-    elif method == "usp":
-        groups = usp.groups([rank // NODE for rank in range(layout.ranks)], HEADS)
+    generate, groups = method.function(), method.groups([rank // NODE for rank in range(layout.ranks)], HEADS)
     began = time.process_time()
-    if groups is not None:
+    if len(groups) < layout.ranks:
         rank = next(number for number, group in enumerate(groups) if rank in group)
         layout = layout.pooled(groups)
     schedule = generate(layout, *mask)
@@ -89,11 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("contiguous", "zigzag"):
         make = getattr(SequenceLayout, name)
         for title, mask in MASKS.items():
-            for method in METHODS:
+            for method in SOFTMAX.values():
                 runs = [plan(method, make(lengths, options.ranks), options.rank, mask) for _ in range(options.best_of)]
                 schedule, taken, *launches = map(min, zip(*(seconds for seconds, _ in runs), strict=True))
                 row = [f"{x:.3f}" for x in (schedule, taken, schedule + taken, *launches)]
-                print(f"| {name} | {title} | {method} | {' | '.join(row)} | {' | '.join(map(str, runs[0][1]))} |")
+                print(f"| {name} | {title} | {method.name} | {' | '.join(row)} | {' | '.join(map(str, runs[0][1]))} |")
 
 
 if __name__ == "__main__":

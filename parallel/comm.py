@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsys.parallel.ledger import label
+from lsys.parallel.messages.placement import is_uneven
 
 Result = TypeVar("Result")
 Other = TypeVar("Other")
@@ -193,11 +194,6 @@ class SequenceComm:
         if len(sizes) != self.size:
             raise ValueError(f"sizes names {len(sizes)} ranks; the {self.axis} group has {self.size}")
         return tuple(sizes)
-
-
-def is_uneven(sizes: Sequence[int]) -> bool:
-    """Whether padding all to the largest adds more than a quarter."""
-    return len(sizes) * max(sizes) > 1.25 * sum(sizes)
 
 
 def _sum(parts: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lsys.parallel.messages.placement import rank_begins, zigzag_quota
 from lsys.parallel.segments import Segment, SegmentTable, offsets, runs
 
 __all__ = ["Segment", "SequenceLayout"]
@@ -96,13 +97,12 @@ class SequenceLayout:
         """The stream cut in `ranks` runs whose sizes differ by one at most, the longer ones first."""
         lengths = _checked(lengths, ranks)
         documents = _places(lengths)
-        base, longer = divmod(sum(lengths), ranks)
-        rank_begins = torch.tensor([base * rank + min(rank, longer) for rank in range(ranks)])
-        cuts = torch.cat([documents, rank_begins]).unique()
+        begins = torch.tensor(rank_begins(sum(lengths), ranks))
+        cuts = torch.cat([documents, begins]).unique()
         begin = cuts[:-1]
         # The document that begins at or before a token; of those that begin together the last, which is not empty.
         document = torch.searchsorted(documents, begin, right=True) - 1
-        rank = torch.searchsorted(rank_begins, begin, right=True) - 1
+        rank = torch.searchsorted(begins, begin, right=True) - 1
         return cls._of(lengths, ranks, torch.stack([rank, document, begin - documents[document], cuts.diff()]))
 
     @classmethod
@@ -116,8 +116,7 @@ class SequenceLayout:
         lengths = _checked(lengths, ranks)
         size, rank = torch.tensor(lengths, dtype=torch.int64)[:, None], torch.arange(ranks)
         begin = size.cumsum(0) - size
-        # Of the last size % ranks tokens of a document, the first is for rank begin % ranks, and so on in a cycle.
-        quota = size // ranks + ((rank - begin) % ranks < size % ranks)  # [documents, ranks]
+        quota = zigzag_quota(size, begin, rank, ranks)  # [documents, ranks]
         second = quota // 2
         second[:, -1] = 0  # the two chunks of the last rank are one
         chunk = torch.stack([quota - second, second.flip(1)], dim=1)  # [documents, 2, ranks], in order of positions

@@ -8,7 +8,8 @@ from functools import lru_cache
 from lsys.config.schema import Config
 from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages import Placement
-from lsys.parallel.messages.attention import Estimate, Shape, choose
+from lsys.parallel.messages.attention import Shape
+from lsys.parallel.messages.choice import Estimate, choose
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 

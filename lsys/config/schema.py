@@ -5,7 +5,7 @@ Units: tokens unless said otherwise. Rules that tie several keys to each other, 
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     Field,
@@ -21,7 +21,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from lsys.config.mixers import MOVED, Mixers
 from lsys.mixers.card import Card
 from lsys.mixers.registry import CARDS, LETTERS, MIXERS, listed
+from lsys.parallel.methods import SOFTMAX, STATE, described
 from lsys.section import Section
+
+if TYPE_CHECKING:  # names from tables, which type checkers do not follow
+    AttentionMethod = str
+    StateMethod = str
+else:
+    AttentionMethod, StateMethod = Literal["auto", *SOFTMAX], Literal[*STATE]
 
 
 def _moved(key: str) -> Any:
@@ -223,16 +230,14 @@ class Parallel(Section):
     layout: Literal["contiguous", "zigzag"] = Field(
         "zigzag", description="How the documents of a micro-batch are laid over the context ranks."
     )
-    attention: Literal["auto", "ring", "gather", "ulysses", "usp"] = Field(
+    attention: AttentionMethod = Field(
         "auto",
-        description="How softmax and window layers cross context ranks: `ring` passes keys and values from rank to rank, `gather` gathers them, "
-        "`ulysses` exchanges heads for tokens, `usp` is `ulysses` inside nodes and `ring` across; `auto`: the cheapest for each kind of layer, "
+        description=f"How softmax and window layers cross context ranks: {described(SOFTMAX)}; `auto`: the cheapest for each kind of layer, "
         "which `lsys check` prints.",
     )
-    linear: Literal["lasp1", "lasp2", "zeco", "ulysses"] = Field(
+    linear: StateMethod = Field(
         "lasp2",
-        description="How layers with a state cross context ranks: `lasp1` passes states from rank to rank, `lasp2` gathers them at once, `zeco` passes "
-        "them in blocks, `ulysses` exchanges heads for tokens.",
+        description=f"How layers with a state cross context ranks: {described(STATE)}.",
     )
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from lsys.parallel.messages import Phases, Placement, attention, linear
+from lsys.parallel.methods import Method
 
 
 class Ranks(NamedTuple):
@@ -42,15 +43,15 @@ class KeyValues:
     width: int
     window: int | None = None
 
-    def phases(self, method: str, ranks: Ranks) -> Phases:
+    def phases(self, method: Method, ranks: Ranks) -> Phases:
         """The messages of one layer by this method."""
         return _key_values(self, method, ranks)
 
 
 @lru_cache(maxsize=64)
-def _key_values(one: KeyValues, method: str, ranks: Ranks) -> Phases:
+def _key_values(one: KeyValues, method: Method, ranks: Ranks) -> Phases:
     shape = attention.Shape(one.heads, one.kv_heads, one.width, ranks.itemsize)
-    return attention.phases(method, ranks.placement, shape, ranks.nodes, one.window, ranks.backend)
+    return method.phases(ranks.placement, shape, ranks.nodes, one.window, ranks.backend)
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class States:
     decay: str
     delta: bool
 
-    def phases(self, method: str, ranks: Ranks) -> Phases:
+    def phases(self, method: Method, ranks: Ranks) -> Phases:
         """The messages of one layer by this method."""
-        return linear.phases(method, ranks.placement, linear.Shape(**vars(self), itemsize=ranks.itemsize))
+        return method.phases(ranks.placement, linear.Shape(**vars(self), itemsize=ranks.itemsize))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Halo:
     reach: int
     channels: int
 
-    def phases(self, method: str, ranks: Ranks) -> Phases:
+    def phases(self, method: Method, ranks: Ranks) -> Phases:
         """The messages of one layer, which no method changes. Gradients are fp32 at least."""
         size = self.channels * ranks.itemsize
         return linear.halo(ranks.placement, self.reach, size, self.channels * max(4, ranks.itemsize))

@@ -124,7 +124,7 @@ def linear_workspace(shape: Shape, kind: str) -> float:
 
 def is_linked(shape: Shape, kind: str) -> bool:
     """Whether states come from and go to other ranks."""
-    return shape.mesh.context > 1 and shape.config.parallel.linear != "ulysses" and shape.cards[kind].has_state
+    return shape.mesh.context > 1 and shape.cards[kind].has_state and not shape.methods[kind].whole
 
 
 def linear_saved(shape: Shape, kind: str) -> float:
@@ -138,7 +138,7 @@ def linear_saved(shape: Shape, kind: str) -> float:
     heads, _, k, v, _ = _widths(shape, kind)
     runs = (2 * shape.mesh.context - 1) if shape.config.parallel.layout == "zigzag" else shape.mesh.context
     own: float = 2 if shape.config.parallel.layout == "zigzag" else 1
-    if (card.delta or card.decay in ("token", "channel")) and shape.config.parallel.linear == "lasp2":
+    if (card.delta or card.decay in ("token", "channel")) and shape.methods[kind].transitions:
         own += runs * (1 + (k / v if card.delta else 1 / v if card.decay == "channel" else 0))
     return 4.0 * (shape.slots * _numbers(shape, kind, SAVED[variant(card)]) + own * heads * k * v)
 

@@ -10,7 +10,7 @@ from typing import Any
 from lsys.config.messages import divisors
 from lsys.config.rules import check
 from lsys.config.schema import Config
-from lsys.parallel.messages import linear
+from lsys.parallel.methods import STATE
 from lsys.predict.hardware import Hardware
 from lsys.predict.plan import Plan
 
@@ -138,7 +138,7 @@ def _with_method(start: Plan, changes: Changes, plan: Plan) -> tuple[Changes, Pl
     config = plan.config
     if config.parallel.context == 1 or not any(card.has_state for card in config.model.cards.values()):
         return changes, plan
-    methods = sorted(linear.METHODS, key=lambda method: method != config.parallel.linear)  # of equals the configured
+    methods = sorted(STATE, key=lambda method: method != config.parallel.linear)  # of equals the configured
     plans = [(each, _plan(start, each)) for each in ({**changes, "parallel.linear": method} for method in methods)]
     fitting = [(each, other) for each, other in plans if other is not None and other.fits]
     return min(fitting, key=lambda each: each[1].prediction.seconds, default=(changes, plan))

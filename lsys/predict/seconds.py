@@ -92,12 +92,10 @@ class StepTime:
         if key not in self._layers:
             *halos, own = self.traffic.layer_phases(*key)
             method = self.shape.methods[kind]
-            ends = {"ulysses": len(max(own, key=len)), "usp": 1}.get(method, 0)
-            collective = method in ("gather", "lasp2")
             waits, beside = [], []
             for way in (0, 1):
-                times = [self.transfers.phase(phase, collective) for phase in own[way]]
-                inner = times[ends : len(times) - ends]
+                times = [self.transfers.phase(phase, method.collective) for phase in own[way]]
+                inner = times[method.ends : len(times) - method.ends]
                 before = sum(self.transfers.phase(phase) for halo in halos for phase in halo[way])
                 waits.append(before + sum(times) - sum(inner))
                 beside.append(sum(inner))

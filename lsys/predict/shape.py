@@ -11,6 +11,7 @@ from lsys.config.schema import Config
 from lsys.mixers.card import Card, Place
 from lsys.mixers.exchange import Ranks
 from lsys.parallel.mesh import Mesh
+from lsys.parallel.methods import SOFTMAX, STATE, Method
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ class Shape:
         return self.config.model.cards
 
     @cached_property
-    def methods(self) -> dict[str, str]:
+    def methods(self) -> dict[str, Method]:
         """How a layer crosses the context ranks, by its kind."""
-        state = {kind: self.config.parallel.linear for kind, card in self.cards.items() if card.has_state}
-        return {**state, **attention_methods(self.config, self.context_nodes)}
+        taken = attention_methods(self.config, self.context_nodes)
+        state = STATE[self.config.parallel.linear]
+        return {kind: state if card.has_state else SOFTMAX[taken[kind]] for kind, card in self.cards.items()}
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -97,7 +99,7 @@ class Shape:
 
     def place(self, kind: str) -> Place:
         """Where a layer of a kind runs, as far as its bytes depend on it."""
-        is_sent = self.mesh.context > 1 and self.methods[kind] == "ulysses"
+        is_sent = self.mesh.context > 1 and self.methods[kind].whole
         return Place(self.itemsize, self.gpu, self.mesh.tensor, is_sent)
 
     # ---- layers

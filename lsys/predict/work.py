@@ -22,7 +22,8 @@ from collections.abc import Mapping
 
 from lsys.mixers.attention import visible
 from lsys.mixers.exchange import KeyValues
-from lsys.parallel.messages.attention import rank_groups, shares
+from lsys.parallel.messages.heads import shares
+from lsys.parallel.methods import Method
 from lsys.predict.activations import Activations
 from lsys.predict.kernels import intermediate, is_linked, least
 from lsys.predict.shape import Shape
@@ -62,7 +63,7 @@ class StageWork:
         self._mixers: dict[tuple[str, bool], Work] = {}
         self._layers: dict[tuple[str, bool], Work] = {}
 
-    def mixer(self, kind: str, methods: Mapping[str, str], most: bool = False) -> Work:
+    def mixer(self, kind: str, methods: Mapping[str, Method], most: bool = False) -> Work:
         """Of one layer's mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
         key = (kind, most)
         if key not in self._mixers:
@@ -81,28 +82,27 @@ class StageWork:
             self._mixers[key] = work
         return self._mixers[key]
 
-    def attention_flops(self, kind: str, method: str) -> list[float]:
+    def attention_flops(self, kind: str, method: Method) -> list[float]:
         """Forward, by context rank: of the pairs that its queries see, or of its share of the heads."""
         context, tensor = self.shape.mesh.context, self.shape.mesh.tensor
         (one,) = (each for each in self.shape.cards[kind].exchanges(tensor) if isinstance(each, KeyValues))
-        each, window = 4.0 * one.width, one.window
-        groups = rank_groups(method, context, one.heads, [0] * context) if method == "ulysses" else None
-        if groups:
+        pair, window = 4.0 * one.width, one.window
+        if method.whole:
             total = sum(visible(n, window) for n in self.shape.documents)
-            return [each * queries * total for queries, _ in shares(one.heads, one.kv_heads, context)]
+            return [pair * share.queries * total for share in shares(one.heads, one.kv_heads, context)]
         pairs, place = [0.0] * context, self.shape.ranks.placement
         for part in place.parts:
             start = part.begin - place.places[part.document]
             pairs[part.rank] += visible(start + part.length, window) - visible(start, window)
-        return [each * one.heads * n for n in pairs]
+        return [pair * one.heads * n for n in pairs]
 
-    def layer(self, kind: str, methods: Mapping[str, str], most: bool = False) -> Work:
+    def layer(self, kind: str, methods: Mapping[str, Method], most: bool = False) -> Work:
         """Of one layer, forward; most: as of `mixer`."""
         if (kind, most) not in self._layers:
             self._layers[kind, most] = self._layer(kind, methods, most)
         return self._layers[kind, most]
 
-    def _layer(self, kind: str, methods: Mapping[str, str], most: bool) -> Work:
+    def _layer(self, kind: str, methods: Mapping[str, Method], most: bool) -> Work:
         card, t = self.shape.cards[kind], self.shape.mesh.tensor
         found = self.mlp(kind) + Work(
             {"matmul": 2.0 * self.shape.slots * card.products / t, "weights": card.products / t}
@@ -126,7 +126,7 @@ class StageWork:
         numbers = self.shape.slots * self.model.padded_vocab / self.shape.mesh.tensor
         return Work({"matmul": 2.0 * numbers * self.model.hidden, "logits": 4.0 * numbers})
 
-    def chunk(self, stage: int, chunk: int, methods: Mapping[str, str], most: bool = False) -> tuple[Work, Work]:
+    def chunk(self, stage: int, chunk: int, methods: Mapping[str, Method], most: bool = False) -> tuple[Work, Work]:
         """Of one micro-batch through a chunk of a stage: forward, backward (what is recomputed is in it)."""
         forward, again = Work({"micro_batch": 1}), Work()
         for kind in self.shape.kinds(stage, chunk):

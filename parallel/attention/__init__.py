@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from lsys.parallel.attention import executor, gather, ring, ulysses, usp
+from lsys.parallel.attention import ulysses
 from lsys.parallel.attention.executor import Options
 from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.methods import SOFTMAX
 
 __all__ = ["METHODS", "softmax_attention"]
 
-METHODS = ("ring", "gather", "ulysses", "usp")
+METHODS = tuple(SOFTMAX)
 
 
 def softmax_attention(
@@ -30,7 +31,7 @@ def softmax_attention(
     """Softmax attention inside each document, whichever ranks hold its tokens.
 
     All ranks of `comm` must call it, and backpropagate through its result, those without tokens too. Methods differ in
-    what they communicate (`lsys.parallel.attention.cost`), not in the result; nothing needs to divide anything.
+    what they communicate (`lsys.parallel.methods`), not in the result; nothing needs to divide anything.
 
     Args:
         q: [T_r, H, D], this rank's tokens in the layout's order.
@@ -59,13 +60,8 @@ def softmax_attention(
     _check(q, k, v, layout, comm, method, causal, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = Options(Mask(causal, window), scale, backend)
-    if method == "ring" or comm is None:
-        return executor.attention(q, k, v, layout, comm, ring.schedule, options)
-    if method == "gather":
-        return executor.attention(q, k, v, layout, comm, gather.schedule, options)
-    everyone = (tuple(range(comm.size)),)
-    groups = everyone if method == "ulysses" else usp.groups(comm.node_of_rank, q.shape[1])
-    return ulysses.attention(q, k, v, layout, comm, groups, options)
+    row, nodes = SOFTMAX[method], (0,) if comm is None else comm.node_of_rank
+    return ulysses.attention(q, k, v, layout, comm, row.function(), row.groups(nodes, q.shape[1]), options)
 
 
 def _check(

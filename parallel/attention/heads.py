@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -12,37 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.messages.heads import Share
 from lsys.parallel.segments import joined, offsets, runs
-
-
-class Share(NamedTuple):
-    """Heads of one member of a group: query heads, and the key heads that these read."""
-
-    query: slice
-    key: slice
-
-    @property
-    def width(self) -> int:
-        """Heads of q, k and v together."""
-        return _count(self.query) + 2 * _count(self.key)
-
-
-def _count(heads: slice) -> int:
-    return heads.stop - heads.start
-
-
-def shares(heads: int, kv_heads: int, members: int) -> tuple[Share, ...]:
-    """Query heads in runs that differ by one at most, the longer first, empty ones last.
-
-    Key heads that are read by several members are given to each of them.
-    """
-    group = heads // kv_heads
-    base, longer = divmod(heads, members)
-    ends = [0, *accumulate(base + (member < longer) for member in range(members))]
-    return tuple(
-        Share(slice(a, b), slice(a // group, (b - 1) // group + 1) if b > a else slice(0, 0))
-        for a, b in zip(ends, ends[1:], strict=False)
-    )
 
 
 def pieces(share: Share, group: int) -> tuple[tuple[slice, slice], ...]:
@@ -181,7 +152,7 @@ class HeadsOut(torch.autograd.Function):
     def forward(ctx: Any, o: Tensor, exchange: HeadExchange) -> Tensor:
         ctx.exchange = exchange
         ctx.save_for_backward(o.new_empty(0))
-        return torch.cat(exchange.to_tokens(o, [_count(share.query) for share in exchange.shares]), 1)
+        return torch.cat(exchange.to_tokens(o, [share.queries for share in exchange.shares]), 1)
 
     @staticmethod
     @once_differentiable
@@ -193,4 +164,4 @@ class HeadsOut(torch.autograd.Function):
 
 def _split(x: Tensor, share: Share) -> tuple[Tensor, ...]:
     """[T, w, D] -> q, k, v: views."""
-    return x.split([_count(share.query), _count(share.key), _count(share.key)], 1)
+    return x.split([share.queries, share.keys, share.keys], 1)

@@ -20,14 +20,12 @@ from torch import Tensor
 
 from lsys.parallel.attention.reach import farthest, readers
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.messages import ring as messages
 from lsys.parallel.schedule import Schedule, Step, Transfer, crossing
 from lsys.parallel.segments import SegmentTable, cut
 
 # Documents are taken together up to about so many segments, whose columns fit a cache.
 _CHUNK = 1 << 15
-# Rounds times ranks, at most, while a rank sends no fewer tokens than this in a round: short tiles run slowly.
-_STEPS, _TOKENS = 8, 2048
-_MOST_ROUNDS = 4
 
 
 class Pieces(NamedTuple):
@@ -59,7 +57,7 @@ def schedule(
     parts = crossing(layout)
     up, down = _pieces(parts, layout.ranks, causal, window)
     direction, pieces = (1, up) if up.traffic <= down.traffic else (-1, down)
-    rounds = rounds or (_rounds(layout) if len(pieces.hops) else 1)
+    rounds = rounds or (messages.rounds(layout.ranks, layout.total) if len(pieces.hops) else 1)
     steps: list[Step] = []
     for number in range(rounds):
         local, sent = tuple(layout.table(rank) for rank in range(layout.ranks)), pieces
@@ -72,11 +70,6 @@ def schedule(
     if steps[-1].transfers:
         steps.append(Step())
     return Schedule(layout.ranks, tuple(steps))
-
-
-def _rounds(layout: SequenceLayout) -> int:
-    most = min(_MOST_ROUNDS, _STEPS // layout.ranks, layout.total // layout.ranks // _TOKENS)
-    return max(1, most)
 
 
 def _share(table: SegmentTable | Pieces, number: int, rounds: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,20 @@
 """Attention by exchanging heads for tokens (DeepSpeed-Ulysses, Jacobs et al., 2023) around another way of attention.
 
 In each group of ranks, every member gets all the group's tokens for its share of the heads; members with the same share
-then attend across groups by a ring. One group of all ranks is Ulysses; groups of one rank each are the ring; between
-them it is the 2-D scheme of USP (Fang and Zhao, 2024).
+then attend across groups along a schedule. One group of all ranks is Ulysses; groups of one rank each are the schedule
+alone; between them, with a ring, it is the 2-D scheme of USP (Fang and Zhao, 2024).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lsys.parallel.attention import executor, ring
-from lsys.parallel.attention.heads import HeadExchange, HeadsIn, HeadsOut, pieces, shares
+from lsys.parallel.attention import executor
+from lsys.parallel.attention.heads import HeadExchange, HeadsIn, HeadsOut, pieces
+from lsys.parallel.attention.route import Generator
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-
-Groups = tuple[tuple[int, ...], ...]
+from lsys.parallel.messages.heads import Groups, shares
 
 
 def attention(
@@ -23,13 +23,14 @@ def attention(
     v: Tensor,
     layout: SequenceLayout,
     comm: SequenceComm | None,
+    generator: Generator,
     groups: Groups,
     options: executor.Options,
 ) -> Tensor:
-    """q [T_r, H, D], k, v [T_r, H_kv, D] -> [T_r, H, D]; `groups` of equally many ranks, each in ascending order."""
+    """q [T_r, H, D], k, v [T_r, H_kv, D] -> [T_r, H, D]; `generator` as for `executor.attention`, over the groups."""
     members = len(groups[0])
     if comm is None or members == 1:
-        return executor.attention(q, k, v, layout, comm, ring.schedule, options)
+        return executor.attention(q, k, v, layout, comm, generator, options)
     number = next(number for number, group in enumerate(groups) if comm.rank in group)
     exchange = HeadExchange(comm, layout, groups[number], shares(q.shape[1], k.shape[1], members))
     place = groups[number].index(comm.rank)
@@ -40,7 +41,7 @@ def attention(
         v_,
         layout.pooled(groups),
         comm,
-        ring.schedule,
+        generator,
         options,
         rank=number,
         peers=tuple(group[place] for group in groups),

@@ -8,16 +8,14 @@ from lsys.kernels import linear_attention as kernel
 from lsys.kernels.linear_attention.checks import check_direction, check_tensors
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear import exchange, ulysses
-from lsys.parallel.linear.chain import Chain, block_count
-from lsys.parallel.linear.lasp2 import Gather
-from lsys.parallel.linear.links import Links, links
+from lsys.parallel.linear import exchange
+from lsys.parallel.linear.exchange import Inputs
+from lsys.parallel.linear.links import links
+from lsys.parallel.methods import STATE
 
 __all__ = ["METHODS", "linear_attention"]
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, log_decay, beta
-
-METHODS = ("lasp1", "lasp2", "zeco", "ulysses")
+METHODS = tuple(STATE)
 
 
 def linear_attention(
@@ -39,7 +37,7 @@ def linear_attention(
     """Linear attention inside each document, whichever ranks hold its tokens.
 
     All ranks of `comm` must call it, and backpropagate through its output, those without tokens too. Gradients are
-    those of the sum of all ranks' losses. Methods differ in what they communicate (`lsys.parallel.linear.cost`), not in
+    those of the sum of all ranks' losses. Methods differ in what they communicate (`lsys.parallel.methods`), not in
     the result; nothing needs to divide anything.
 
     Args:
@@ -71,8 +69,9 @@ def linear_attention(
     """
     rank = _check(q, k, v, layout, comm, log_decay, beta, initial_state, output_final_state, causal, method, backend)
     inputs: Inputs = (q, k, v, log_decay, beta)
-    if method == "ulysses" and comm is not None and comm.size > 1:
-        return ulysses.attention(inputs, layout, comm, initial_state, output_final_state, causal, scale, backend)
+    row, alone = STATE[method], comm is None or comm.size == 1
+    if row.whole and not alone:
+        return row.function()(inputs, layout, comm, initial_state, output_final_state, causal, scale, backend)
     has_initial = initial_state is not None
     linked = links(layout, rank, causal, has_initial, output_final_state, v.device)
     lengths = layout.table(rank).length.tolist()
@@ -80,7 +79,7 @@ def linear_attention(
     if not causal:
         back = (q.flip(0), k.flip(0), v.flip(0), _flipped(log_decay), _flipped(beta))
         parts.append(kernel.segments(*back, lengths[::-1], linked.linked[1], scale=scale, backend=backend))
-    way = _exchange(method, comm, layout, linked, inputs)
+    way = None if alone else row.function()(comm, layout, linked, inputs)
     reached: tuple[Tensor | None, ...] = (*inputs[1:], initial_state)  # by gradients of states
     if any(x is not None and x.requires_grad for x in reached):
         reached = (q, *reached)  # whose gradient alone starts the backward exchange as well
@@ -93,23 +92,6 @@ def linear_attention(
 def _flipped(x: Tensor | None) -> Tensor | None:
     """Tokens from the last to the first; what is of no token stays."""
     return x if x is None or x.dim() == 1 else x.flip(0)
-
-
-def _exchange(
-    method: str, comm: SequenceComm | None, layout: SequenceLayout, links: Links, inputs: Inputs
-) -> exchange.Exchange | None:
-    """None if no state leaves a rank: alike on all ranks."""
-    _, k, v, log_decay, beta = inputs
-    if comm is None or comm.size == 1:
-        return None
-    if method == "lasp2":
-        is_fixed = log_decay is not None and log_decay.dim() == 1 and beta is None
-        return Gather(comm, layout, links, log_decay if is_fixed else None) if links.crosses or links.finals else None
-    if not links.crosses:
-        return None
-    itemsize = max(4, v.element_size())
-    shape = k.shape[2], v.shape[2], v.shape[1], itemsize
-    return Chain(comm, layout, links, block_count(layout, links.causal, *shape) if method == "zeco" else 1)
 
 
 def _check(
@@ -145,6 +127,6 @@ def _check(
     wanted = [len(layout.lengths), v.shape[1], k.shape[2], v.shape[2]]
     if initial_state is not None and [*initial_state.shape] != wanted:
         raise ValueError(f"initial_state is {[*initial_state.shape]}; [documents, H, Dk, Dv] makes it {wanted}")
-    if method == "ulysses":  # others leave it to the kernel, which they call first
+    if STATE[method].whole:  # others leave it to the kernel, which they call first
         check_tensors(q, k, v, log_decay, beta)
     return rank

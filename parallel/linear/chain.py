@@ -19,7 +19,6 @@ on as they are, while a state is another one after each rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,11 +28,10 @@ from torch import Tensor
 from lsys.kernels.linear_attention.transition import act, gradient, operator, transposed
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear.exchange import Exchanged
+from lsys.parallel.linear.exchange import Exchanged, Inputs
 from lsys.parallel.linear.links import Links, Runs, all_runs
-
-# What a link moves in the time that a message takes whatever its size: 25 GB/s for 10 us.
-LATENCY_BYTES = 1 << 18
+from lsys.parallel.messages import chain as messages
+from lsys.parallel.messages.chain import columns
 
 
 class Piece(NamedTuple):
@@ -72,25 +70,14 @@ def hops(runs: Runs, reverse: bool) -> Hops:
     return Hops(source, source + 1, runs.place[source])
 
 
-def block_count(layout: SequenceLayout, causal: bool, key_width: int, width: int, heads: int, itemsize: int) -> int:
-    """The blocks of ZeCO's states: alike on all ranks.
-
-    A chain of W runs and K blocks takes W - 2 + K steps of latency + S / (K bandwidth): the least time is at
-    K^2 = (W - 2) S / (latency bandwidth), of the longest chain. A block has a value column at least.
-    """
-    steps = layout.derived(("longest chain", causal), None, lambda: _longest(all_runs(layout, causal))) - 2
-    return min(width, max(1, round(math.sqrt(max(0, steps) * heads * key_width * width * itemsize / LATENCY_BYTES))))
+def block_count(layout: SequenceLayout, causal: bool, state: int, width: int) -> int:
+    """The blocks of ZeCO's states of so many bytes and value columns."""
+    longest = layout.derived(("longest chain", causal), None, lambda: _longest(all_runs(layout, causal)))
+    return messages.block_count(longest, state, width)
 
 
 def _longest(runs: Runs) -> int:
     return int(runs.places.max()) if len(runs.places) else 0
-
-
-def columns(width: int, blocks: int) -> list[slice]:
-    """The value columns of each block: their widths differ by one at most, the wider ones first."""
-    base, wider = divmod(width, blocks)
-    ends = [base * j + min(j, wider) for j in range(blocks + 1)]
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def chain_steps(layout: SequenceLayout, links: Links, blocks: int, reverse: bool) -> tuple[Step, ...]:
@@ -131,6 +118,20 @@ def _rows(rows: Tensor, device: torch.device) -> Tensor | slice:
     if bool((rows == torch.arange(first, first + len(rows))).all()):
         return slice(first, first + len(rows))
     return rows.to(device)
+
+
+def lasp1(comm: SequenceComm, layout: SequenceLayout, links: Links, inputs: Inputs) -> Chain | None:
+    """The exchange of whole states; None if no document crosses ranks."""
+    return Chain(comm, layout, links, 1) if links.crosses else None
+
+
+def zeco(comm: SequenceComm, layout: SequenceLayout, links: Links, inputs: Inputs) -> Chain | None:
+    """The exchange of states in blocks; None if no document crosses ranks."""
+    if not links.crosses:
+        return None
+    _, k, v, *_ = inputs
+    state = v.shape[1] * k.shape[2] * v.shape[2] * max(4, v.element_size())
+    return Chain(comm, layout, links, block_count(layout, links.causal, state, v.shape[2]))
 
 
 class Chain:

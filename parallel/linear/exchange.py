@@ -14,6 +14,8 @@ from lsys.kernels.linear_attention.transition import carry
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.linear.links import Composed, Links
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, log_decay, beta
+
 
 class Exchange(Protocol):
     """The way of a method to bring each run the state before it, forward and adjoint: both are under way on return.

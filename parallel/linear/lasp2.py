@@ -21,7 +21,7 @@ from lsys.kernels.linear_attention.scan import ScanPlan, adjoint, compose, scan_
 from lsys.kernels.linear_attention.transition import gradient
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear.exchange import Exchanged
+from lsys.parallel.linear.exchange import Exchanged, Inputs
 from lsys.parallel.linear.links import Links, all_runs
 
 
@@ -48,7 +48,7 @@ class GatherPlan:
 
 def gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
     """The plan of the rank that these links of the layout are of: made once."""
-    return layout.derived((*links.key, "gather"), None, lambda: _gather_plan(layout, links))
+    return layout.derived((*links.key, "gathered"), None, lambda: _gather_plan(layout, links))
 
 
 def _gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
@@ -66,6 +66,13 @@ def _gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
         length=sent.length.to(device),
         plan=scan_plan(counts.tolist(), device),
     )
+
+
+def exchange(comm: SequenceComm, layout: SequenceLayout, links: Links, inputs: Inputs) -> Gather | None:
+    """The exchange of a call; None if no state leaves a rank: alike on all ranks."""
+    *_, log_decay, beta = inputs
+    is_fixed = log_decay is not None and log_decay.dim() == 1 and beta is None
+    return Gather(comm, layout, links, log_decay if is_fixed else None) if links.crosses or links.finals else None
 
 
 class Gather:

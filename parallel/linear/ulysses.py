@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels import linear_attention as kernel
-from lsys.parallel.attention.heads import HeadExchange, HeadsOut, Share, shares
+from lsys.parallel.attention.heads import HeadExchange, HeadsOut
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.exchange import GatherRows
+from lsys.parallel.messages.heads import Share, shares
 
 Like = tuple[torch.Size, torch.dtype]  # of a tensor of tokens: its shape [heads ...], its dtype
 
@@ -64,7 +65,7 @@ def attention(
     if states is None:
         return o, None
     # [documents, H_share, K, V] -> [documents, H, K, V]
-    sizes = [_count(each.query) for each in exchange.shares]
+    sizes = [each.queries for each in exchange.shares]
     states, o = GatherRows.apply(states.transpose(0, 1).contiguous(), o, comm, sizes)
     return o, states.transpose(0, 1)
 
@@ -72,7 +73,7 @@ def attention(
 def _keys(share: Share, group: int, device: torch.device) -> Tensor | None:
     """The key head of each head of a share; None if all key heads are read by equally many, in order."""
     own = torch.arange(share.query.start, share.query.stop) // group - share.key.start
-    keys = share.key.stop - share.key.start
+    keys = share.keys
     if len(own) % keys == 0 and torch.equal(own, torch.arange(len(own)) // (len(own) // keys)):
         return None
     return own.to(device)

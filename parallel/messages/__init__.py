@@ -1,7 +1,7 @@
 """What token mixers send between the ranks of a sequence, counted without torch: for choosing a method and for prediction.
 
-The same figures as `lsys.parallel.attention.cost` and `lsys.parallel.linear.cost`, which go by the schedules that run;
-these go by formulas over a placement of few documents, in plain Python. Tests hold them together.
+By formulas over a placement of few documents, in plain Python; a file for each method (`lsys.parallel.methods` has them by
+name). Tests hold them together with the schedules that run and with what the ledger counts.
 """
 
 from lsys.parallel.messages.placement import Part, Phase, Phases, Placement

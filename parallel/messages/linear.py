@@ -1,20 +1,13 @@
-"""What one layer with a state sends by each method, and the halo of a short convolution. Formulas: `lsys.parallel.linear.cost`."""
+"""What a layer with a state is to those who count what it sends, and the halo of a short convolution."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsys.parallel.messages.attention import shares
-from lsys.parallel.messages.placement import Phase, Phases, Placement, around, pairs_of
+from lsys.parallel.messages.placement import Phases, Placement
 
-METHODS = ("lasp1", "lasp2", "zeco", "ulysses")
 DECAYS = ("none", "head", "token", "channel")
-
-# What a link moves in the time that a message takes whatever its size: 25 GB/s for 10 us.
-LATENCY_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -63,24 +56,6 @@ class Shape:
         return 2 * keys * self.key_width * self.itemsize + heads * each
 
 
-def phases(method: str, place: Placement, shape: Shape) -> Phases:
-    """The messages of one causal layer without initial or final states."""
-    if place.ranks == 1:
-        return Phases([], [])
-    if method == "ulysses":
-        return _heads(place, shape)
-    if method == "lasp2":
-        counts = [0] * place.ranks
-        for chain in chains(place):
-            for rank in chain if len(chain) > 1 else ():
-                counts[rank] += 1
-        most = (place.ranks - 1) * max(counts)
-        forward = around(most * (shape.state + shape.transition), place.ranks)
-        return Phases(forward, around(most * shape.state, place.ranks))
-    blocks = block_count(place, shape) if method == "zeco" else 1
-    return Phases(*(_chained(place, shape, blocks, reverse) for reverse in (False, True)))
-
-
 def chains(place: Placement) -> list[list[int]]:
     """Of each document the ranks of its runs: longest stretches that one rank holds."""
     found: list[list[int]] = []
@@ -92,36 +67,6 @@ def chains(place: Placement) -> list[list[int]]:
         elif found[-1][-1] != part.rank:
             found[-1].append(part.rank)
     return found
-
-
-def block_count(place: Placement, shape: Shape) -> int:
-    """The blocks of ZeCO's states (`lsys.parallel.linear.chain.block_count`)."""
-    steps = max((len(chain) for chain in chains(place)), default=0) - 2
-    return min(shape.value_width, max(1, round(math.sqrt(max(0, steps) * shape.state / LATENCY_BYTES))))
-
-
-def _chained(place: Placement, shape: Shape, blocks: int, reverse: bool) -> list[Phase]:
-    """Block j of the state after run p goes at step p + j; gradients go back."""
-    base, wider = divmod(shape.value_width, blocks)
-    column = shape.state // shape.value_width
-    steps: dict[int, dict[tuple[int, int, int], int]] = defaultdict(lambda: defaultdict(int))
-    for chain in chains(place):
-        ranks = chain[::-1] if reverse else chain
-        for place_, ends in enumerate(zip(ranks, ranks[1:], strict=False)):
-            for block in range(blocks):
-                steps[place_ + block][(*ends, block)] += column * (base + (block < wider))
-    return [[(i, j, size) for (i, j, _), size in sent.items()] for _, sent in sorted(steps.items())]
-
-
-def _heads(place: Placement, shape: Shape) -> Phases:
-    split, sizes, pairs = shares(shape.heads, shape.key_heads, place.ranks), place.sizes, pairs_of(place.ranks)
-    inputs = [shape.token(*share) for share in split]
-    outputs = [heads * shape.value_width * shape.itemsize for heads, _ in split]
-    before = [(i, j, sizes[i] * inputs[j]) for i, j in pairs]
-    after = [(i, j, sizes[j] * outputs[i]) for i, j in pairs]
-    d_after = [(i, j, sizes[i] * outputs[j]) for i, j in pairs]
-    d_before = [(i, j, sizes[j] * inputs[i]) for i, j in pairs]
-    return Phases([before, after], [d_after, d_before])
 
 
 def halo(place: Placement, reach: int, row: int, wide_row: int) -> Phases:
@@ -150,9 +95,3 @@ def halo(place: Placement, reach: int, row: int, wide_row: int) -> Phases:
     return Phases(
         [[(i, j, n * row) for (i, j), n in tokens.items()]], [[(j, i, n * wide_row) for (i, j), n in tokens.items()]]
     )
-
-
-def imbalance(heads: int, key_heads: int, ranks: int) -> float:
-    """Most heads of a rank over the mean, of heads shared out over ranks."""
-    given: Sequence[int] = [share for share, _ in shares(heads, key_heads, ranks)]
-    return max(given) * ranks / heads

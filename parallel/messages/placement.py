@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Phase = list[tuple[int, int, int]]  # messages under way together: source, destination, bytes
 
@@ -89,10 +89,26 @@ class Placement:
         return total
 
 
+# ---- the rules by which documents are laid, which `SequenceLayout` applies to columns
+
+
+def rank_begins(total: int, ranks: int) -> list[int]:
+    """Where each rank's run of a contiguous stream begins: sizes differ by one at most, the longer ones first."""
+    base, longer = divmod(total, ranks)
+    return [base * rank + min(rank, longer) for rank in range(ranks)]
+
+
+def zigzag_quota(length: Any, begin: Any, rank: Any, ranks: int) -> Any:
+    """Tokens that a rank gets of a document at this place of the stream: integers, or tensors of them.
+
+    Of the last length % ranks tokens, the first is for rank begin % ranks, and so on in a cycle.
+    """
+    return length // ranks + ((rank - begin) % ranks < length % ranks)
+
+
 def _contiguous(lengths: Sequence[int], ranks: int) -> Iterator[Part]:
     places = [0, *accumulate(lengths)]
-    base, longer = divmod(places[-1], ranks)
-    begins = [base * rank + min(rank, longer) for rank in range(ranks)]
+    begins = rank_begins(places[-1], ranks)
     cuts = sorted({*places, *begins})
     for begin, end in zip(cuts, cuts[1:], strict=False):
         yield Part(bisect_right(begins, begin) - 1, bisect_right(places, begin) - 1, begin, end)
@@ -101,14 +117,21 @@ def _contiguous(lengths: Sequence[int], ranks: int) -> Iterator[Part]:
 def _zigzag(lengths: Sequence[int], ranks: int) -> Iterator[Part]:
     begin = 0
     for document, length in enumerate(lengths):
-        base, longer = divmod(length, ranks)
-        quota = [base + ((rank - begin) % ranks < longer) for rank in range(ranks)]
+        quota = [zigzag_quota(length, begin, rank, ranks) for rank in range(ranks)]
         second = [tokens // 2 for tokens in quota[:-1]] + [0]
         chunks = [(rank, quota[rank] - second[rank]) for rank in range(ranks)]
         chunks += [(rank, second[rank]) for rank in reversed(range(ranks))]
         for rank, tokens in chunks:
             yield Part(rank, document, begin, begin + tokens)
             begin += tokens
+
+
+# ---- collectives
+
+
+def is_uneven(sizes: Sequence[int]) -> bool:
+    """Whether padding all to the largest adds more than a quarter."""
+    return len(sizes) * max(sizes) > 1.25 * sum(sizes)
 
 
 def pairs_of(ranks: int) -> list[tuple[int, int]]:

@@ -8,14 +8,18 @@ import torch
 import torch.distributed as dist
 from support.attention import WIDTH, comm_of, tensors
 from support.layouts import layouts
+from support.softmax_traffic import traffic
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lsys.parallel.attention import METHODS, executor, softmax_attention, usp
-from lsys.parallel.attention.cost import Shape, choose, traffic
-from lsys.parallel.attention.heads import pieces, shares
+from lsys.parallel.attention import METHODS, executor, softmax_attention
+from lsys.parallel.attention.heads import pieces
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import NETWORK, NODE
+from lsys.parallel.messages import Placement, usp
+from lsys.parallel.messages.attention import Shape
+from lsys.parallel.messages.choice import choose
+from lsys.parallel.messages.heads import shares
 from lsys.parallel.replay import Link
 
 
@@ -235,7 +239,7 @@ def test_groups_of_ranks():
 
 def test_choice_of_a_method():
     nodes = [rank // 8 for rank in range(16)]
-    long, short = SequenceLayout.zigzag([1 << 17], 16), SequenceLayout.contiguous([1000] * 160, 16)
+    long, short = Placement.of("zigzag", [1 << 17], 16), Placement.of("contiguous", [1000] * 160, 16)
     table = {row.method: row for row in choose(long, Shape(32, 4, 128), nodes)}
     assert [*table] == [*METHODS] and [row.method for row in table.values() if row.chosen] == ["usp"]
     assert table["ring"].same_node > table["usp"].same_node and table["ring"].steps == 16 - 1 + 16 + 1

@@ -13,9 +13,10 @@ from support.linear import all_layouts
 from lsys.kernels.linear_attention import segments
 from lsys.kernels.linear_attention.chunked import SegmentMap
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear.chain import block_count, chain_steps, columns
+from lsys.parallel.linear.chain import block_count, chain_steps
 from lsys.parallel.linear.lasp2 import gather_plan
 from lsys.parallel.linear.links import all_runs, links
+from lsys.parallel.messages.chain import columns
 
 CPU = torch.device("cpu")
 
@@ -148,10 +149,10 @@ def test_columns(width, blocks, widths):
 
 def test_block_count():
     long, pair = SequenceLayout.contiguous([6400], 64), SequenceLayout.contiguous([6400], 2)
-    assert block_count(long, True, 128, 128, 16, 4) == 16  # 62 more steps, 1 MiB, 256 KiB: the root of 248
-    assert block_count(pair, True, 128, 128, 16, 4) == 1  # nothing to overlap with
-    assert block_count(long, True, 128, 8, 16, 4) == 4 and block_count(long, True, 1024, 2, 16, 4) == 2
-    assert block_count(SequenceLayout([], [()]), True, 8, 8, 1, 4) == 1
+    assert block_count(long, True, 1 << 20, 128) == 16  # 62 more steps, 1 MiB, 256 KiB: the root of 248
+    assert block_count(pair, True, 1 << 20, 128) == 1  # nothing to overlap with
+    assert block_count(long, True, 1 << 16, 8) == 4 and block_count(long, True, 1 << 17, 2) == 2
+    assert block_count(SequenceLayout([], [()]), True, 256, 8) == 1
 
 
 def all_steps(layout, causal, blocks, reverse):

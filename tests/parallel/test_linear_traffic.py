@@ -20,14 +20,16 @@ from support.linear import (
     inputs,
     largest_error,
 )
+from support.state_traffic import traffic
 from torch.utils.checkpoint import checkpoint
 
 from lsys.kernels.linear_attention.chunked import ChunkedSegments
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import NETWORK, NODE, record
-from lsys.parallel.linear import METHODS, chain, linear_attention
-from lsys.parallel.linear.cost import DECAYS, Shape, traffic
+from lsys.parallel.linear import METHODS, linear_attention
+from lsys.parallel.messages import chain
+from lsys.parallel.messages.linear import DECAYS, Shape
 
 NUMBERS = HEADS * WIDTH * VALUE_WIDTH  # of a state
 CROSSING = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [(1, 0, 4), (2, 0, 9)], [(2, 9, 21)], []])
@@ -127,7 +129,7 @@ def test_steps():
     for ranks in (2, 3, 16):
         layout, shape = SequenceLayout.contiguous([64 * ranks], ranks), Shape(16, 16, 128, 128)
         steps = {method: len(traffic(method, layout, shape).forward) for method in METHODS}
-        blocks = chain.block_count(layout, True, 128, 128, 16, 4)
+        blocks = chain.block_count(ranks, shape.state, 128)
         assert steps == {"lasp1": ranks - 1, "lasp2": 1, "zeco": ranks - 2 + blocks, "ulysses": 2}
         assert blocks == max(1, round(math.sqrt((ranks - 2) * 16 * 128 * 128 * 4 / 2**18)))
         zigzag = SequenceLayout.zigzag([64 * ranks], ranks)

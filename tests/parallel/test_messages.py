@@ -3,11 +3,11 @@
 from collections import Counter
 
 import pytest
+from support import softmax_traffic, state_traffic
 
-from lsys.parallel.attention import cost as attention_cost
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.linear import cost as linear_cost
 from lsys.parallel.messages import Placement, attention, linear
+from lsys.parallel.methods import SOFTMAX, STATE
 
 PACKS = [(64,), (20000,), (1, 41, 7, 130, 0, 3, 1, 59, 2), (13, 5, 1, 1, 1, 90), (3, 2, 1)]
 KINDS = ("contiguous", "zigzag")
@@ -41,22 +41,22 @@ def counted(phases, ranks):
 
 
 @pytest.mark.parametrize("window", [None, 6, 1000])
-@pytest.mark.parametrize("method", attention.METHODS)
+@pytest.mark.parametrize("method", SOFTMAX)
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_is_counted_alike(kind, method, window):
     for lengths in PACKS:
         for ranks in (2, 3, 4, 8, 12):
             layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)
             nodes = [rank // 2 for rank in range(ranks)]
-            told = attention_cost.traffic(method, layout, attention_cost.Shape(6, 2, 8), nodes, window=window)
-            found = attention.phases(method, place, attention.Shape(6, 2, 8), nodes, window)
+            told = softmax_traffic.traffic(method, layout, attention.Shape(6, 2, 8), nodes, window=window)
+            found = SOFTMAX[method].phases(place, attention.Shape(6, 2, 8), nodes, window)
             assert counted(found, ranks) == sums(told, nodes), (lengths, ranks)
             assert [len(way) for way in found] == [len(told.forward), len(told.backward)]
             for mine, theirs in zip((*found.forward, *found.backward), (*told.forward, *told.backward), strict=True):
                 assert sum(size for *_, size in mine) == int(theirs.bytes.sum())
 
 
-@pytest.mark.parametrize("method", linear.METHODS)
+@pytest.mark.parametrize("method", STATE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_are_counted_alike(kind, method):
     shapes = [(6, 2, 5, 8, "head"), (4, 4, 16, 16, "channel"), (6, 3, 5, 7, "token", True), (16, 1, 64, 64, "none")]
@@ -64,7 +64,7 @@ def test_states_are_counted_alike(kind, method):
         for ranks in (2, 3, 4, 8):
             layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)
             for shape in shapes:
-                told = linear_cost.traffic(method, layout, linear_cost.Shape(*shape))
-                found = linear.phases(method, place, linear.Shape(*shape))
+                told = state_traffic.traffic(method, layout, linear.Shape(*shape))
+                found = STATE[method].phases(place, linear.Shape(*shape))
                 assert counted(found, ranks) == sums(told, [0] * ranks), (lengths, ranks, shape)
                 assert [len(way) for way in found] == [len(told.forward), len(told.backward)]

@@ -9,10 +9,11 @@ from support.attention import WIDTH, comm_of, distributed, expected, largest_err
 from support.layouts import all_on_last, drawn_layouts, layouts, random_schedule
 
 from lsys.kernels.softmax_attention import cpu
-from lsys.parallel.attention import METHODS, executor, gather, ring, route, softmax_attention, ulysses, usp
+from lsys.parallel.attention import METHODS, executor, gather, ring, route, softmax_attention, ulysses
 from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.messages import usp
 
 PACKS = [[0, 1, 7, 13, 0, 23], [31], [1, 0, 1], [], [0], [2, 67, 5, 3, 19]]
 MASKS = [{}, {"causal": False}, {"window": 1}, {"window": 6}, {"window": 500, "scale": 0.2}]
@@ -96,7 +97,7 @@ def _by_detours(rank, world_size):
             for inner in (n for n in range(1, world_size + 1) if world_size % n == 0):
                 groups = usp.groups([0] * world_size, heads, inner)
                 attentions[f"{inner} inner"] = lambda q, k, v, groups=groups: ulysses.attention(
-                    q, k, v, layout, comm, groups, options
+                    q, k, v, layout, comm, ring.schedule, groups, options
                 )
             for key, attention in attentions.items():
                 got = distributed(layout, rank, heads, kv_heads, torch.float64, attention)

@@ -1,4 +1,4 @@
-"""What each method of linear attention communicates, to the byte: a function of the layout and the shape of a layer.
+"""The oracle of traffic: what each method of linear attention communicates, to the byte, by the runs of a layout.
 
 With S = H K V numbers, a state, W ranks and one document cut in W, each rank receives forward, and again backward:
 
@@ -13,14 +13,12 @@ from collections.abc import Iterable
 
 import torch
 
-from lsys.parallel.attention.cost import Messages, Traffic
-from lsys.parallel.attention.heads import shares
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.chain import block_count, columns, hops
 from lsys.parallel.linear.links import Runs, all_runs
-from lsys.parallel.messages.linear import DECAYS, Shape
-
-__all__ = ["DECAYS", "Shape", "traffic"]
+from lsys.parallel.messages.heads import shares
+from lsys.parallel.messages.linear import Shape
+from support.softmax_traffic import Messages, Traffic
 
 
 def traffic(method: str, layout: SequenceLayout, shape: Shape, *, causal: bool = True, final: bool = False) -> Traffic:
@@ -42,7 +40,7 @@ def traffic(method: str, layout: SequenceLayout, shape: Shape, *, causal: bool =
         return _gathered(runs, layout, shape, final)
     blocks = 1
     if method == "zeco":
-        blocks = block_count(layout, causal, shape.key_width, shape.value_width, shape.heads, shape.wide)
+        blocks = block_count(layout, causal, shape.state, shape.value_width)
     forward, backward = (_chained(runs, layout.ranks, shape, blocks, reverse) for reverse in (False, True))
     if final:
         sizes = torch.bincount(runs.rank[runs.place == runs.places - 1], minlength=layout.ranks)
@@ -76,13 +74,13 @@ def _gathered(runs: Runs, layout: SequenceLayout, shape: Shape, final: bool) -> 
 
 def _heads(layout: SequenceLayout, shape: Shape, final: bool) -> Traffic:
     split, sizes = shares(shape.heads, shape.key_heads, layout.ranks), layout.sizes
-    inputs = [shape.token(_count(share.query), _count(share.key)) for share in split]
-    outputs = [_count(share.query) * shape.value_width * shape.itemsize for share in split]
+    inputs = [shape.token(share.queries, share.keys) for share in split]
+    outputs = [share.queries * shape.value_width * shape.itemsize for share in split]
     before = _messages((i, j, sizes[i] * inputs[j]) for i, j in _pairs(layout.ranks))
     after = _messages((i, j, sizes[j] * outputs[i]) for i, j in _pairs(layout.ranks))
     d_after = _messages((i, j, sizes[i] * outputs[j]) for i, j in _pairs(layout.ranks))
     d_before = _messages((i, j, sizes[j] * inputs[i]) for i, j in _pairs(layout.ranks))
-    rows = [len(layout.lengths) * shape.state // shape.heads * _count(share.query) for share in split if final]
+    rows = [len(layout.lengths) * shape.state // shape.heads * share.queries for share in split if final]
     return Traffic((before, after, *_all_gather(rows)), (*_reduce_scatter(rows), d_after, d_before))
 
 
@@ -106,7 +104,3 @@ def _pairs(ranks: int) -> list[tuple[int, int]]:
 
 def _messages(sent: Iterable[tuple[int, int, int]]) -> Messages:
     return Messages(*torch.tensor([*sent], dtype=torch.int64).reshape(-1, 3).unbind(1))
-
-
-def _count(heads: slice) -> int:
-    return heads.stop - heads.start

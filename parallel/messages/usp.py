@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import gcd
 
+from lsys.parallel.messages.heads import Groups
 
-def groups(node_of_rank: Sequence[int], heads: int, inner: int | None = None) -> tuple[tuple[int, ...], ...]:
+
+def groups(node_of_rank: Sequence[int], heads: int, inner: int | None = None) -> Groups:
     """The ranks in groups inside which heads are exchanged; a ring passes through the groups.
 
     Args:

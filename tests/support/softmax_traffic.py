@@ -1,6 +1,6 @@
-"""What each method of attention communicates, to the byte, by the schedules that run; and which one to take.
+"""The oracle of traffic: what each method of softmax attention communicates, to the byte, by the schedules that run.
 
-`lsys.parallel.messages` counts the same by formulas, without torch.
+`lsys.parallel.messages` counts the same by formulas; so do tests, of what is sent.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lsys.parallel.attention import gather, ring, usp
-from lsys.parallel.attention.heads import Share, shares
-from lsys.parallel.comm import is_uneven
 from lsys.parallel.layout import SequenceLayout
-from lsys.parallel.ledger import NETWORK, NODE
-from lsys.parallel.links import HARDWARE, Links
-from lsys.parallel.messages import Part, Placement
-from lsys.parallel.messages import attention as counts
-from lsys.parallel.messages.attention import Estimate, Shape
+from lsys.parallel.messages.attention import Shape
+from lsys.parallel.messages.heads import Share, shares
+from lsys.parallel.messages.placement import is_uneven
+from lsys.parallel.methods import SOFTMAX
 from lsys.parallel.schedule import Schedule, Transfer, returns
 from lsys.parallel.segments import count
 
@@ -48,20 +44,6 @@ class Traffic:
                 sums += _by_rank(messages, messages.destination, node_of_rank)
         return total
 
-    def seconds(self, node_of_rank: Sequence[int], links: Links) -> float:
-        """How long it takes if nothing else happens: each phase as long as the rank that sends or receives longest."""
-        classes = links[NODE], links[NETWORK]
-        speed, total = torch.tensor([link.bandwidth for link in classes], dtype=torch.float64), 0.0
-        for messages in (*self.forward, *self.backward):
-            sent, received = (_by_rank(messages, end, node_of_rank) for end in messages[:2])
-            busy = torch.maximum(sent, received) / speed  # both kinds of links work at the same time
-            taken = (busy > 0).any(0).tolist()
-            latency = max(
-                (link.latency for link, is_taken in zip(classes, taken, strict=True) if is_taken), default=0.0
-            )
-            total += latency + float(busy.max())
-        return total
-
 
 def traffic(
     method: str,
@@ -76,31 +58,21 @@ def traffic(
 
     As on gloo: of a gather of nearly equal parts the padding counts; on NCCL a reduce-scatter of these is padded too.
     """
-    if method == "gather":
-        return _gather(gather.schedule(layout, causal, window), layout.ranks, shape)
-    groups = _groups(method, layout.ranks, shape, node_of_rank)
+    row = SOFTMAX[method]
+    if row.collective:
+        return _gather(row.function()(layout, causal, window), layout.ranks, shape)
+    groups = row.groups(node_of_rank, shape.heads)
     split = shares(shape.heads, shape.kv_heads, len(groups[0]))
-    forward, backward = _ring(ring.schedule(layout.pooled(groups), causal, window), groups, split, shape)
+    forward, backward = _ring(row.function()(layout.pooled(groups), causal, window), groups, split, shape)
     if len(groups[0]) > 1:
         sizes, unit = layout.sizes, shape.width * shape.itemsize
-        everything, queries = [share.width for share in split], [_queries(share) for share in split]
+        everything, queries = [share.width for share in split], [share.queries for share in split]
         before = _messages(_heads(groups, lambda i, j, m, n: sizes[i] * everything[n] * unit))
         after = _messages(_heads(groups, lambda i, j, m, n: sizes[j] * queries[m] * unit))
         d_after = _messages(_heads(groups, lambda i, j, m, n: sizes[i] * queries[n] * unit))
         d_before = _messages(_heads(groups, lambda i, j, m, n: sizes[j] * everything[m] * unit))
         forward, backward = [before, *forward, after], [d_after, *backward, d_before]
     return Traffic(tuple(forward), tuple(backward))
-
-
-def _groups(method: str, ranks: int, shape: Shape, node_of_rank: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    if method == "usp":
-        return usp.groups(node_of_rank, shape.heads)
-    everyone = tuple(range(ranks))
-    return (everyone,) if method == "ulysses" else tuple((rank,) for rank in everyone)
-
-
-def _queries(share: Share) -> int:
-    return share.query.stop - share.query.start
 
 
 def _heads(
@@ -116,7 +88,7 @@ def _ring(
     schedule: Schedule, groups: Sequence[Sequence[int]], split: Sequence[Share], shape: Shape
 ) -> tuple[list[Messages], list[Messages]]:
     """Forward, and backward, where the sums of gradients return beside the blocks of the next step."""
-    rows = [2 * (share.key.stop - share.key.start) * shape.width for share in split]
+    rows = [2 * share.keys * shape.width for share in split]
 
     def messages(transfers: Iterable[Transfer], itemsize: int) -> Iterator[tuple[int, int, int]]:
         for transfer in transfers:
@@ -155,29 +127,3 @@ def _by_rank(messages: Messages, end: Tensor, node_of_rank: Sequence[int]) -> Te
     across = (node[messages.source] != node[messages.destination]).long()
     total = torch.zeros(len(node_of_rank) * 2, dtype=torch.int64)
     return total.index_add_(0, end * 2 + across, messages.bytes).view(-1, 2)
-
-
-# ---- the choice
-
-
-def choose(
-    layout: SequenceLayout,
-    shape: Shape,
-    node_of_rank: Sequence[int],
-    links: Links = HARDWARE["h100"],
-    *,
-    window: int | None = None,
-) -> tuple[Estimate, ...]:
-    """All causal methods, one of them chosen: the least time of those that keep all ranks busy, in doubt the one named first.
-
-    Args:
-        layout: of a typical pack of few documents.
-        shape: of the layer.
-        node_of_rank: node of each rank of the layout.
-        links: their speed.
-        window: as for `softmax_attention`.
-    """
-    held = layout.sorted()
-    columns = (column.tolist() for column in (held.rank, held.document, held.begin, held.end))
-    place = Placement(layout.lengths, layout.ranks, tuple(map(Part, *columns)))
-    return counts.choose(place, shape, node_of_rank, links, window)
