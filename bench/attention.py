@@ -165,7 +165,8 @@ def long(options: Options) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for tokens, window in ((128 * 1024, None), (1024 * 1024, 1024)):
-            case = Case("ring", "zigzag", (tokens,), 1, 1, 32, window, repeats=0, reference=f"{folder}/{tokens}.pt")
+            alone_at = f"{folder}/{tokens}.pt"
+            case = Case("ring", "zigzag", (tokens,), 1, 1, 32, window, repeats=0, reference=alone_at)
             started = time.perf_counter()
             *leaves, do = case.tensors(tokens)
             for x in leaves:
@@ -173,7 +174,7 @@ def long(options: Options) -> dict[str, Any]:
             ends = torch.tensor([0, tokens])
             o, _ = one_device(*leaves, cu_seqlens_q=ends, cu_seqlens_k=ends, window=window)
             gradients = torch.autograd.grad(o, leaves, do)
-            torch.save([x.detach() for x in (*leaves, do, o, *gradients)], case.reference)
+            torch.save([x.detach() for x in (*leaves, do, o, *gradients)], alone_at)
             alone = time.perf_counter() - started
             started = time.perf_counter()
             cases = [case, replace(case, layout="contiguous")] if window else [case]

@@ -67,8 +67,8 @@ class SerialComm(SequenceComm):
 
 def attend(case: Case, layout: SequenceLayout, comm: SequenceComm, tensors: list[Tensor]) -> list[Tensor]:
     """o, dq, dk and dv of this rank."""
-    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-    o = softmax_attention(*leaves, layout, comm, method=case.method, window=case.window)
+    q, k, v = leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    o = softmax_attention(q, k, v, layout, comm, method=case.method, window=case.window)
     return [o.detach(), *torch.autograd.grad(o, leaves, tensors[3])]
 
 

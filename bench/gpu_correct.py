@@ -50,7 +50,8 @@ def _linear(kind: str, member: str, dtype: str, width: int, **more: Any) -> Case
 def _all() -> Iterator[list[Case]]:
     for width in (128, 64):
         for member in MEMBERS:
-            kinds = ("pack", "phases", "causality", "batch") + (("large",) if width == 128 else ("both ways",))
+            kinds: tuple[str, ...] = ("pack", "phases", "causality", "batch")
+            kinds += ("large",) if width == 128 else ("both ways",)
             yield [_linear(kind, member, "bfloat16", width) for kind in kinds]
     for backend in ("cuda", "flash_attn"):
         yield [
@@ -106,7 +107,7 @@ def _convolution(kind: str, dtype: str) -> Case:
 
 def poison() -> None:
     """New tensors that are not filled hold NaN."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # a property, which the module gets at run time
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.filterwarnings("ignore", message=".*deterministic.*")
 
@@ -146,7 +147,7 @@ def cumulative(lengths: Any) -> Tensor:
 
 def gradients(outputs: Tensors, leaves: Tensors, weights: Tensors) -> Tensors:
     """The outputs, and of sum(output * weight) the gradients of all leaves."""
-    loss = sum((outputs[name] * weights[name].to(outputs[name].dtype)).sum() for name in outputs)
+    loss: Any = sum((outputs[name] * weights[name].to(outputs[name].dtype)).sum() for name in outputs)
     found = torch.autograd.grad(loss, [*leaves.values()], materialize_grads=True)
     return {name: x.detach() for name, x in outputs.items()} | {f"d {n}": x for n, x in zip(leaves, found, strict=True)}
 
@@ -317,8 +318,8 @@ def check_convolution(case: Case, device: str) -> Case:
     x, weights = random(sum(lengths), channels).to(dtype), {"o": random(sum(lengths), channels).to(dtype)}
 
     def run(t: Tensors, backend: str) -> Tensor:
-        options = dict(cu_seqlens=cumulative(lengths), initial=t["initial"], activation="silu", backend=backend)
-        return short_convolution(t["x"], t["weight"], t["bias"], **options)
+        options: dict[str, Any] = dict(cu_seqlens=cumulative(lengths), initial=t["initial"], backend=backend)
+        return short_convolution(t["x"], t["weight"], t["bias"], activation="silu", **options)
 
     if case["kind"] == "causality":
         fixed = taps | {"initial": initial}

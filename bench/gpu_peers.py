@@ -30,7 +30,11 @@ def said(failure: Exception) -> str:
 
 
 def linear_peer(
-    member: str, inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, leaves: list[Tensor], do: Tensor
+    member: str,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    cu_seqlens: Tensor | None,
+    leaves: list[Tensor],
+    do: Tensor,
 ) -> tuple[Attend | None, str]:
     """flash-linear-attention's operation on these inputs, or None, and a note. q, k, v [1, T, H, D]."""
     q, k, v, decay, beta = inputs
@@ -114,8 +118,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Attend:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def attend() -> Tensor:
+        a, b, c = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, D]
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            o = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True)
+            o = F.scaled_dot_product_attention(a, b, c, is_causal=True)
         return o[0].transpose(0, 1)
 
     return attend
@@ -126,7 +131,7 @@ def _each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], backend: str) -> 
 
     def attend() -> Tensor:
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([_dense(*part, backend)() for part in parts])
+        return torch.cat([_dense(a, b, c, backend)() for a, b, c in parts])
 
     return attend
 
@@ -139,9 +144,9 @@ def _jagged(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, backe
 
     def attend() -> Tensor:
         make = torch.nested.nested_tensor_from_jagged
-        nested = [make(x, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2) for x in (q, k, v)]
+        a, b, c = (make(x, offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            o = F.scaled_dot_product_attention(*nested, is_causal=True)
+            o = F.scaled_dot_product_attention(a, b, c, is_causal=True)
         return o.transpose(1, 2).values()
 
     return attend

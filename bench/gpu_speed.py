@@ -246,7 +246,8 @@ def both(attend: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> tup
 def linear_sides(case: Case) -> tuple[dict[str, tuple[Work, Work]], str]:
     """By name, and what is to be said of the peer. A decay fixed per head has no gradient, as in Lightning attention."""
     tensors, weights = linear_tensors(case, device(), case["tokens"], 0)
-    q, k, v, beta = (None if n not in tensors else tensors[n][None].requires_grad_() for n in ("q", "k", "v", "beta"))
+    q, k, v = (tensors[name][None].requires_grad_() for name in ("q", "k", "v"))
+    beta = tensors["beta"][None].requires_grad_() if "beta" in tensors else None
     decay = tensors.get("decay of heads")
     decay = tensors["decay"][None].requires_grad_() if "decay" in tensors else decay
     leaves = [x for x in (q, k, v, decay, beta) if x is not None and x.requires_grad]

@@ -196,7 +196,17 @@ def compiled(families: dict[str, Callable[[], Iterator[Call]]]) -> dict[str, lis
 
 def table(found: dict[str, list[Resources]]) -> str:
     """Markdown."""
-    head = ("kernel", "flags", "call", "warps", "registers", "stack", "spill stores", "spill loads", "shared memory")
+    head: tuple[str, ...] = (
+        "kernel",
+        "flags",
+        "call",
+        "warps",
+        "registers",
+        "stack",
+        "spill stores",
+        "spill loads",
+        "shared memory",
+    )
     head = (*head, "wgmma", "mma", "tma")
     lines = []
     for family, rows in found.items():

@@ -15,6 +15,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
@@ -97,6 +98,7 @@ def overhead(settings: Config, turns: int) -> None:
                     reports.append(time.perf_counter() - began)
         costs = [cost_of_a_call(record), cost_of_a_call(lambda: everything(groups))]
     if groups.launch.rank == 0:
+        assert waterfall is not None  # of the steps just recorded
         print_overhead(times, cpu, calls, costs)
         sums, report, every = sum(own) / turns, statistics.median(reports), settings.metrics.every
         print(f"summing up a step takes {sums * 1e3:.2f} ms of CPU time: {sums * turns / cpu['off']:.2%} of a step's")
@@ -202,12 +204,13 @@ def replay(settings: Config, repeats: int) -> None:
         ]
 
         def attention(method=method, layout=layout, leaves=leaves) -> None:
-            softmax_attention(*leaves, layout, comm, method=method).sum().backward()
+            q, k, v = leaves
+            softmax_attention(q, k, v, layout, comm, method=method).sum().backward()
 
         compare(f"{method}, {kind}, 4,096 tokens", attention, link, repeats)
     for axis in ("context", "tensor"):
         with training(with_degree(settings, axis)) as (step, _):
-            compare(f"training step, {axis} 2", lambda step=step: step(0), link, repeats)
+            compare(f"training step, {axis} 2", partial(step, 0), link, repeats)
 
 
 def with_degree(settings: Config, axis: str) -> Config:

@@ -65,12 +65,12 @@ def device(options: Options) -> dict[str, Any]:
 
     def quadratic() -> None:
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, do)
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), leaves, do)
 
     softmax = seconds(quadratic, 2)
     rows: list[list[Any]] = []
     for member in MEMBERS:
-        runs = []
+        runs: list[Callable[[], Any]] = []
         for tokens in sizes:
             one = replace(case, member=member, lengths=(tokens,))
             runs.append(partial(attend, one, one.make_layout(1), None, one.tensors(tokens)))

@@ -7,6 +7,7 @@ once the state has come. Both compute the same; no rank is waited for.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,16 @@ def made(member: str, tokens: int, heads: int) -> list[Tensor | None]:
 def whole(inputs: list[Any]) -> tuple[Tensor, ...]:
     tokens = (x if x is None or x.dim() == 1 else x[None] for x in inputs[:5])
     o, after = linear_attention(*tokens, initial_state=inputs[5], output_final_state=True, backend="chunked")
+    assert after is not None  # asked for
     return _gradients(o[0], after, inputs)
 
 
 def phases(inputs: list[Any]) -> tuple[Tensor, ...]:
-    held = segments(*inputs[:5], [len(inputs[0])], [0], backend="chunked")
+    q, k, v, log_decay, beta, state = inputs
+    held = segments(q, k, v, log_decay, beta, [len(q)], [0], backend="chunked")
     segment_map = held.segment_map()
-    o = held.apply(segment_map, held.intra(), inputs[5])
-    return _gradients(o, segment_map.state + carry(segment_map.transition, inputs[5]), inputs)
+    o = held.apply(segment_map, held.intra(), state)
+    return _gradients(o, segment_map.state + carry(segment_map.transition, state), inputs)
 
 
 def _gradients(o: Tensor, after: Tensor, inputs: list[Any]) -> tuple[Tensor, ...]:
@@ -75,7 +78,7 @@ def compare(options: Options) -> dict[str, Any]:
         apart = max(float((a - b).norm() / a.norm()) for a, b in zip(whole(inputs), phases(inputs), strict=True))
         if apart > 1e-4:
             raise SystemExit(f"{member}: gradients are {apart:.1e} apart")
-        one, two = least([lambda inputs=inputs: whole(inputs), lambda inputs=inputs: phases(inputs)])
+        one, two = least([partial(whole, inputs), partial(phases, inputs)])
         rows.append([member, one, two, two / one])
     heads = ["member", "whole s", "two phases s", "ratio"]
     show(f"one thread, {options.tokens} tokens, {options.heads} heads of {WIDTH}, forward and backward", heads, rows)

@@ -11,9 +11,11 @@ Other processes on the machine disturb the figures: each is the best of several.
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from lsys.kernels.softmax_attention import Tiles, cpu, cuda
 from lsys.parallel.attention.route import Route, route
@@ -48,6 +50,11 @@ def all_tiles(found: Route) -> list[Tiles]:
     return [tiles for step in found.steps for tiles in (step.local, step.remote) if len(tiles)]
 
 
+def launches_of(make: Callable[[Tiles, Tensor], list[Any]], tiles: list[Tiles]) -> list[list[Any]]:
+    """A backend's launches for each of the tables."""
+    return [make(table, torch.zeros(1)) for table in tiles]
+
+
 def plan(method: Method, layout: SequenceLayout, rank: int, mask: Mask) -> tuple[list[float], list[int]]:
     """Seconds of the schedule, the route and the two kinds of launches; how many tiles and launches there are."""
     generate, groups = method.function(), method.groups([rank // NODE for rank in range(layout.ranks)], HEADS)
@@ -61,7 +68,7 @@ def plan(method: Method, layout: SequenceLayout, rank: int, mask: Mask) -> tuple
     seconds.append(taken)
     tiles, numbers = all_tiles(found), [sum(map(len, all_tiles(found)))]
     for make in (cpu.plan, cuda.ATEN.plan):
-        launches, taken = timed(lambda make=make: [make(table, torch.zeros(1)) for table in tiles])
+        launches, taken = timed(partial(launches_of, make, tiles))
         seconds.append(taken)
         numbers.append(sum(map(len, launches)))
     return seconds, numbers

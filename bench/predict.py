@@ -80,7 +80,8 @@ def calibration_cases() -> list[Case]:
 
 def drawn_cases(seed: int, count: int) -> list[Case]:
     """Configurations that the rules accept, none of which is a calibration's."""
-    draw, cases = random.Random(seed), []
+    draw = random.Random(seed)
+    cases: list[Case] = []
     while len(cases) < count:
         ranks = draw.choice((1, 2, 2, 4))
         degrees = dict(parallel__tensor=1, parallel__pipeline=1, parallel__context=1)
@@ -245,7 +246,7 @@ def judge(case: Case, result: dict[str, Any], hardware: Hardware) -> dict[str, A
 
 def shares(parts: dict[str, float]) -> dict[str, float]:
     """Percent of the step. Imbalance, bubble and waiting for a core are one here: on shared cores one turns into the other."""
-    merged = defaultdict(float)
+    merged: dict[str, float] = defaultdict(float)
     for name, seconds in parts.items():
         merged[name if name in PARTS else "waiting" if name in (IMBALANCE, BUBBLE, CORE) else "other"] += seconds
     total = sum(parts.values())

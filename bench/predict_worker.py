@@ -160,6 +160,7 @@ def measure(case: Case) -> dict[str, Any]:
                     marks.append(time.thread_time() - inside.seconds)
                 recorder.end_step(10 * step + 1)
                 waterfall = recorder.take()
+                assert waterfall is not None  # of the step just recorded
                 steps.append({"seconds": waterfall.seconds, "parts": waterfall.parts})
                 cpu.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
         HOOKS.remove(inside)

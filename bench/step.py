@@ -28,6 +28,8 @@ from lsys.runtime.groups import process_groups
 class PlainLayer(nn.Module):
     """One layer of the hybrid model without Megatron, tensor parallelism or a sequence axis."""
 
+    decay: Tensor  # a buffer
+
     def __init__(self, kind: str, index: int, model: Model) -> None:
         super().__init__()
         self.kind, self.model = kind, model

@@ -42,7 +42,8 @@ def serve(pipe: Any) -> None:
             call, rank, world_size, folder = pipe.recv()
             with open(f"{folder}/stack{rank}", "w") as stack:
                 faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
-                _call(pipe, *call, rank, world_size, folder)
+                source, module, name, args, timeout = call
+                _call(pipe, source, module, name, args, timeout, rank, world_size, folder)
                 faulthandler.unregister(signal.SIGUSR1)
             gc.collect()
             pipe.send(len(os.listdir("/proc/self/task")))
@@ -56,6 +57,7 @@ def _call(
     A rank that closed its connections earlier could break another that is still connecting, or waits for the rank that
     failed and would then report that instead of the cause.
     """
+    outcome: tuple[bool, bytes | str]
     try:
         # Longer than the caller waits, so that the caller names the ranks that hang.
         limit = timedelta(seconds=timeout + 60)

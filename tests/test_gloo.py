@@ -67,7 +67,7 @@ def _die_later(rank, world_size):
 
 def _die_at_the_end(rank, world_size):
     if rank == 1:
-        dist.destroy_process_group = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        dist.destroy_process_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _unpicklable(rank, world_size):
@@ -164,8 +164,9 @@ def test_workers_of_a_killed_caller_end(tmp_path):
     caller = "import gloo, sys, test_gloo as t; p = gloo.Pool(); print(*p(2, t._pid), flush=True); sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-c", caller]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 2 and all(map(_alive, pids))
         process.kill()

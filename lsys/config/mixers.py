@@ -29,6 +29,10 @@ class Variants(Section):
 
     model_config = ConfigDict(extra="allow")
 
+    if TYPE_CHECKING:  # sections of the registry's mixers and of variants
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @model_validator(mode="before")
     @classmethod
     def _variants(cls, data: Any) -> Any:

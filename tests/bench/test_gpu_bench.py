@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def run(case):
 
 def outcomes(children, folder, names, **options):
     (folder / "planted_cases.py").write_text(CASES)
-    found = []
+    found: list[dict[str, Any]] = []
     environment = os.environ | {"PYTHONPATH": str(folder)}
     options = dict(environment=environment, deadline=time.monotonic() + 120) | options
     children.run_groups("planted_cases", [[{"name": name} for name in names]], found.append, **options)

@@ -50,7 +50,10 @@ def test_a_stopped_sweep_leaves_nothing_behind(tmp_path: Path, trap: str, number
     finally:
         sweep.kill()
     assert sweep.returncode == 128 + numbers[0] and "stopping the job" in said, said
-    assert len(numbers) > 1 or f"{numbers[0].name} stopped the sweep on 1 ranks; {out}/ranks-1 has its logs" in said
+    assert (
+        len(numbers) > 1
+        or f"{signal.Signals(numbers[0]).name} stopped the sweep on 1 ranks; {out}/ranks-1 has its logs" in said
+    )
     assert not any(map(is_alive, ended))
     assert [each.name for each in out.iterdir()] == ["ranks-1"]
 

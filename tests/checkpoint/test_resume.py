@@ -30,7 +30,7 @@ def whole(seen: list[resuming.Seen]) -> dict[str, torch.Tensor]:
     return parity.merge([parity.Outcome(pieces=each.pieces) for each in seen])[0]
 
 
-SAME = {
+SAME: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "plain optimizer": (1, {"optimizer__distributed": False}),
     "bf16": (1, {"train__precision": "bf16"}),
@@ -51,7 +51,7 @@ def test_resumed_run_is_bitwise_the_straight_one(gloo: Any, tmp_path: Path, case
             assert torch.equal(a, b), key
 
 
-RESHARD = {
+RESHARD: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
     "one rank to DP2": (1, {}, 2, {}),
     "TP2 to PP2xCP2": (2, {"parallel__tensor": 2}, 4, {"parallel__pipeline": 2, "parallel__context": 2}),
     "TP2 to CP2, layers with a state": (
@@ -112,7 +112,7 @@ def without(rank: int, world_size: int, name: str, changes: dict[str, Any], fold
 
 @pytest.mark.parametrize("remedy", ["separate_steps", "own_hyperparameters"])
 def test_each_remedy_changes_the_run(gloo: Any, tmp_path: Path, remedy: str) -> None:
-    changes = {"optimizer__schedule": "constant"}
+    changes: dict[str, Any] = {"optimizer__schedule": "constant"}
     gloo(1, run, changes, tmp_path, dict(stop=SAVED, save=(SAVED,)))
     changes["optimizer__lr"] = 0.003
     (right,) = resumed(gloo, 1, changes, tmp_path)

@@ -29,7 +29,9 @@ def saves(rank: int, world_size: int, folder: Path, keep: int, steps: list[int])
         checkpoints = Checkpoints(folder, keep)
         for step in steps:
             checkpoints.save(engine, resuming.cursor_of(engine, step))
-            newest.append(checkpoints.latest().name)
+            latest = checkpoints.latest()
+            assert latest is not None
+            newest.append(latest.name)
     return newest
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from lsys.config.load import load
 from lsys.config.notices import notices
@@ -24,11 +25,11 @@ def test_the_reference_has_every_key() -> None:
     assert "| `tensor` | integer > 0 | `1` |" in reference()
 
 
-def sections(section: type) -> list[type]:
+def sections(section: type[BaseModel]) -> list[type[BaseModel]]:
     found = [section]
-    for field in section.model_fields.values():  # type: ignore[attr-defined]
+    for field in section.model_fields.values():
         for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
                 found += sections(inner)
     return found
 

@@ -11,7 +11,7 @@ import pytest
 from lsys.data.corpus import Corpus, CorpusError
 from lsys.runtime import install_megatron
 
-SEQUENCES = ([5, 6, 7], [8], [], [9, 10, 11, 12], [13, 14])
+SEQUENCES: tuple[list[int], ...] = ([5, 6, 7], [8], [], [9, 10, 11, 12], [13, 14])
 BORDERS = (2, 3, 5)  # documents of 4, 0 and 6 tokens
 
 

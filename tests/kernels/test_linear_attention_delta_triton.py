@@ -1,6 +1,6 @@
 """The Triton kernels of the delta rule, interpreted: see `support.interpreter`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -80,7 +80,10 @@ def triton(case):
 
 
 def definition(case):
-    return lambda *inputs: segments(*inputs, case.lengths, case.linked, backend="reference")
+    def make(q, k, v, log_decay, beta):
+        return segments(q, k, v, log_decay, beta, case.lengths, case.linked, backend="reference")
+
+    return make
 
 
 def difference(found, wanted):
@@ -90,7 +93,7 @@ def difference(found, wanted):
 def differences(case):
     """Of each result and gradient; and the part of the output that comes from the states before."""
     leaves, gradients = tensors(case)
-    exact = [x if x is None else x.double() for x in leaves]
+    exact: list[Any] = [x if x is None else x.double() for x in leaves]
     wanted = run(definition(case), exact, gradients)
     found = run(triton(case), leaves, gradients)
     named = dict(zip(NAMES, map(difference, found, wanted), strict=False))
@@ -149,6 +152,7 @@ def test_spans_hold_every_token_once():
     assert division.linked_plan.counts == (1, 3) and division.entry.tolist() == [0, 1, 1, 1]
     rows = division.every.table[:, 3].tolist()
     assert rows == [0, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert division.linked_rows is not None
     assert [rows[i] for i in (0, 4, 5, 6)] == division.linked_rows.tolist()
     assert not division.linked.whole and division.every.whole
 

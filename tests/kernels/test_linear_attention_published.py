@@ -21,8 +21,10 @@ def naive(operation, monkeypatch):
         pytest.skip("flash-linear-attention is not installed")
     if importlib.util.find_spec("einops") is None:  # the token by token definitions do not use it
         monkeypatch.setitem(sys.modules, "einops", SimpleNamespace(rearrange=None))
+    assert package.submodule_search_locations is not None
     path = Path(package.submodule_search_locations[0]) / "ops" / operation / "naive.py"
     spec = importlib.util.spec_from_file_location(f"naive_{operation}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,5 +1,7 @@
 """Linear attention on one device: what must not be seen, strong decay, long sequences, wrong uses."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.linear_kernels import MEMBERS, cu, errors, run, tensors
@@ -43,11 +45,12 @@ def test_a_token_changes_only_those_from_there_on(member, dtype, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 2**11)  # several blocks
     lengths, begin = [50, 200, 30], 50
     inputs = tensors(member, lengths, dtype, strength=0.02)
-    q, k, v, _, log_decay, beta = (x if x is None else x.detach() for x in inputs[:6])
+    every: list[Any] = [x if x is None else x.detach() for x in inputs[:6]]
+    q, k, v, _, log_decay, beta = every
     before, _ = linear_attention(q, k, v, log_decay, beta, cu_seqlens=cu(lengths))
     # In and at the edges of the smallest spans, of their halves, of chunks and of documents.
     for at in (0, 1, SMALLEST - 1, SMALLEST, 5, 15, 16, 31, 32, 33, 64, 127, 199):
-        changed = [x if x is None else x.clone() for x in (q, k, v, log_decay, beta)]
+        changed: list[Any] = [x if x is None else x.clone() for x in (q, k, v, log_decay, beta)]
         for x in changed:
             if x is not None and x.dim() > 1:
                 x[0, begin + at] *= 3 if x is not changed[4] else 0.5
@@ -71,13 +74,14 @@ def test_a_million_tokens_in_single_precision(member):
     (o, after), (exact_o, exact_after) = outputs
     last = slice(-1000, None)  # where the sums are longest
     assert (o[:, last] - exact_o[:, last]).norm() < 1e-5 * exact_o[:, last].norm()
+    assert after is not None and exact_after is not None
     assert (after - exact_after).norm() < 1e-5 * exact_after.norm()
 
 
 def test_wrong_uses_are_refused():
     q, v = torch.randn(2, 6, 2, 8), torch.randn(2, 6, 4, 8)
     one, one_v = q[:1], v[:1]
-    refused = [
+    refused: list[tuple[Any, dict[str, Any], str]] = [
         ((q, q, v), {"causal": False, "output_final_state": True}, "output_final_state needs causal=True"),
         ((q, q, v), {"causal": False, "initial_state": torch.zeros(2, 4, 8, 8)}, "initial_state needs causal=True"),
         ((q, q, v, None, v[..., 0] * 0 - 1), {}, "beta goes from -1 to -1; it lies in .0, 2."),

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -64,8 +64,8 @@ def tensors(case):
 
     q, k = draw(tokens, case.key_heads, case.keys), draw(tokens, case.key_heads, case.keys)
     v, state = draw(tokens, heads, case.values), 3 * draw(linked, heads, case.keys, case.values)
-    shape = {"none": None, "head": (heads,), "token": (tokens, heads), "channel": (tokens, heads, case.keys)}
-    shape = shape[case.decay]
+    shapes = {"none": None, "head": (heads,), "token": (tokens, heads), "channel": (tokens, heads, case.keys)}
+    shape = shapes[case.decay]
     decay = None if shape is None else -case.strength * draw(*shape).abs()
     form = (linked, heads, case.keys) if case.decay == "channel" else (linked, heads)
     q, k, v = (x.to(case.dtype) for x in (q, k, v))
@@ -77,6 +77,7 @@ def run(case, make, leaves, gradients):
     leaves = [x if x is None else x.detach().requires_grad_() for x in leaves]
     q, k, v, state, decay = leaves
     parts = make(q, k, v, decay)
+    results: tuple[Any, ...]
     if case.whole and isinstance(parts, TritonSegments):
         results = parts.whole(state, True)
         maps = None
@@ -85,12 +86,11 @@ def run(case, make, leaves, gradients):
         results = parts.apply(maps, parts.intra(), state), maps.state
         if case.whole:
             results = results[0], after(maps, state)
-    loss = sum((x * g.to(x.dtype)).sum() for x, g in zip(results, gradients, strict=False))
+    loss: Any = sum((x * g.to(x.dtype)).sum() for x, g in zip(results, gradients, strict=False))
     transition = None if maps is None or case.whole else maps.transition
     if transition is not None:
         loss = loss + (transition * gradients[2].to(transition.dtype)).sum()
-    found = torch.autograd.grad(loss, [x for x in leaves if x is not None], materialize_grads=True)
-    found = iter(found)
+    found = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None], materialize_grads=True))
     each = [None if x is None else next(found) for x in leaves]
     return [*results, *each, transition]
 
@@ -102,11 +102,18 @@ def after(maps, state):
 
 
 def with_triton(case):
-    return lambda *inputs: TritonSegments(Tokens(*inputs, None), case.lengths, case.linked, case.keys**-0.5, span=1)
+    def make(q, k, v, decay):
+        tokens = Tokens(q, k, v, decay, None)
+        return TritonSegments(tokens, case.lengths, case.linked, case.keys**-0.5, span=1)
+
+    return make
 
 
 def definition(case):
-    return lambda *inputs: segments(*inputs, None, case.lengths, case.linked, backend="reference")
+    def make(q, k, v, decay):
+        return segments(q, k, v, decay, None, case.lengths, case.linked, backend="reference")
+
+    return make
 
 
 def difference(found, wanted):
@@ -116,7 +123,7 @@ def difference(found, wanted):
 def differences(case):
     """Of each result and gradient; and the part of the output that comes from the states before."""
     leaves, gradients = tensors(case)
-    exact = [x if x is None else x.double() for x in leaves]
+    exact: list[Any] = [x if x is None else x.double() for x in leaves]
     wanted = run(case, definition(case), exact, gradients)
     found = run(case, with_triton(case), leaves, gradients)
     assert [x is None for x in found] == [x is None for x in wanted]

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
 
 from lsys.kernels.softmax_attention import _log_choice, softmax_attention
 from lsys.kernels.softmax_attention.merge import merge
@@ -38,7 +39,7 @@ def dense(q, k, v, pack, causal, window, scale):
     return torch.cat([q[:0], *outputs]), torch.cat([q[:0, :, 0], *lses])
 
 
-def inputs(pack, heads, kv_heads, width, dtype, seed=0):
+def inputs(pack, heads, kv_heads, width, dtype, seed=0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     queries, keys = sum(n for n, _ in pack), sum(m for _, m in pack)
     shapes = [(queries, heads, width), (keys, kv_heads, width), (keys, kv_heads, width), (queries, heads, width)]
@@ -73,8 +74,8 @@ def test_equals_the_dense_definition(backend, pack, options):
     pack, width = PACKS[pack], 12
     q, k, v, do = inputs(pack, 4, 2, width, torch.float64)
     mask = {"causal": True, "window": None, "scale": width**-0.5} | options
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o, lse = dense(*leaves, pack, **mask)
+    leaf_q, leaf_k, leaf_v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o, lse = dense(leaf_q, leaf_k, leaf_v, pack, **mask)
     expected = (o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, do, materialize_grads=True))
     check(run(q, k, v, do, pack, backend=backend, **options), expected, torch.float64)
 
@@ -85,7 +86,8 @@ def test_equals_the_dense_definition(backend, pack, options):
 def test_cpu_backend_in_every_precision(dtype, heads, kv_heads, width, options):
     pack = PACKS["with past"]
     tensors = inputs(pack, heads, kv_heads, width, dtype)
-    exact = run(*(x.double() for x in tensors), pack, backend="reference", **options)
+    q, k, v, do = (x.double() for x in tensors)
+    exact = run(q, k, v, do, pack, backend="reference", **options)
     got = run(*tensors, pack, backend="cpu", **options)
     assert got[0].dtype == dtype and got[1].dtype == (dtype if dtype == torch.float64 else torch.float32)
     assert all(gradient.dtype == dtype for gradient in got[2:])
@@ -100,8 +102,10 @@ def test_cpu_backend_in_every_precision(dtype, heads, kv_heads, width, options):
 def test_cuda_backend(dtype, pack, heads, kv_heads, width, options):
     pack = PACKS[pack]
     tensors = inputs(pack, heads, kv_heads, width, dtype)
-    exact = run(*(x.double() for x in tensors), pack, backend="reference", **options)
-    got = [x.cpu() for x in run(*(x.cuda() for x in tensors), pack, backend="cuda", **options)]
+    q, k, v, do = (x.double() for x in tensors)
+    exact = run(q, k, v, do, pack, backend="reference", **options)
+    q, k, v, do = (x.cuda() for x in tensors)
+    got = [x.cpu() for x in run(q, k, v, do, pack, backend="cuda", **options)]
     check(got, exact, dtype)
 
 

@@ -2,6 +2,7 @@
 
 import random
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -53,7 +54,9 @@ BANDS = {
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def inputs(queries, keys, heads=(2, 2), width=8, dtype=torch.float64, seed=0):
+def inputs(
+    queries, keys, heads=(2, 2), width=8, dtype=torch.float64, seed=0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(queries, heads[0], width)] * 2 + [(keys, heads[1], width)] * 2
     q, do, k, v = (torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
@@ -139,7 +142,8 @@ def test_every_band_on_cuda(backend, dtype, band):
     tensors = inputs(queries, keys, (6, 2), 20, dtype)
     if obstacle := _BACKENDS[backend].obstacle(tensors[0].cuda()):
         pytest.skip(obstacle)
-    got = [x.cpu() for x in tiled(*(x.cuda() for x in tensors), [[tile]], backend)]
+    q, k, v, do = (x.cuda() for x in tensors)
+    got = [x.cpu() for x in tiled(q, k, v, do, [[tile]], backend)]
     check(got, dense(*tensors, visible([tile], queries, keys)), TOLERANCE[dtype])
 
 
@@ -248,7 +252,14 @@ def test_heads_of_larger_tensors_and_o_in_half_precision(backend):
         attend(q[:, h], k[:, g], v[:, g], tiles, o[:, h], lse[:, h], scale=SCALE, backend=backend)
         part = [x[:, heads] for x, heads in zip(grads, (h, g, g), strict=True)]
         attend_backward(
-            *(do[:, h], q[:, h], k[:, g], v[:, g], o[:, h].to(q.dtype), lse[:, h], tiles, *part),
+            do[:, h],
+            q[:, h],
+            k[:, g],
+            v[:, g],
+            o[:, h].to(q.dtype),
+            lse[:, h],
+            tiles,
+            *part,
             scale=SCALE,
             backend=backend,
         )
@@ -270,7 +281,10 @@ def test_gradients_of_keys_that_many_blocks_share_are_summed_in_fp32():
 def test_work_and_memory_of_a_window_are_linear_in_tokens():
     tokens, window = 1 << 20, 512
     blocks = cpu.plan(Tiles.of([Tile(slice(0, tokens), slice(0, tokens), 1 - window, 0)]), torch.zeros(1))
-    scores = sum((block.q.stop - block.q.start) * (block.k.stop - block.k.start) for block in blocks)
+    scores = 0
+    for block in blocks:
+        assert isinstance(block.q, slice) and isinstance(block.k, slice)
+        scores += (block.q.stop - block.q.start) * (block.k.stop - block.k.start)
     assert scores < 1.3 * tokens * window
     masks = [piece.mask for block in blocks for piece in block.pieces if piece.mask is not None]
     held = {mask.data_ptr() - mask.storage_offset() * 4: mask.untyped_storage().nbytes() for mask in masks}
@@ -325,7 +339,7 @@ def test_tiles_are_planned_once():
             attend_backward(do, q, k, v, o, lse, tiles, *map(torch.zeros_like, (q, k, v)), scale=SCALE, backend="cpu")
             attend_sequences(q, k, v, tiles, scale=SCALE, backend="cpu")
         assert plan.call_count == 1
-        attend(*(x.double() for x in (q, k, v)), tiles, o.double(), lse.double(), scale=SCALE, backend="cpu")
+        attend(q.double(), k.double(), v.double(), tiles, o.double(), lse.double(), scale=SCALE, backend="cpu")
         assert plan.call_count == 2  # masks are of q's dtype
 
 
@@ -356,7 +370,7 @@ def test_small_tiles_of_a_shape_are_computed_together():
     ],
 )
 def test_wrong_uses_are_refused(change, message):
-    call = {"q": torch.zeros(4, 2, 8), "k": torch.zeros(6, 2, 8), "v": torch.zeros(6, 2, 8)}
+    call: dict[str, Any] = {"q": torch.zeros(4, 2, 8), "k": torch.zeros(6, 2, 8), "v": torch.zeros(6, 2, 8)}
     call |= {"tiles": [Tile(slice(0, 4), slice(0, 6))], "o": torch.zeros(4, 2, 8), "lse": torch.zeros(4, 2)}
     with pytest.raises(ValueError, match=message):
         attend(**(call | change), scale=1.0)

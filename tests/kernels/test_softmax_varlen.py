@@ -2,6 +2,7 @@
 
 import random
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -75,10 +76,11 @@ def plain():
         yield
 
 
-def inputs(queries, keys, seed=0, width=12):
+def inputs(queries, keys, seed=0, width=12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q, do = torch.randn(2, queries, 4, width, generator=generator, dtype=torch.float64)
-    return q, *torch.randn(2, keys, 2, width, generator=generator, dtype=torch.float64), do
+    k, v = torch.randn(2, keys, 2, width, generator=generator, dtype=torch.float64)
+    return q, k, v, do
 
 
 def tiled(q, k, v, do, tiles, backend):
@@ -93,7 +95,7 @@ def check(queries, keys, tiles, seed=0):
     tensors = inputs(queries, keys, seed)
     got, expected = (tiled(*tensors, tiles, backend) for backend in ("cuda", "reference"))
     for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11, msg=partial("{}: {}".format, name))
 
 
 @settings(max_examples=150, deadline=None)
@@ -222,4 +224,5 @@ def test_an_old_or_missing_package_is_an_obstacle(package, monkeypatch):
     assert cuda._missing() == "flash-attn 2.6.3 is older than 2.7"
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     cuda._missing.cache_clear()
-    assert cuda._missing().startswith("no usable package flash-attn")
+    missing = cuda._missing()
+    assert missing is not None and missing.startswith("no usable package flash-attn")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lsys.data.prepare import PrepareArgs, prepare
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model": {"pattern": "LS", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "head_dim": 8, "vocab": 257},
     "optimizer": {"lr": 0.01, "warmup_steps": 2},
     "train": {"steps": 24, "batch_tokens": 1024, "micro_batch_tokens": 256, "precision": "fp32", "timeout_minutes": 1},

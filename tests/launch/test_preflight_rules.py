@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -145,8 +146,8 @@ def test_a_node_that_is_cut_off():
         reports[other].reach["2"] = "no answer in 3 s"
     told = found(reports)
     assert len(told) == 1 and told[0].startswith("gpu-2: no connection from any other node: no answer in 3 s")
-    for other in ("0", "1", "3"):
-        reports[2].reach[other] = "no answer in 3 s"
+    for other in (0, 1, 3):
+        reports[2].reach[str(other)] = "no answer in 3 s"
     told = found(reports)
     assert len(told) == 1 and told[0].startswith("gpu-2: no connection to and from any other node")
 
@@ -202,7 +203,15 @@ def test_rounds_hold_each_pair_once_and_nobody_twice_in_a_round(count: int):
 def test_reports_of_others_are_checked():
     told = nodes()[0].told()
     assert Report.heard(copy.deepcopy(told)) == nodes()[0]
-    for broken in ({}, [], told | {"more": 1}, told | {"reach": []}, told | {"ranks": "2"}, told | {"address": "me"}):
+    others: list[Any] = [
+        {},
+        [],
+        told | {"more": 1},
+        told | {"reach": []},
+        told | {"ranks": "2"},
+        told | {"address": "me"},
+    ]
+    for broken in others:
         with pytest.raises(ValueError):
             Report.heard(broken)
 

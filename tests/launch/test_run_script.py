@@ -141,7 +141,7 @@ time.sleep(100)
 
 def test_no_worker_outlives_its_agent(tmp_path: Path):
     (tmp_path / "work.py").write_text(WORKER)
-    command = [SCRIPT, "--ranks", "2", "--no-preflight", "--", str(tmp_path / "work.py"), str(tmp_path)]
+    command = [str(SCRIPT), "--ranks", "2", "--no-preflight", "--", str(tmp_path / "work.py"), str(tmp_path)]
     agent = subprocess.Popen(command, env=os.environ | {"PYTHON": sys.executable})
     try:
         workers = [number(tmp_path / f"pid{rank}", seconds=150) for rank in range(2)]

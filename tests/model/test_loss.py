@@ -21,6 +21,7 @@ def loss_and_gradient(
         shard = logits.chunk(world_size, -1)[rank].clone().requires_grad_()
         losses = token_losses((shard * 1)[:, None], targets[:, None], z_loss, groups.collection.tp)
         (losses * weight).sum().backward()
+        assert shard.grad is not None
         return losses.detach(), shard.grad
 
 
@@ -44,4 +45,5 @@ def test_losses_equal_plain_pytorch(gloo, ranks: int, dtype: torch.dtype, tolera
     for measured, _ in outcomes:
         torch.testing.assert_close(measured.double(), losses.detach(), rtol=1e-5, atol=1e-5)
     gradient = torch.cat([g for _, g in outcomes], -1).double()
+    assert exact.grad is not None
     assert (gradient - exact.grad).norm() / exact.grad.norm() < tolerance

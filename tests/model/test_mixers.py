@@ -187,7 +187,8 @@ def _token_by_token(rank: int, ranks: int, case: str) -> float:
     from lsys.parallel.layout import SequenceLayout
 
     with mixer_of(rank, ranks, case, torch.float64) as (mixer, *_), torch.no_grad():
-        x, cache, outputs = drawn(torch.float64)[0], Cache(), []
+        x, cache = drawn(torch.float64)[0], Cache()
+        outputs: list[torch.Tensor] = []
         whole = mixer(x[:, None], packed_seq_params=packed_of(SequenceLayout.contiguous([len(x)], 1), 0))[0]
         sizes, kept = [7, 1, 1, 5, 1], []
         for part in x.split([*sizes, len(x) - sum(sizes)]):

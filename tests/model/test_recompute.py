@@ -29,7 +29,7 @@ def calls_of_mix(rank: int, world_size: int, recompute: str) -> dict[str, Any]:
             counts[_kind] += 1
             return _original(self, *args)
 
-        mixer.mix = mix  # type: ignore[method-assign]
+        mixer.mix = mix  # type: ignore[method-assign, assignment]
     settings = parity.settings(train__recompute=recompute)
     with process_groups(settings.parallel, Launch()) as groups:
         engine = Engine(settings, groups)

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from support import delays
+from support.noted import noted
 from torch import nn
 
 from lsys.bench.trace import TraceError, TraceOptions, main, overlap, summarise, union
@@ -157,10 +158,11 @@ def test_a_run_that_ends_within_the_steps_leaves_no_hooks(tmp_path):
 
 def test_a_run_that_ends_between_the_steps_says_so(tmp_path, capsys):
     """And the allocator of a GPU records no longer."""
-    layer, ended = Layer(1), []
+    layer = Layer(1)
+    ended: list[int] = []
     profiler = Profiler(
         Profile(first=2, steps=9, ranks=[3], memory=True), rank=3, folder=tmp_path, device=torch.device("cpu"),
-        models=[layer], communication=lambda _: lambda: ended.append(1) or [],
+        models=[layer], communication=lambda _: noted(ended, 1, list),
     )  # fmt: skip
     with mock.patch.object(torch.cuda.memory, "_record_memory_history") as history:
         with profiler.step(1):

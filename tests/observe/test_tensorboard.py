@@ -7,7 +7,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lsys.config.reports import Metric
 from lsys.observe.picture import COLOURS, colours, ranks_picture
-from lsys.observe.tensorboard import LOWER, UPPER, groups, layout, page_tag, rank_grid, stacked
+from lsys.observe.tensorboard import LOWER, UPPER, Lines, groups, layout, page_tag, rank_grid, stacked
 from lsys.parallel.mesh import Mesh
 
 
@@ -95,5 +95,6 @@ def test_what_layers_report_has_charts_of_its_own():
     assert list(titles) == ["training", "moe", "entropy", "speed", "memory"]
     load, dropped = titles["moe"].charts
     assert [chart.title for chart in (load, dropped)] == ["load(%)", "dropped"]
+    assert isinstance(load, Lines)
     assert all(re.fullmatch(load.tags[0], page_tag(tag)) for tag in probes[0].tags)
     assert [chart.title for chart in titles["training"].charts][:2] == ["loss", "z_loss"]

@@ -40,7 +40,7 @@ def call(axis: str = "data", kind: str = "all_reduce", begin: float = 0.0, size:
     return Call(Operation(kind, size), Place(axis, 0, (0, 1), (0, 0)), "gloo", begin, begin)
 
 
-def split(peers: Any, *step: Bound | Stop, axes: tuple[str, ...] = ("data", "pipeline", "other")) -> dict[str, float]:
+def split(peers: Any, *step: Bound | Stop, axes: tuple[str, ...] = ("data", "pipeline", "other")) -> dict[str, Any]:
     """Parts of a step, without those that are zero; they sum to the time between its first and last bound."""
     whole = Split(Timer(CPU), peers, axes)
     whole.add(step)
@@ -90,7 +90,7 @@ def test_what_a_segment_is_too_short_for_counts_later() -> None:
 
 
 def test_stops_inside_of_a_checkpoint_are_the_checkpoint() -> None:
-    bounds = [
+    bounds: list[Bound | Stop] = [
         Bound(0.0, 0.0, None),
         Bound(0.0, 0.0, "checkpoint"),
         *waited_for("data", 1, 3),

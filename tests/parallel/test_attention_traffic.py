@@ -1,6 +1,7 @@
 """What the methods of attention communicate, when, and what they hold meanwhile."""
 
 import contextlib
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from support.attention import WIDTH, comm_of, tensors
 from support.layouts import layouts
+from support.noted import noted
 from support.softmax_traffic import traffic
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -57,7 +59,11 @@ class Watch:
             self.count("all to all", x.dtype, (sum(receive) - receive[self.rank]) * row)
             return exchanges(out, x, receive, send, **options)
 
-        changed = {"batch_isend_irecv": batch, "all_gather_into_tensor": gather, "all_to_all_single": exchange}
+        changed: dict[str, Any] = {
+            "batch_isend_irecv": batch,
+            "all_gather_into_tensor": gather,
+            "all_to_all_single": exchange,
+        }
         with mock.patch.multiple(dist, **changed):
             yield self
 
@@ -68,7 +74,7 @@ def _traffic(rank, world_size, cases, dtype):
     for layout, mask, (heads, kv_heads), method in cases:
         q, k, v, do = (layout.shard(x, rank).requires_grad_() for x in tensors(layout.total, heads, kv_heads, dtype))
         told = traffic(method, layout, Shape(heads, kv_heads, WIDTH, dtype.itemsize), comm.node_of_rank, **mask)
-        phases = []
+        phases: list[dict[torch.dtype, int]] = []
         for sums in told.received(comm.node_of_rank).sum(-1)[:, rank].tolist():
             with watch():
                 if not phases:
@@ -98,7 +104,7 @@ def test_traffic_of_one_long_document(gloo):
     """Formulas for P ranks of s tokens of one document, in numbers received forward, and then backward."""
     ranks, heads, kv_heads, s = 4, 8, 4, 24
     contiguous, zigzag = SequenceLayout.contiguous([ranks * s], ranks), SequenceLayout.zigzag([ranks * s], ranks)
-    cases = [
+    cases: list[tuple[SequenceLayout, dict[str, Any], tuple[int, int], str]] = [
         (layout, {}, (heads, kv_heads), method) for layout in (contiguous, zigzag) for method in ("ring", "gather")
     ]
     cases.append((contiguous, {}, (heads, kv_heads), "ulysses"))
@@ -145,7 +151,7 @@ def _blocks_held(rank, world_size):
     for mask in ({}, {"causal": False}, {"window": 20}):
         for layout in (SequenceLayout.zigzag([64, 7, 100], world_size), SequenceLayout.contiguous([171], world_size)):
             q, k, v, do = (layout.shard(x, rank).requires_grad_() for x in tensors(171, 2, 2, torch.bfloat16))
-            blocks = []  # weak references: fp32 are sums
+            blocks: list[StorageWeakRef] = []  # weak references: fp32 are sums
 
             def watched(self, send, receive):
                 nonlocal copies, most
@@ -180,10 +186,10 @@ def _in_order(rank, world_size):
     def sent(self, send, receive):
         pending = exchange(self, send, receive)
         order.append("send")
-        return pending.then(lambda got: order.append("wait") or got)
+        return pending.then(noted(order, "wait", lambda got: got))
 
     def computed(original):
-        return lambda *args, **options: order.append("attend") or original(*args, **options)
+        return noted(order, "attend", original)
 
     with (
         mock.patch.object(SequenceComm, "exchange", sent),

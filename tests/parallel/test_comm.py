@@ -1,3 +1,4 @@
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,7 +27,7 @@ def _gather_and_scatter(rank: int, world_size: int) -> None:
             assert torch.equal(pending.wait(), gathered) and pending.wait() is pending.wait()
             exact = comm.all_gather_async(mine, sizes, exact=True).then(lambda rows: (rows, len(rows)))
             assert torch.equal(exact.wait()[0], gathered) and exact.wait()[1] == sum(sizes)
-            summed = sum(_values(r, sum(sizes), dtype) for r in range(world_size))
+            summed: Any = sum(_values(r, sum(sizes), dtype) for r in range(world_size))
             part = comm.reduce_scatter(_values(rank, sum(sizes), dtype), sizes)
             assert torch.equal(part, summed.split(sizes)[rank])
     even = _values(rank, 2, torch.float32)

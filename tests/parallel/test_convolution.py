@@ -1,11 +1,13 @@
 """Short convolution and token shift across ranks equal those of whole documents on one device."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.layouts import layouts
+from support.noted import noted
 from torch.utils.checkpoint import checkpoint
 
 from lsys.kernels.short_convolution import reference
@@ -40,8 +42,8 @@ def _differences(rank, world_size, dtype):
     for lengths in PACKS:
         for width, bias, activation in [(1, True, None), (2, False, "silu"), (4, True, "silu"), (7, False, None)]:
             x, weight, b, grad = (x.to(dtype) for x in tensors(lengths, width))
-            wide = [each.double().requires_grad_() for each in (x, weight, b)]
-            y = reference.convolution(*wide[:2], wide[2] if bias else None, lengths)
+            wide_x, wide_weight, wide_b = wide = [each.double().requires_grad_() for each in (x, weight, b)]
+            y = reference.convolution(wide_x, wide_weight, wide_b if bias else None, lengths)
             y = torch.nn.functional.silu(y) if activation else y
             gradients = torch.autograd.grad(y, wide, grad.double(), allow_unused=True, materialize_grads=True)
             for name, layout in layouts(lengths, world_size).items():
@@ -125,6 +127,7 @@ def _checkpointed(rank, world_size):
     for reentrant in (False, True):
         x.grad = weight.grad = None
         checkpoint(mix, x, weight, use_reentrant=reentrant).backward(grad)
+        assert x.grad is not None and weight.grad is not None
         assert torch.equal(x.grad, plain[0]) and torch.equal(weight.grad, plain[1])
 
 
@@ -142,11 +145,11 @@ def _sums_under_way(rank, world_size):
 
     def watched(send, receive):
         seen.append("begin")
-        return exchange(send, receive).then(lambda rows: seen.append("end") or rows)
+        return exchange(send, receive).then(noted(seen, "end", lambda rows: rows))
 
     x, weight, *_ = tensors([40], 4)
     with mock.patch.object(comm, "exchange", watched), mock.patch.object(kernel, "from_zero") as sums:
-        sums.side_effect = lambda *given: seen.append("sums") or from_zero(*given)
+        sums.side_effect = noted(seen, "sums", from_zero)
         short_convolution(layout.shard(x, rank), weight, layout, comm)
     return seen
 
@@ -157,7 +160,7 @@ def test_the_exchange_overlaps_the_sums(gloo):
 
 def test_wrong_uses_are_refused():
     layout, (x, weight, *_) = SequenceLayout.contiguous([6], 1), tensors([6], 4)
-    refused = [
+    refused: list[tuple[Any, str]] = [
         ((x, weight[:2], layout, None), "weight .C, W.; got .6, 3. and .2, 4."),
         ((x, weight[0], layout, None), "weight .C, W.; got .6, 3. and .4."),
         ((x, weight, layout, None, None, "relu"), "activation 'relu'; offered are floating point, None and silu"),

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layouts import layouts, random_layout
+from support.noted import noted
 from torch.utils.checkpoint import checkpoint
 
 from lsys.parallel.comm import Pending, SequenceComm
@@ -46,7 +47,9 @@ def spans(layout, rank, k):
 
 def extended(x, layout, rank, k):
     """What `halo` gives."""
-    places, bounds, own = [], [0], []
+    places: list[int] = []
+    own: list[int] = []
+    bounds = [0]
     for before, mine in spans(layout, rank, k):
         own += range(len(places) + len(before), len(places) + len(before) + len(mine))
         places += before + mine
@@ -276,7 +279,7 @@ def _events(rank, world_size):
     def exchange(send, receive):
         events.append("start")
         pending = real(send, receive)
-        return Pending(lambda: events.append("end") or pending.wait())
+        return Pending(noted(events, "end", pending.wait))
 
     with mock.patch.object(comm, "exchange", exchange):
         pending = halo_async(x, layout, comm, 2)
@@ -349,7 +352,7 @@ def test_indices_are_on_the_device_of_the_rows():
     rows = halo(x, layout, None, 3)
     assert rows.x.device == rows.own.device == x.device and rows.cu_seqlens.device.type == "cpu"
     (rows.x.sum() + halo_state(x, layout, None, 3).sum()).backward()
-    assert x.grad.shape == x.shape
+    assert x.grad is not None and x.grad.shape == x.shape
 
 
 # ---- wrong uses

@@ -50,7 +50,7 @@ def test_unshard_inverts_shard_and_gradients_flow(layout):
     back = layout.unshard(parts)
     assert torch.equal(back, x)
     (back * weight).sum().backward()
-    assert torch.equal(x.grad, weight)
+    assert x.grad is not None and torch.equal(x.grad, weight)
 
 
 @UNHURRIED
@@ -102,7 +102,8 @@ def test_zigzag_gives_each_rank_two_mirrored_chunks(lengths, ranks):
 @given(LENGTHS, RANKS)
 def test_zigzag_equals_its_definition(lengths, ranks):
     """Token by token: which ranks a document's places in the stream count for, then up the ranks and down again."""
-    placed, begin = [[] for _ in range(ranks)], 0
+    placed: list[list[tuple[int, int, int]]] = [[] for _ in range(ranks)]
+    begin = 0
     for document, length in enumerate(lengths):
         quota = [sum(place % ranks == rank for place in range(begin, begin + length)) for rank in range(ranks)]
         up = [rank for rank in range(ranks) for _ in range(quota[rank] - quota[rank] // 2)]
@@ -165,7 +166,8 @@ def test_a_token_dropped_doubled_or_out_of_range_is_named(layout, data):
 @UNHURRIED
 @given(ANY_LAYOUT, st.randoms(use_true_random=False))
 def test_pooled_ranks_hold_the_tokens_of_their_group_in_order(layout, random):
-    ranks, groups = random.sample(range(layout.ranks), layout.ranks), []
+    ranks = random.sample(range(layout.ranks), layout.ranks)
+    groups: list[list[int]] = []
     while ranks:
         size = random.randint(1, len(ranks))
         groups, ranks = [*groups, sorted(ranks[:size])], ranks[size:]
@@ -187,7 +189,7 @@ def test_very_many_documents(make):
 def test_layouts_do_not_change_and_equal_layouts_only():
     layout = SequenceLayout.contiguous([5, 3], 2)
     with pytest.raises(AttributeError):
-        layout.lengths = (8,)
+        layout.lengths = (8,)  # type: ignore[misc]  # which is the point
     assert layout != SequenceLayout.contiguous([5, 3], 1) and layout != SequenceLayout.contiguous([8], 2)
     assert layout != SequenceLayout([5, 3], layout.segments[::-1]) and layout != layout.segments
     assert repr(layout) == f"SequenceLayout(lengths=(5, 3), segments={layout.segments})"

@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,12 @@ N = 12 * 5  # elements of the tensors below; 12 is a multiple of all numbers of 
 
 
 # ---- every operation of torch.distributed
+
+
+def wait_for(works):
+    for work in works:
+        assert work is not None  # each rank is in the group
+        work.wait()
 
 
 def _floats(count: int) -> Tensor:
@@ -93,7 +101,7 @@ def _operations(rank: int, ranks: int, group: dist.ProcessGroup):
     }
     if ranks > 1:
         calls["batch of sends and receives"] = lambda: [work.wait() for work in _batch(rank, ranks, group)]
-        ends = {0: lambda: dist.send(_floats(N), group=group, group_dst=last)}
+        ends: dict[int, Callable[[], Any]] = {0: lambda: dist.send(_floats(N), group=group, group_dst=last)}
         ends[last] = lambda: dist.recv(_floats(N), group=group, group_src=0)
         calls["send to last"] = ends.get(rank, lambda: None)
     return calls
@@ -236,11 +244,11 @@ def _labels(rank: int, ranks: int) -> None:
         label(None, WORLD)
         works += [dist.isend(_floats(3), peer), dist.irecv(_floats(3), peer)]
         dist.all_reduce(_floats(4))
-        [work.wait() for work in works]
+        wait_for(works)
         label(None, "pipeline")
         dist.all_reduce(_floats(4))
         ends = [dist.irecv(_floats(2)), dist.isend(_floats(2), peer)]  # from whichever rank
-        [work.wait() for work in ends]
+        wait_for(ends)
     assert [ledger.calls(axis) for axis in ("tensor", "data", OTHER, WORLD, "pipeline")] == [5, 1, 1, 1, 3]
     # Groups that were labelled without nodes have them from those labelled with.
     assert ledger.calls(link=NETWORK) == 11 and ledger.bytes(link=NODE) == 0
@@ -358,6 +366,8 @@ def test_the_lab_shapes_its_links(two_nodes: Lab):
 
 
 def test_the_lab_says_what_it_lacks(tmp_path):
-    command = [shutil.which("bash"), SCRIPT, "up", "2"]
+    bash = shutil.which("bash")
+    assert bash is not None
+    command = [bash, str(SCRIPT), "up", "2"]
     done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1 and "install iproute2" in done.stderr

@@ -1,6 +1,7 @@
 """Megatron's traffic in the ledger: what tensor, pipeline and data parallelism move in a training step."""
 
 from collections import defaultdict
+from typing import Any
 
 from lsys.parallel.ledger import OTHER, record
 
@@ -18,14 +19,14 @@ def _train_step(rank: int, ranks: int, changes):
     with process_groups(config.parallel, Launch(rank=rank, world_size=ranks)) as groups:
         engine = Engine(config, groups)
         degrees = config.parallel.context, config.parallel.tensor
-        documents = RandomDocuments(config.model.vocab)
+        documents: Any = RandomDocuments(config.model.vocab)
         planner = Planner(documents, config.train.batch_tokens, config.train.micro_batch_tokens, *degrees)
         plan = planner.step(0, groups.data_rank, groups.data_size)
         batches = plan.on_rank(groups.context_rank, groups.device)
         with record() as ledger:
             engine.forward_backward(batches)
             engine.step()
-        found = defaultdict(int)
+        found: dict[Any, int] = defaultdict(int)
         for event in ledger.events:
             if len(event.ranks) > 1:
                 found[event.axis, event.operation.kind, event.operation.bytes] += 1

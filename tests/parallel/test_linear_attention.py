@@ -1,6 +1,7 @@
 """Linear attention across ranks equals the definition on one device, token by token."""
 
 import contextlib
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -47,7 +48,8 @@ def small_blocks():
 
 
 def _differences(rank, world_size, cases):
-    comm, wrong = comm_of(world_size), {}
+    comm = comm_of(world_size)
+    wrong: dict[Any, Any] = {}
     with small_blocks():
         for case, full in cases:
             layout = all_layouts(case.lengths, world_size)[case.layout]
@@ -155,7 +157,7 @@ def _perturbed(rank, world_size, cases):
         for at in (15, 32, 50):
             outputs = []
             for factor in (1.0, 0.5):
-                tensors = list(inputs(lengths, member, dtype)[:5])
+                tensors: list[Any] = list(inputs(lengths, member, dtype)[:5])
                 for i, x in enumerate(tensors):
                     if x is not None and x.dim() > 1:
                         x = x.clone()
@@ -187,10 +189,11 @@ def test_a_token_changes_only_those_from_there_on(gloo, world_size):
 
 def _drawn(rank, world_size, layout, method, causal):
     q, k, v, log_decay, *_ = inputs(layout.lengths, "token")
-    local = [layout.shard(x, rank).detach().requires_grad_() for x in (q, k, v, log_decay)]
+    assert log_decay is not None
+    q, k, v, log_decay = local = [layout.shard(x, rank).detach().requires_grad_() for x in (q, k, v, log_decay)]
     with small_blocks():
         comm = SequenceComm(None)
-        o, _ = linear_attention(*local[:3], layout, comm, log_decay=local[3], method=method, causal=causal)
+        o, _ = linear_attention(q, k, v, layout, comm, log_decay=log_decay, method=method, causal=causal)
     do = layout.shard(inputs(layout.lengths, "token").do, rank)
     return [o.detach(), *torch.autograd.grad(o, local, do, materialize_grads=True)]
 
@@ -211,7 +214,7 @@ def test_wrong_uses_are_refused():
     layout, (q, k, v, *_) = SequenceLayout.contiguous([6], 1), inputs((6,), "none")
     initial = torch.zeros(1, 4, 8, 6)
     methods = "lasp1, lasp2, zeco, ulysses"
-    refused = [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"method": "magic"}, f"linear attention method 'magic' is not one of: {methods}"),
         ({"causal": False, "initial_state": initial}, "initial_state needs causal=True"),
         ({"causal": False, "output_final_state": True}, "output_final_state needs causal=True"),
@@ -238,7 +241,8 @@ def _refused_before_anything_is_sent(rank, world_size):
     q, k, v = (layout.shard(x, rank) for x in inputs((12,), "none")[:3])
     for method in METHODS:
         if rank == 0:
-            for options in ({"beta": torch.full((len(q), 4), 2.5)}, {"log_decay": torch.ones(len(q), 4)}):
+            wrong: list[dict[str, Any]] = [{"beta": torch.full((len(q), 4), 2.5)}, {"log_decay": torch.ones(len(q), 4)}]
+            for options in wrong:
                 with pytest.raises(ValueError):
                     linear_attention(q, k, v, layout, comm, method=method, **options)
         linear_attention(q, k, v, layout, comm, method=method)
@@ -254,10 +258,11 @@ def test_definition_of_both_directions():
     q, k, v, log_decay, *_ = inputs(lengths, "token")
     o, _ = by_definition(q, k, v, log_decay, None, None, lengths, causal=False)
     q, k = (x.repeat_interleave(2, 1) for x in (q, k))
+    assert log_decay is not None
     b = log_decay.cumsum(0)
     for i in range(5):
         for h in range(4):
-            row = 0
+            row: Any = 0
             for j in range(5):
                 # Going back, what token j wrote decays by j - 1, ..., i.
                 decay = (b[i] - b[j])[h] if j <= i else log_decay[i:j, h].sum()

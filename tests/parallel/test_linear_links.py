@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def runs_one_by_one(layout, causal):
     for way in range(1 if causal else 2):
         for document, length in enumerate(layout.lengths):
             ranks = [owner[document, p] for p in range(length)][:: -1 if way else 1]
-            runs = []
+            runs: list[Any] = []
             for rank in ranks:
                 if not runs or runs[-1][0] != rank:
                     runs.append([rank, 0])
@@ -65,7 +66,8 @@ def test_states_compose_as_on_one_rank(layout, causal):
         for held in layout.segments:
             for document, start, length in held:
                 maps[way, document, start] = (a[0][(document + start + way) % 9], b[0][(start + length) % 9])
-    before, state = {}, defaultdict(float)
+    before = {}
+    state: dict[Any, float] = defaultdict(float)
     for way in range(1 if causal else 2):
         held = sorted((s.document, s.start) for r in layout.segments for s in r)
         for document, start in held if way == 0 else held[::-1]:
@@ -87,7 +89,7 @@ def test_states_compose_as_on_one_rank(layout, causal):
         ]
         composed = its.compose(given_maps)
         # The state before each run, from the segment that it starts with.
-        first = {}
+        first: dict[int, Any] = {}
         for way, document, start in (place for each in places for place in each):
             number = run_of(every, layout, way, document, start)
             at = first.setdefault(number, (way, document, start))
@@ -128,9 +130,9 @@ def test_nothing_is_composed_where_each_run_is_one_segment():
             if name in ("contiguous", "idle ranks"):
                 assert its.plan is None and its.order is None
             assert its.order is None or name in ("random", "fragments")
-    tensors = [torch.randn(23, 2, 4) for _ in range(3)]
+    q, k, v = (torch.randn(23, 2, 4) for _ in range(3))
     its = linked(SequenceLayout.contiguous([46], 2), 1)
-    maps = segments(*tensors, None, None, [23], its.linked[0]).segment_map()
+    maps = segments(q, k, v, None, None, [23], its.linked[0]).segment_map()
     composed = its.compose([maps])
     assert composed.update is maps.state and composed.before is None
     state = torch.randn(1, 2, 4, 4)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from support.linear import (
     inputs,
     largest_error,
 )
+from support.noted import noted
 from support.state_traffic import traffic
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +51,8 @@ def call(layout, comm, member, method, dtype=torch.float64, **options):
     """The output, whose backward pass is ready to go; and its gradient."""
     tensors = inputs(layout.lengths, member, dtype)
     local = [layout.shard(x, comm.rank) if x is not None and x.dim() > 1 else x for x in tensors[:5]]
-    q, k, v, log_decay, beta = (None if x is None else x.clone().requires_grad_() for x in local)
+    every: list[Any] = [None if x is None else x.clone().requires_grad_() for x in local]
+    q, k, v, log_decay, beta = every
     options = {"log_decay": log_decay, "beta": beta, "method": method, **options}
     return linear_attention(q, k, v, layout, comm, **options)[0], layout.shard(tensors.do, comm.rank)
 
@@ -195,7 +198,7 @@ def _in_order(rank, world_size, method):
         def start(self, *args, **options):
             pending = original(self, *args, **options)
             order.append("start")
-            return pending.then(lambda got: order.append("end") or got)
+            return pending.then(noted(order, "end", lambda got: got))
 
         return mock.patch.object(SequenceComm, name, start)
 
@@ -297,10 +300,12 @@ def test_gradients_that_nobody_wants_do_not_travel(gloo, method):
 def _queries_alone(rank, world_size, method):
     """Gradients of queries, asked for alone and among those of all that is trained; twice, as what starts must end."""
     comm, tensors = SequenceComm(None), inputs(CROSSING.lengths, "token")
-    q, k, v, g, do = (CROSSING.shard(x, rank) for x in (*tensors[:4], tensors.do))
-    leaves, found = [x.clone().requires_grad_() for x in (q, k, v, g)], []
+    assert tensors.log_decay is not None
+    *shards, do = (CROSSING.shard(x, rank) for x in (*tensors[:3], tensors.log_decay, tensors.do))
+    q, k, v, g = leaves = [x.clone().requires_grad_() for x in shards]
+    found = []
     for _ in range(2):
-        o, _ = linear_attention(*leaves[:3], CROSSING, comm, log_decay=leaves[3], method=method)
+        o, _ = linear_attention(q, k, v, CROSSING, comm, log_decay=g, method=method)
         (alone,) = torch.autograd.grad(o, leaves[:1], do, retain_graph=True)
         among, *_ = torch.autograd.grad(o, leaves, do)
         found.append((alone, among))

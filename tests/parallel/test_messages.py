@@ -1,6 +1,7 @@
 """The counts without torch equal those that go by the schedules that run."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from support import softmax_traffic, state_traffic
@@ -32,7 +33,7 @@ def sums(traffic, nodes):
 def counted(phases, ranks):
     totals = []
     for way in phases:
-        received = Counter()
+        received: Counter[int] = Counter()
         for phase in way:
             for _, destination, size in phase:
                 received[destination] += size
@@ -59,7 +60,12 @@ def test_attention_is_counted_alike(kind, method, window):
 @pytest.mark.parametrize("method", STATE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_are_counted_alike(kind, method):
-    shapes = [(6, 2, 5, 8, "head"), (4, 4, 16, 16, "channel"), (6, 3, 5, 7, "token", True), (16, 1, 64, 64, "none")]
+    shapes: list[Any] = [
+        (6, 2, 5, 8, "head"),
+        (4, 4, 16, 16, "channel"),
+        (6, 3, 5, 7, "token", True),
+        (16, 1, 64, 64, "none"),
+    ]
     for lengths in PACKS:
         for ranks in (2, 3, 4, 8):
             layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def ring(ranks: int, work: float, size: int) -> list[Program]:
     """Every rank works on a block while it passes it on and gets the next, ranks - 1 times; then on the last."""
     steps = []
     for rank in range(ranks):
-        mine = []
+        mine: list[Any] = []
         for hop in range(ranks - 1):
             mine += [message("send", 2 * hop, size, (rank + 1) % ranks, ranks)]
             mine += [message("recv", 2 * hop + 1, size, (rank - 1) % ranks, ranks)]

@@ -1,4 +1,5 @@
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ MASKS = [(True, None), (False, None), (True, 1), (True, 6), (True, 500)]
 GENERATORS = [ring.schedule, gather.schedule]
 
 
-def in_rounds(layout, *mask):
-    return ring.schedule(layout, *mask, rounds=3)
+def in_rounds(layout, causal=True, window=None):
+    return ring.schedule(layout, causal, window, rounds=3)
 
 
 UNHURRIED = settings(deadline=None, max_examples=60, derandomize=True)
@@ -117,7 +118,7 @@ def test_traffic_of_a_ring(ranks):
 def test_each_sum_that_was_begun_reaches_the_owner_once(layout, mask):
     for schedule in (ring.schedule(layout, *mask), in_rounds(layout, *mask), random_schedule(layout)):
         home = []
-        held = {rank: [] for rank in range(layout.ranks)}  # token and the ranks that added to its sum
+        held: dict[int, Any] = {rank: {} for rank in range(layout.ranks)}  # token and the ranks that added to its sum
         for number, entry in enumerate(returns(schedule)):
             sums = {rank: {p: {rank} for p in places(parts)} for rank, parts in schedule.received(number).items()}
             for transfer in entry:
@@ -218,11 +219,10 @@ def attended(layout, rank, mask, generate):
     for number, step in enumerate(found.steps):
         hand = schedule.received(number).get(rank, layout.table(rank).take(slice(0)))
         places = runs(hand.begin, hand.length)
-        if number and found.steps[number - 1].gather:  # rows of the other ranks' tokens, one after the other
+        gathered = found.steps[number - 1].gather if number else None
+        if gathered:  # rows of the other ranks' tokens, one after the other
             every = [t.parts for t in {t.source: t for t in schedule.steps[number - 1].transfers}.values()]
-            places = torch.cat([runs(parts.begin, parts.length) for parts in every])[
-                found.steps[number - 1].gather.kept
-            ]
+            places = torch.cat([runs(parts.begin, parts.length) for parts in every])[gathered.kept]
         add(forward, step.local, own)
         add(backward, step.local_backward, own)
         for total in (forward, backward):

@@ -1,4 +1,5 @@
 import contextlib
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -79,6 +80,10 @@ def _three_rounds(layout, causal, window):
     return ring.schedule(layout, causal, window, rounds=3)
 
 
+def _headwise(layout, comm, groups, options, q, k, v):
+    return ulysses.attention(q, k, v, layout, comm, ring.schedule, groups, options)
+
+
 def _by_detours(rank, world_size):
     """The executor with schedules that are no rings, and groups of other sizes than the nodes give."""
     comm, errors, heads, kv_heads = SequenceComm(None), {}, 6, 2
@@ -96,9 +101,7 @@ def _by_detours(rank, world_size):
             attentions = {"detours": detours, "rounds": rounds}
             for inner in (n for n in range(1, world_size + 1) if world_size % n == 0):
                 groups = usp.groups([0] * world_size, heads, inner)
-                attentions[f"{inner} inner"] = lambda q, k, v, groups=groups: ulysses.attention(
-                    q, k, v, layout, comm, ring.schedule, groups, options
-                )
+                attentions[f"{inner} inner"] = partial(_headwise, layout, comm, groups, options)
             for key, attention in attentions.items():
                 got = distributed(layout, rank, heads, kv_heads, torch.float64, attention)
                 errors[name, key] = largest_error(got, full, layout, rank, torch.float64)
@@ -123,8 +126,8 @@ def _perturbed(rank, world_size, dtype):
                     changed = [x.clone() for x in (q, k, v)]
                     for x in changed:
                         x[lengths[0] + at] += shift
-                    mine = [layout.shard(x, rank) for x in changed]
-                    outputs.append(softmax_attention(*mine, layout, comm, method=method, **mask))
+                    a, b, c = (layout.shard(x, rank) for x in changed)
+                    outputs.append(softmax_attention(a, b, c, layout, comm, method=method, **mask))
                 age = layout.positions(rank) - at
                 sees = layout.documents(rank) == document
                 if mask.get("causal", True):
@@ -201,8 +204,9 @@ def _mismatched(rank, world_size):
 
 def test_layout_and_comm_must_agree(gloo):
     gloo(2, _mismatched)
+    q, k, v, _ = tensors(6, 2, 2, torch.float32)
     with pytest.raises(ValueError, match="over 3 ranks and the comm has 1; comm=None is one rank"):
-        softmax_attention(*tensors(6, 2, 2, torch.float32)[:3], SequenceLayout.contiguous([6], 3), None)
+        softmax_attention(q, k, v, SequenceLayout.contiguous([6], 3), None)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +221,10 @@ def test_layout_and_comm_must_agree(gloo):
     ],
 )
 def test_wrong_uses_are_refused(heads, total, options, message):
-    layout = SequenceLayout.contiguous([6], 1)
+    layout, (query_heads, key_heads) = SequenceLayout.contiguous([6], 1), heads
+    q, k, v, _ = tensors(total, query_heads, key_heads, torch.float32)
     with pytest.raises(ValueError, match=message):
-        softmax_attention(*tensors(total, *heads, torch.float32)[:3], layout, None, **options)
+        softmax_attention(q, k, v, layout, None, **options)
 
 
 def test_nan_is_refused():

@@ -59,7 +59,7 @@ def test_a_sum_inside_a_node_takes_the_fewer_steps_of_ring_and_chain() -> None:
 @pytest.mark.parametrize("linear", ["lasp2", "ulysses"])
 def test_heads_are_waited_for_and_rings_are_not(linear: str) -> None:
     """A mixer's work hides what is under way beside it, which heads and tokens before a segment are not."""
-    changes = {"parallel__context": 8, "parallel__linear": linear}
+    changes: dict[str, Any] = {"parallel__context": 8, "parallel__linear": linear}
     ring, heads = (
         StepTime(Shape(config(**changes, parallel__attention=method), 64), H200) for method in ("ring", "ulysses")
     )
@@ -109,7 +109,9 @@ def test_search_keeps_tensor_groups_inside_nodes() -> None:
 
 def test_a_group_that_straddles_nodes_is_timed_over_the_network() -> None:
     """Of tensor groups of 6 on nodes of 8, the first is inside a node and the second is not."""
-    changes = dict(model__heads=24, model__groups=24, model__hidden=3072, model__ffn=8448, model__vocab=30720)
+    changes: dict[str, Any] = dict(
+        model__heads=24, model__groups=24, model__hidden=3072, model__ffn=8448, model__vocab=30720
+    )
     shape = Shape(config(**changes, parallel__tensor=6, parallel__context=1, train__batch_tokens=65536 * 8), 48)
     inside = Shape(shape.config, 48, ranks_per_node=12)
     times = [StepTime(each, H200).tensor_seconds(0, 0)[0] for each in (shape, inside)]

@@ -26,10 +26,14 @@ def case(
     return ranks, {**changes, **more}
 
 
-FULL, SELECTIVE = {"train__recompute": "full"}, {"train__recompute": "selective"}
-ULYSSES = {"parallel__attention": "ulysses", "parallel__linear": "ulysses"}
-BF16, CP2 = {"train__precision": "bf16"}, {"parallel__context": 2}
-PP2, VPP2 = {"parallel__pipeline": 2}, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
+Changes = dict[str, Any]
+FULL: Changes = {"train__recompute": "full"}
+SELECTIVE: Changes = {"train__recompute": "selective"}
+ULYSSES: Changes = {"parallel__attention": "ulysses", "parallel__linear": "ulysses"}
+BF16: Changes = {"train__precision": "bf16"}
+CP2: Changes = {"parallel__context": 2}
+PP2: Changes = {"parallel__pipeline": 2}
+VPP2: Changes = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
 CASES = {
     "S": case(1, "S"),
     "LLLS full": case(1, "LLLS", **FULL),

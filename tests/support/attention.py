@@ -25,7 +25,7 @@ def dense(q, k, v, lengths, causal=True, window=None, scale=None):
     return torch.cat(outputs)
 
 
-def tensors(total, heads, kv_heads, dtype):
+def tensors(total, heads, kv_heads, dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(total)
     shapes = [(total, heads, WIDTH), (total, kv_heads, WIDTH), (total, kv_heads, WIDTH), (total, heads, WIDTH)]
     return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -34,8 +34,8 @@ def tensors(total, heads, kv_heads, dtype):
 def expected(lengths, heads, kv_heads, dtype, mask):
     """o, dq, dk, dv by the definition in fp64."""
     q, k, v, do = tensors(sum(lengths), heads, kv_heads, dtype)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    o = dense(*leaves, lengths, **mask)
+    q, k, v = leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    o = dense(q, k, v, lengths, **mask)
     return [o.detach(), *torch.autograd.grad(o, leaves, do.double(), materialize_grads=True)]
 
 

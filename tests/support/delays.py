@@ -12,8 +12,13 @@ import torch.distributed as dist
 from support import parity
 
 STEPS = 7
-REDUCE_SCATTERS = ("_reduce_scatter_base", "reduce_scatter", "reduce_scatter_tensor_coalesced")  # and torch's new names
-REDUCE_SCATTERS += ("reduce_scatter_single", "reduce_scatter_single_coalesced")
+REDUCE_SCATTERS = (
+    "_reduce_scatter_base",
+    "reduce_scatter",
+    "reduce_scatter_tensor_coalesced",
+    "reduce_scatter_single",  # and torch's new names
+    "reduce_scatter_single_coalesced",
+)
 
 
 class Now:
@@ -99,7 +104,8 @@ def run(
         stack.enter_context(below_the_hooks(place, seconds))
         whole = Run(settings, groups)
         planted(whole, place, seconds, rank)
-        whole.reporter.training = lambda *_, waterfall, **__: seen.append(waterfall)
+        reported = mock.patch.object(whole.reporter, "training", lambda *_, waterfall, **__: seen.append(waterfall))
+        stack.enter_context(reported)
         whole.train()
     return seen
 
@@ -115,8 +121,17 @@ def planted(whole: Any, place: str, seconds: float, rank: int) -> None:
     if place == "checkpoint":
         whole.checkpoints.save = lambda *_: time.sleep(seconds)
     if place == "data":
-        load = whole.data.training
-        whole.data.training = lambda step: (time.sleep(seconds), load(step))[1]
+        whole.data.training = after(seconds, whole.data.training)
+
+
+def after(seconds: float, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, begun so many seconds late."""
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    return late
 
 
 @contextlib.contextmanager
@@ -126,12 +141,9 @@ def below_the_hooks(place: str, seconds: float) -> Iterator[None]:
         yield
         return
 
-    def slow(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: (time.sleep(seconds), original(*args, **kwargs))[1]
-
     group = dist.ProcessGroup
     with contextlib.ExitStack() as stack:
         for name in REDUCE_SCATTERS:
             if name in vars(group):
-                stack.enter_context(mock.patch.object(group, name, slow(vars(group)[name])))
+                stack.enter_context(mock.patch.object(group, name, after(seconds, vars(group)[name])))
         yield

@@ -44,6 +44,8 @@ def _mean_of_ranks() -> Any:
     original = engine._forward_step
 
     def forward_step(batches: Any, chunk: Any) -> Any:
+        output: Any
+        loss: Any  # what gives the sum, its tokens and what is reported
         output, loss = original(batches, chunk)
 
         def mean(losses: Any) -> Any:

@@ -72,6 +72,7 @@ def serve() -> None:
             source, module, name, args = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        outcome: tuple[bool, bytes | str]
         try:
             outcome = (False, pickle.dumps(load(source, module, name)(*pickle.loads(args))))
         except BaseException:
@@ -84,5 +85,5 @@ def poison() -> None:
     """Fill what torch leaves uninitialised; deterministic mode does so in every way of making an empty tensor."""
     import torch
 
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # a property, which the module gets at run time
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,7 +1,7 @@
 """Linear attention of the whole family on one device, token by token, and what tests compare with it."""
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
 
 def fragments(lengths, ranks):
     """Pieces of one to three tokens, dealt out in turns that change, the last first."""
-    placed = [[] for _ in range(ranks)]
+    placed: list[list[tuple[int, int, int]]] = [[] for _ in range(ranks)]
     for document, length in enumerate(lengths):
         start = 0
         while start < length:
@@ -75,7 +75,7 @@ def all_layouts(lengths, ranks):
 
 
 @cache
-def inputs(lengths, member, dtype=torch.float64):
+def inputs(lengths, member, dtype=torch.float64) -> Inputs:
     """Gentle decays and betas: strong ones would hide a missing state."""
     total, generator = sum(lengths), torch.Generator().manual_seed(sum(lengths))
 
@@ -91,16 +91,19 @@ def inputs(lengths, member, dtype=torch.float64):
     k = k / k.norm(dim=-1, keepdim=True) if delta else k
     initial, d_final = (draw(len(lengths), HEADS, WIDTH, VALUE_WIDTH) for _ in range(2))
     wide = torch.promote_types(dtype, torch.float32)
-    small, large = (x.to(dtype) for x in (q, k, v)), (log_decay, beta, initial)
-    return Inputs(*small, *(None if x is None else x.to(wide) for x in large), do.to(dtype), d_final.to(wide))
+    q, k, v, do = (x.to(dtype) for x in (q, k, v, do))
+    log_decay, beta = (None if x is None else x.to(wide) for x in (log_decay, beta))
+    return Inputs(q, k, v, log_decay, beta, initial.to(wide), do, d_final.to(wide))
 
 
 def by_definition(q, k, v, log_decay, beta, initial, lengths, causal=True):
     """o and final states of the stream."""
     o, final = recurrence(q, k, v, log_decay, beta, lengths, WIDTH**-0.5, initial)
     if not causal:
-        back = [x if x is None or x.dim() == 1 else x.flip(0) for x in (q, k, v, log_decay, beta)]
-        o = o + recurrence(*back, lengths[::-1], WIDTH**-0.5)[0].flip(0) - diagonal(q, k, v, beta)
+        own = diagonal(q, k, v, beta)
+        every = (q, k, v, log_decay, beta)
+        q, k, v, log_decay, beta = (x if x is None or x.dim() == 1 else x.flip(0) for x in every)
+        o = o + recurrence(q, k, v, log_decay, beta, lengths[::-1], WIDTH**-0.5)[0].flip(0) - own
     return o, final
 
 
@@ -117,9 +120,10 @@ def expected(case):
 
 @cache
 def _expected(lengths, member, initial, final, causal, dtype):
-    tensors = Inputs(*(None if x is None else x.double() for x in inputs(lengths, member, dtype)))
-    leaves = leaves_of(tensors, initial)
-    o, after = by_definition(*leaves, lengths, causal)
+    exact: list[Any] = [None if x is None else x.double() for x in inputs(lengths, member, dtype)]
+    tensors = Inputs(*exact)
+    q, k, v, log_decay, beta, state = leaves = leaves_of(tensors, initial)
+    o, after = by_definition(q, k, v, log_decay, beta, state, lengths, causal)
     loss = (o * tensors.do).sum() + ((after * tensors.d_final).sum() if final else 0)
     grads = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None], materialize_grads=True))
     gradients = [None if x is None else next(grads) for x in leaves]
@@ -141,7 +145,7 @@ def distributed(case, comm, ranks):
     """This rank's share of `expected`, and all of replicated gradients. Each rank weighs the final states alike."""
     rank, layout = 0 if comm is None else comm.rank, all_layouts(case.lengths, ranks)[case.layout]
     tensors = inputs(case.lengths, case.member, case.dtype)
-    local = [layout.shard(x, rank) if is_sharded(i, x) else x for i, x in enumerate(tensors)]
+    local: list[Any] = [layout.shard(x, rank) if is_sharded(i, x) else x for i, x in enumerate(tensors)]
     leaves = leaves_of(local, case.initial)
     q, k, v, log_decay, beta, initial = leaves
     options = dict(causal=case.causal, backend=case.backend, output_final_state=case.final, method=case.method)

@@ -1,6 +1,6 @@
 """Inputs for every member of the linear attention family on one device, and what they are compared with."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
 
     def exact(self):
         """The same in fp64."""
-        return Inputs(*(x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in self))
+        every: list[Any] = [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in self]
+        return Inputs(*every)
 
 
 def tensors(
@@ -57,8 +58,9 @@ def tensors(
     shape = {"none": None, "head": (heads,), "token": v.shape[:3], "channel": (*v.shape[:3], width)}[decay]
     log_decay = None if shape is None else -draw(*shape).abs() * strength
     kept = [x if x is None else x.to(wide) for x in (state, log_decay, beta)]
-    leaves = [x if x is None else x.requires_grad_() for x in (*(x.to(dtype) for x in (q, k, v)), *kept)]
-    return Inputs(*leaves, do.to(dtype), d_state.to(wide))
+    leaves: list[Any] = [x if x is None else x.requires_grad_() for x in (*(x.to(dtype) for x in (q, k, v)), *kept)]
+    q, k, v, state, log_decay, beta = leaves
+    return Inputs(q, k, v, state, log_decay, beta, do.to(dtype), d_state.to(wide))
 
 
 def with_gradients(inputs, o, after):

@@ -46,7 +46,7 @@ def engine_bytes(engine: Any) -> dict[str, int]:
     states = [x for x in states if x.untyped_storage().data_ptr() not in own]
     return {
         "parameters": _total(parameters),
-        "gradients": _total(p.main_grad for p in parameters),
+        "gradients": _total(p.main_grad for p in parameters),  # type: ignore[attr-defined]  # Megatron's
         "optimizer": _total(states),
     }
 

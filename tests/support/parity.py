@@ -89,7 +89,7 @@ def train(
             engine = Engine(config, groups)
             faults.after_build(fault, engine)
             planner = Planner(
-                RandomDocuments(config.model.vocab),
+                RandomDocuments(config.model.vocab),  # type: ignore[arg-type]  # stands in for the stream
                 config.train.batch_tokens,
                 config.train.micro_batch_tokens,
                 parallel.context,

@@ -78,7 +78,7 @@ def expected(steps: Iterable[int], tensor: int, replicas: int) -> dict[str, floa
 def reporting(fault: str = "") -> Iterator[None]:
     """Inside, `L` layers report; with a fault of FAULTS."""
     from lsys.config import reports
-    from lsys.model.lightning import LightningMixer
+    from lsys.model.mixers.lightning import LightningMixer
 
     original = LightningMixer.mix
 
@@ -133,7 +133,8 @@ def curves(rank: int, world_size: int, changes: dict[str, Any], fault: str = "")
     from lsys.train.engine import Engine
 
     config = parity.settings(**changes)
-    parallel, stream = config.parallel, parity.RandomDocuments(config.model.vocab)
+    parallel = config.parallel
+    stream: Any = parity.RandomDocuments(config.model.vocab)
     with process_groups(parallel, Launch(rank=rank, world_size=world_size)) as groups, reporting(fault):
         engine = Engine(config, groups)
         planner: Any = Planner(

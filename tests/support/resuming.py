@@ -50,7 +50,7 @@ def advance(engine: Any, start: int, stop: int, seen: Seen) -> None:
 
     config, groups = engine.settings, engine.groups
     parallel, train = config.parallel, config.train
-    documents = parity.RandomDocuments(config.model.vocab)
+    documents: Any = parity.RandomDocuments(config.model.vocab)
     planner = Planner(
         documents, train.batch_tokens, train.micro_batch_tokens, parallel.context, parallel.tensor, parallel.layout
     )

@@ -129,7 +129,7 @@ def initial_parameters(rank: int, world_size: int, changes: dict[str, Any]) -> l
     "changes", [{"parallel__tensor": 2}, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}]
 )
 def test_initial_weights_are_the_same_for_all_degrees(gloo: Any, changes: dict[str, Any]) -> None:
-    whole = {}
+    whole: dict[str, list[Any]] = {}
     for key, place, data in gloo(1, initial_parameters, {})[0]:  # SwiGLU's weight is two pieces also on one rank
         whole.setdefault(key, []).append((place, data))
     for pieces in gloo(2, initial_parameters, changes):

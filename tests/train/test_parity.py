@@ -77,18 +77,19 @@ FAMILY = {
     "NS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="NS", model__linear=LINEAR)),
     "RGMD PP2xVPP2": (2, degrees(pipeline=2, virtual=2, model__pattern="RGMD", model__linear=LINEAR)),
 }
+FAMILY_DEGREES: list[tuple[str, int, dict[str, Any]]] = [
+    ("TP2", 2, dict(tensor=2)),
+    ("PP2", 2, dict(pipeline=2)),
+    ("CP3", 3, dict(context=3)),
+    ("CP4 contiguous", 4, dict(context=4, parallel__layout="contiguous")),
+    ("TP2xPP2xCP2", 8, dict(tensor=2, pipeline=2, context=2)),
+    ("TP2xCP2 selective recompute", 4, dict(tensor=2, context=2, train__recompute="selective")),
+    ("CP2xDP2 full recompute", 4, dict(context=2, train__recompute="full")),
+]
 FAMILY_SLOW = {
     f"{pattern} {name}": (ranks, degrees(model__pattern=pattern, model__linear=LINEAR, **axes))
     for pattern in ("LS", "GS", "MMMS", "DDDS", "NS", "RGMD")
-    for name, ranks, axes in [
-        ("TP2", 2, dict(tensor=2)),
-        ("PP2", 2, dict(pipeline=2)),
-        ("CP3", 3, dict(context=3)),
-        ("CP4 contiguous", 4, dict(context=4, parallel__layout="contiguous")),
-        ("TP2xPP2xCP2", 8, dict(tensor=2, pipeline=2, context=2)),
-        ("TP2xCP2 selective recompute", 4, dict(tensor=2, context=2, train__recompute="selective")),
-        ("CP2xDP2 full recompute", 4, dict(context=2, train__recompute="full")),
-    ]
+    for name, ranks, axes in FAMILY_DEGREES
 }
 
 

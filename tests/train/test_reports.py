@@ -1,5 +1,6 @@
 """Values that layers report, known by hand, arrive right from any stage, chunk and rank, once each, whatever is recomputed."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,14 +14,14 @@ from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 
 RECOMPUTE = ("none", "selective", "full")
-FAST = {
+FAST: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "TP2": (2, dict(tensor=2)),
     "PP2xVPP2": (2, dict(pipeline=2, virtual_pipeline=2)),
     "CP2": (2, dict(context=2)),
     "DP2": (2, {}),
 }
-SLOW = {
+SLOW: dict[str, tuple[int, dict[str, Any]]] = {
     "PP4": (4, dict(pipeline=4)),
     "TP2xCP2": (4, dict(tensor=2, context=2)),
     "TP2xPP2": (4, dict(tensor=2, pipeline=2)),
@@ -127,12 +128,13 @@ def test_what_is_declared_is_checked() -> None:
         Metric("a", "sum", axes=("expert",))
     with pytest.raises(ValueError, match="only a mean"):
         Metric("a", "sum", weight="tokens")
-    for wrong, said in [
+    cases: list[tuple[list[Metric], str]] = [
         ([Metric("a", "sum"), Metric("a", "max")], "declared twice"),
         ([Metric("a", "mean", weight="b")], "b is no sum"),
         ([Metric("a", "mean", weight="tokens", axes=("tensor",))], "tokens is no sum"),
-    ]:
-        with mock.patch.object(reports, "SOURCES", [*reports.SOURCES, lambda _, wrong=wrong: wrong]):
+    ]
+    for wrong, said in cases:
+        with mock.patch.object(reports, "SOURCES", [*reports.SOURCES, partial(lambda wrong, _: wrong, wrong)]):
             with pytest.raises(ValueError, match=said):
                 declared(config)
 
@@ -150,13 +152,14 @@ def refusals(rank: int, world_size: int) -> list[str]:
     config, said = parity.settings(parallel__pipeline=2), []
     with process_groups(config.parallel, Launch(rank=rank, world_size=world_size)) as groups:
         collector = Collector(Slots([*declared(config), *reporting.metrics(config)]), groups)
-        for wrong in [
+        cases: list[tuple[Any, ...]] = [
             ("probe/nothing", 1.0),
             ("probe/residues", torch.zeros(2)),
             ("probe/position", 1.0),
             ("probe/square", 1.0, 1.0),
             ("tokens", 1.0),
-        ]:
+        ]
+        for wrong in cases:
             try:
                 collector.add(*wrong)
             except ValueError as error:

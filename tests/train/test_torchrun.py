@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from lsys.data.prepare import PrepareArgs, prepare
 
 pytestmark = pytest.mark.slow
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model": {"pattern": "LS", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "head_dim": 8, "vocab": 257},
     "optimizer": {"lr": 0.01, "warmup_steps": 2},
     "train": {
