@@ -11,25 +11,29 @@ Sections (all if none is named):
   long      128K tokens exact on 4 ranks, and 1M tokens with a window
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from attention_worker import Case, attend
-from tools import launch, run_sections, show
 
+from bench.common.tools import launch, run_sections, show
+from bench.workers.attention import Case, attend
 from lsys.kernels.softmax_attention import softmax_attention as one_device
 from lsys.parallel.attention import METHODS
 from lsys.parallel.ledger import NETWORK, NODE
 from lsys.parallel.messages.choice import seconds
 from lsys.parallel.replay import Link, Links, Program, SoloComm, fastest, simulate
 
-WORKER = "attention_worker.py"
+WORKER = "attention.py"
 LAYOUTS = ("contiguous", "zigzag")
 RANKS_PER_NODE = 8
 SHAPED = "118mbit"  # about where this machine's transfers take as long as its computation

@@ -13,23 +13,24 @@ gpu.json and gpu.md. Exit status 1 if anything of lsys fails; peers that fail or
 is tiny and runs without a GPU, Triton interpreted: to see that this script works. Its times mean nothing.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # left out by PYTHONSAFEPATH
+from bench.common.tree import ROOT, with_checkout
+from bench.gpu_parts.child import Case, run_groups, short
+from bench.gpu_parts.report import markdown
 
-from gpu_child import Case, run_groups, short  # noqa: E402
-from gpu_report import markdown  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
 SECTIONS = ("environment", "correct", "speed", "train")
 
 
@@ -68,33 +69,22 @@ class Results:
         return [case["name"] for section in sections for case in self.sections[section] if case["status"] == "failed"]
 
 
-def lay_out(folder: Path) -> Path:
-    """The four trees as the one package that they make, by links, as setup.py maps them."""
-    package = folder / "tree" / "lsys"
-    package.mkdir(parents=True)
-    for path in [*(ROOT / "lsys").iterdir(), *(ROOT / name for name in ("kernels", "parallel", "launch"))]:
-        if path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    return package.parent
-
-
 def environment_of_cases(folder: Path, wheels: Path | None, smoke: bool) -> dict[str, str]:
-    paths = [str(lay_out(folder))]
+    found = with_checkout()
     if wheels is not None:
         site = folder / "site"
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site)]
         subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
-        paths.append(str(site))
-    found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        checkout, *others = found["PYTHONPATH"].split(os.pathsep)
+        found["PYTHONPATH"] = os.pathsep.join([checkout, str(site), *others])
+    found.pop("TRITON_INTERPRET", None)
     found |= {"OMP_NUM_THREADS": found.get("OMP_NUM_THREADS", "1"), "PYTHONSAFEPATH": "1"}
-    found |= {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [found.get("PYTHONPATH")])])}
     return found | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if smoke else {})
 
 
 CASES = """
 import importlib, json, sys
-folder, name, smoke, scratch = sys.argv[1:]
-sys.path.append(folder)
+name, smoke, scratch = sys.argv[1:]
 module = importlib.import_module(name)
 warming = getattr(module, "warming", lambda smoke: [])
 print(json.dumps({"groups": module.groups(bool(smoke), scratch), "warming": warming(bool(smoke))}))
@@ -109,8 +99,7 @@ def cases_of(section: str, smoke: bool, folder: Path, environment: dict[str, str
         sys.executable,
         "-c",
         CASES,
-        str(ROOT / "bench"),
-        f"gpu_{section}",
+        f"bench.gpu_parts.{section}",
         "smoke" if smoke else "",
         str(folder),
     ]
@@ -132,7 +121,7 @@ def run_section(
     for case in (case for group in found["groups"] for case in group):
         if options.fault and options.fault in case["name"]:
             case["fault"] = True
-    module = "gpu_speed" if section == "environment" else f"gpu_{section}"
+    module = f"bench.gpu_parts.{'speed' if section == 'environment' else section}"
     limit = 60 * options.minutes if section == "train" else 240.0
 
     def record(case: Case) -> None:

@@ -9,14 +9,17 @@ a kernel spills registers, or if one with matrix products has no wgmma (`PLAIN` 
 which is why tests run this in a process of its own.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-REPORT = Path(__file__).parents[1] / "docs" / "benchmarks" / "kernels-sm90.md"
+from bench.common.tree import ROOT
+
+REPORT = ROOT / "docs" / "benchmarks" / "kernels-sm90.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = 232448  # bytes a block may take on sm_90
 TOKENS, HEADS, WIDTHS = 2048, 16, (128, 64)

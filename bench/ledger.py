@@ -10,6 +10,11 @@ programs over links that are measured in the same run. The latter also in a lab 
     launch/lab.sh up 2 1gbit; launch/lab.sh torchrun /tmp/logs bench/ledger.py replay; launch/lab.sh down
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import contextlib
 import statistics

@@ -8,25 +8,29 @@ Sections (all if none is named):
   replay    one layer of a 1B model at 4, 8, 64 and 256 ranks, replayed over the links of published hardware
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import tyro
-from linear_worker import MEMBERS, Case, attend
-from tools import launch, run_sections, show
 
+from bench.common.tools import launch, run_sections, show
+from bench.workers.linear import MEMBERS, Case, attend
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import Placement, attention, linear
 from lsys.parallel.methods import SOFTMAX, STATE
 from lsys.parallel.replay import HARDWARE, Compute, Issue, Program, SoloComm, fastest, simulate
 
-WORKER = "linear_worker.py"
+WORKER = "linear.py"
 STATE_METHODS = tuple(STATE)
 RANKS_PER_NODE = 8
 SHAPED = "118mbit"

@@ -7,19 +7,22 @@ makes up for what a mixer has more or fewer parameters than the others. Draws th
 `bench`). Some ten minutes on two cores.
 """
 
-import json
-import os
-import subprocess
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
+import json
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
-from tools import ROOT, show
 
+from bench.common.tools import show
+from bench.common.tree import ROOT, with_checkout
 from lsys.config.load import load
 from lsys.config.overrides import parse_overrides
 from lsys.config.schema import Model
@@ -65,9 +68,12 @@ def train(pattern: str, ffn: int, options: Options, folder: str) -> float:
     ]  # fmt: skip
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "lsys"]
     started = time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, "train", str(CONFIG), *words], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*torchrun, "train", str(CONFIG), *words],
+        cwd=ROOT,
+        env=with_checkout(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(f"{pattern}: {done.stdout}{done.stderr}")

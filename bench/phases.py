@@ -6,19 +6,23 @@ One segment, forward and backward, from a state that is known to the end: by the
 once the state has come. Both compute the same; no rank is waited for.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import tyro
-from linear import least
-from linear_worker import MEMBERS
-from tools import run_sections, show
 from torch import Tensor
 
+from bench.common.tools import run_sections, show
+from bench.linear import least
+from bench.workers.linear import MEMBERS
 from lsys.kernels.linear_attention import linear_attention, segments
 from lsys.kernels.linear_attention.transition import carry
 

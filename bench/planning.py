@@ -8,6 +8,11 @@ kernels on CUDA (without the copies to the device). All of it happens once for a
 Other processes on the machine disturb the figures: each is the best of several.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import time
 from collections.abc import Callable, Sequence

@@ -11,6 +11,11 @@ wall-clock, the least of four steps, and its prediction with the cores there are
 else.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import json
 import os
@@ -18,15 +23,14 @@ import random
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from predict_worker import Case
 from scipy.optimize import nnls
-from tools import launch, made_on
 
+from bench.common.tools import launch, made_on
+from bench.workers.predict import Case
 from lsys.config import Config
 from lsys.config.rules import check
 from lsys.mixers.registry import CARDS
@@ -150,7 +154,7 @@ def launch_on_all_cores(cases: list[Case], ranks: int) -> list[dict[str, Any]]:
     """
     copies = max(1, CORES // ranks)
     with ThreadPoolExecutor(copies) as pool:
-        return [*pool.map(lambda _: launch("predict_worker.py", cases, ranks), range(copies))][0]
+        return [*pool.map(lambda _: launch("predict.py", cases, ranks), range(copies))][0]
 
 
 # ---- the calibration

@@ -11,15 +11,20 @@ attention runs nearer to the peak than what else a token costs. Wall-clock is to
 network namespaces (root); `make train` prepares the corpus. 40 minutes.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import json
+import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
-from plot import draw_scaling
-from tools import ROOT, made_on
-
+from bench.common.plot import draw_scaling
+from bench.common.tools import made_on
+from bench.common.tree import ROOT, with_checkout
 from lsys.bench.scaling import ScalingOptions
 from lsys.bench.scaling import main as sweep
 from lsys.config.overrides import Override, parse_overrides
@@ -46,6 +51,7 @@ def main() -> None:
     parser.add_argument("--hardware", default="", help="JSON of a calibration, to predict each run too")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.svg")
     options = parser.parse_args()
+    os.environ.update(with_checkout())  # the runs of a sweep find lsys as this process does
     figures = {way: {link: points(options, way, link) for link in LINKS} for way in WAYS}
     print(table(figures))
     if options.out:

@@ -5,16 +5,19 @@
 Prints the best of several runs in seconds. The light commands must be below 1.5 s; the exit code says whether they are.
 """
 
-import argparse
-import os
-import re
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
+import argparse
+import re
+import subprocess
+import tempfile
+import time
+
+from bench.common.tree import ROOT, with_checkout
+
 LIMIT = 1.5
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -24,7 +27,7 @@ def best(command: list[str], runs: int) -> float:
     times = []
     for _ in range(runs):
         began = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=with_checkout())
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -48,8 +51,8 @@ def first_step(prefix: str) -> float:
         ]
         command += [*overrides.split(), "--checkpoint.save", "false", "--data.corpora.0.path", prefix]
         began = time.perf_counter()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
+        variables = with_checkout(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=variables) as process:
             assert process.stdout
             reached = next((time.perf_counter() for line in process.stdout if re.match(r"step +1/", line)), None)
             process.stdout.read()

@@ -5,6 +5,11 @@ Both have the same shapes, arithmetic, documents, optimizer and clipping, in one
     OMP_NUM_THREADS=2 python bench/step.py configs/quickstart.yaml --steps 20
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import statistics
 import time

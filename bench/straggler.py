@@ -8,6 +8,11 @@
 Two nodes of two ranks behind links of 100 Mbit/s; rank 2 sleeps 30 ms in the forward pass of every layer.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds lsys and bench here
+
 import argparse
 import time
 

@@ -48,10 +48,10 @@ def test_without_failures_the_status_is_zero(tmp_path):
 
 @pytest.fixture
 def children(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import gpu_child
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu_parts import child
 
-    return gpu_child
+    return child
 
 
 CASES = """
@@ -93,8 +93,8 @@ def test_what_time_does_not_allow_is_skipped(children, tmp_path):
 
 
 def test_tables_of_cases_without_figures(children):
-    import gpu_report
+    from bench.gpu_parts import report
 
     lost = {"name": "token, 8K tokens", "family": "linear", "status": "failed", "error": "a | b\nc"}
-    text = gpu_report.markdown({"speed": [lost], "train": [], "correct": [lost], "environment": [lost]}, False)
+    text = report.markdown({"speed": [lost], "train": [], "correct": [lost], "environment": [lost]}, False)
     assert "| token, 8K tokens | not measured |" in text and "| a / b c |" in text

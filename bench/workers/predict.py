@@ -1,21 +1,24 @@
 """One rank of `bench/predict.py`: runs steps of small models under torchrun and writes what all ranks saw as JSON.
 
-torchrun --standalone --nproc-per-node 2 bench/predict_worker.py CASES.json RESULTS.json
+torchrun --standalone --nproc-per-node 2 bench/workers/predict.py CASES.json RESULTS.json
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds lsys and bench here
+
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from tools import serve
 
+from bench.common.tools import serve
 from lsys.config import Config
 from lsys.data.plan import Planner
 from lsys.observe.waterfall_recorder import Recorder
@@ -25,7 +28,7 @@ from lsys.parallel.replay import Link, fastest, gather_programs, recorded_progra
 from lsys.runtime.environment import launch_from_environment
 from lsys.runtime.groups import process_groups
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from support.memory import engine_bytes, peak_bytes
 
 

@@ -13,34 +13,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[1]
+from bench.common.tree import ROOT, with_checkout
+
 LAB = str(ROOT / "launch" / "lab.sh")
 
 
 def launch(worker: str, cases: Sequence[Any], ranks: int, rate: str | None = None) -> list[dict[str, Any]]:
-    """The results of the worker, a script of this folder that takes two files, for cases, which are dataclasses.
+    """The results of the worker, a file of bench/workers that takes two others, for cases, which are dataclasses.
 
     With a rate, every rank is a node of the lab behind a link of that rate (network namespaces, root).
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/cases.json", f"{folder}/results.json"]
         Path(paths[0]).write_text(json.dumps([asdict(case) for case in cases]))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "LAB": f"bench-{os.getpid()}"}
-        torchrun, script = str(Path(sys.executable).parent / "torchrun"), str(ROOT / "bench" / worker)
+        variables = with_checkout(OMP_NUM_THREADS="1", LAB=f"bench-{os.getpid()}")
+        torchrun, script = str(Path(sys.executable).parent / "torchrun"), str(ROOT / "bench" / "workers" / worker)
         if rate is None:
             command = [torchrun, "--standalone", "--nproc-per-node", str(ranks), script, *paths]
         else:
             command = [LAB, "torchrun", folder, script, *paths]
-            environment |= {"TORCHRUN": torchrun, "RANKS": "1"}
-            subprocess.run([LAB, "up", str(ranks), rate], env=environment, check=True)
+            variables |= {"TORCHRUN": torchrun, "RANKS": "1"}
+            subprocess.run([LAB, "up", str(ranks), rate], env=variables, check=True)
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = subprocess.run(command, env=variables, capture_output=True, text=True)
             if done.returncode:
                 logs = "".join(log.read_text() for log in Path(folder).glob("*.log"))
                 raise SystemExit(f"{done.stdout}{done.stderr}{logs}")
         finally:
             if rate is not None:
-                subprocess.run([LAB, "down"], env=environment, check=True)
+                subprocess.run([LAB, "down"], env=variables, check=True)
         return json.loads(Path(paths[1]).read_text())
 
 

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.common.tree import ROOT
+
 Case = dict[str, Any]
-ROOT = Path(__file__).parents[1]
 NEEDED = (
     "megatron.core",
     "numpy",

@@ -17,10 +17,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from gpu_correct import MEMBERS, cumulative, error, linear_tensors
-from gpu_peers import linear_peer, softmax_sides
 from torch import Tensor
 
+from bench.gpu_parts.correct import MEMBERS, cumulative, error, linear_tensors
+from bench.gpu_parts.peers import linear_peer, softmax_sides
 from lsys.kernels.linear_attention import linear_attention
 
 Case = dict[str, Any]

@@ -1,7 +1,12 @@
 """One rank of `bench/attention.py`: times cases under torchrun and writes what the first rank knows of all as JSON.
 
-torchrun --standalone --nproc-per-node 2 bench/attention_worker.py CASES.json RESULTS.json
+torchrun --standalone --nproc-per-node 2 bench/workers/attention.py CASES.json RESULTS.json
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds lsys and bench here
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tools import serve
 from torch import Tensor
 
+from bench.common.tools import serve
 from lsys.parallel.attention import softmax_attention
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout

@@ -1,6 +1,6 @@
 """Cases of `bench/gpu.py` in processes of their own: one that hangs, dies or spoils its GPU context costs itself alone.
 
-    python bench/gpu_child.py MODULE CASES.json RESULTS.jsonl
+    python bench/gpu_parts/child.py MODULE CASES.json RESULTS.jsonl
 
 runs `MODULE.run(case)` for each case and appends what it returns, a line each. The other half of this file starts such
 processes, reads the lines as they come, and goes on behind a case that ended its process. Needs the standard library.
@@ -138,5 +138,5 @@ def _run(
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))  # left out by PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a file, it finds lsys and bench here
     serve(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""What torchrun starts for a benchmark: one rank each."""
