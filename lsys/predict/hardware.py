@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lsys.config.messages import ConfigError, Mistake
+from lsys.mixers.card import Card
 from lsys.mixers.registry import CARDS
 from lsys.parallel.links import HARDWARE, NETWORK, NODE, Link, Links
 
@@ -66,6 +67,17 @@ class Hardware:
     def seconds(self, work: Mapping[str, float]) -> float:
         """Of what a rank has to do."""
         return sum(amount * self.costs.get(name, 0.0) for name, amount in work.items())
+
+    def require(self, cards: Iterable[Card]) -> None:
+        """Refuse mixers without rates: their time would be taken for none.
+
+        Raises:
+            ConfigError: names them.
+        """
+        lacking = [card.key for card in cards if f"layer:{card.symbol}" not in self.costs]
+        if lacking:
+            problem = f"--hardware {self.name} has no rates for {', '.join(lacking)} layers"
+            raise ConfigError([Mistake("", problem, "bench/predict.py makes a calibration that has them")])
 
     def to_json(self) -> dict[str, Any]:
         links = {name: [link.latency, link.bandwidth] for name, link in self.links.items()}

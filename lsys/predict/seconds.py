@@ -44,9 +44,14 @@ class Prediction:
 
 
 class StepTime:
-    """Predicts the step of a configuration on hardware whose rates are known."""
+    """Predicts the step of a configuration on hardware whose rates are known.
+
+    Raises:
+        ConfigError: it has none for a mixer of the model.
+    """
 
     def __init__(self, shape: Shape, hardware: Hardware) -> None:
+        hardware.require(shape.cards.values())
         self.shape, self.config, self.hardware = shape, shape.config, hardware
         self.traffic, self.work, self.transfers = StepTraffic(shape), StageWork(shape), Transfers(shape, hardware)
         self._layers: dict[tuple[str, bool], tuple[Ways, Ways]] = {}

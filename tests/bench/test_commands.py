@@ -82,4 +82,8 @@ def test_commands_that_pages_name_are_there() -> None:
     pages = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.py")]
     named = {name for page in pages for name in re.findall(r"bench/([\w/]+\.py)", page.read_text())}
     assert {f"{command}.py" for command in ("step", "attention", "gpu", "straggler")} <= named
-    assert not [name for name in named - {"NAME.py"} if not any((ROOT / tree / name).exists() for tree in ("bench", "lsys/bench"))]
+    assert not [
+        name
+        for name in named - {"NAME.py"}
+        if not any((ROOT / tree / name).exists() for tree in ("bench", "lsys/bench"))
+    ]

@@ -253,6 +253,15 @@ def test_one_that_nothing_knows_is_refused_everywhere() -> None:
                 refuses()
 
 
+def test_a_calibration_without_rates_for_a_mixer_is_refused(capsys: pytest.CaptureFixture) -> None:
+    """One that is older than the mixer would take its layers' time for none."""
+    from lsys.cli import main
+
+    words = ["check", str(ROOT / "configs" / "quickstart.yaml"), "--world-size", "2", "--model.pattern", "NLLS"]
+    assert main([*words, "--hardware", str(ROOT / "tests" / "baseline" / "calibration.json")]) == 2
+    assert "has no rates for delta_net layers; bench/predict.py makes" in capsys.readouterr().err
+
+
 # ---- nothing decides by a letter, a name or a card
 
 
