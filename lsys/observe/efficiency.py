@@ -28,9 +28,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from lsys.config import Config
 from lsys.config.load import model_keys, resolved
+from lsys.config.messages import from_validation
+from lsys.config.schema import Model
 from lsys.runtime.environment import Launch
 from lsys.runtime.groups import device_of
 
@@ -123,7 +126,11 @@ def _differences(then: Work, now: Work) -> Iterator[str]:
         "train.precision": (then.precision, now.precision),
         "train.recompute": (then.recompute, now.recompute),
     }
-    before, after = (model_keys(work.model) for work in (then, now))
+    try:
+        before, after = (model_keys(work.model) for work in (then, now))
+    except ValidationError as error:
+        said = "; ".join(map(str, from_validation(error, Model)))
+        raise BaselineError(f"the baseline's model is none that this lsys knows: {said}") from None
     pairs |= {f"model.{key}": (before.get(key), after.get(key)) for key in {**after, **before}}
     for key, (old, new) in pairs.items():
         if old != new:

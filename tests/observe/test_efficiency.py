@@ -1,6 +1,7 @@
 """Efficiency is what a rank does now over what it did in the baseline; other work and other hardware are refused."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,17 @@ def test_other_work_and_hardware_are_refused_with_the_difference(tmp_path, confi
     with pytest.raises(BaselineError) as error:
         Efficiency(path, config, 4, hardware)
     assert all(words in str(error.value) for words in [str(path), *said])
+
+
+def test_a_baseline_of_another_version_s_model_is_refused(tmp_path):
+    path = baseline(tmp_path / "b.json")
+    tree = json.loads(path.read_text())
+    tree["work"]["model"]["unheard_of"] = 3
+    path.write_text(json.dumps(tree))
+    with pytest.raises(
+        BaselineError, match="the baseline's model is none that this lsys knows: unheard_of: unknown key"
+    ):
+        Efficiency(path, make(tokens=8192), 4, "a processor")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "work": 3}'])
