@@ -130,6 +130,9 @@ def check_parameters(gloo: Any, name: str) -> None:
                 expected = TOKENS * sum(v for part, v in forward.items() if not part.endswith("attention"))
                 assert found["products"] == expected
                 check_gates(config, name, found["spied"])
+                card: Any = config.model.cards[name]
+                convolution = card.channels * card.conv_width if card.has_state and card.convolved else None
+                assert built.get("conv", (None,))[0] == convolution
 
 
 def check_gates(config: Config, name: str, spied: list[Any]) -> None:
@@ -180,16 +183,19 @@ def check_bytes(gloo: Any, name: str, method: str = "auto") -> None:
             assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
 
 
-WIDE = dict(
-    model__layers=4, model__hidden=128, model__heads=4, model__head_dim=32, model__groups=2, model__ffn=320, model__vocab=500,
-    model__linear={}, model__window=64, train__micro_batch_tokens=1024, train__batch_tokens=1024,
+# Little beside the mixers, so that a part of what they keep shows in the peak.
+NARROW = dict(
+    model__layers=8, model__hidden=128, model__heads=4, model__head_dim=32, model__groups=2, model__ffn=16, model__vocab=8, model__linear={},
+    model__window=64, train__micro_batch_tokens=1024, train__batch_tokens=1024,
 )  # fmt: skip
+CP2, BF16 = {"parallel__context": 2}, {"train__precision": "bf16"}
+SENT = {"parallel__linear": "ulysses", "parallel__attention": "ulysses"}
 
 
 def check_memory(gloo: Any, name: str) -> None:
-    """The peak of live tensors, to 10%: of one rank in fp32, of two context ranks in bf16."""
-    for ranks, more in ((1, {}), (2, {"parallel__context": 2, "train__precision": "bf16"})):
-        changed = changes(name) | WIDE | more
+    """The peak of live tensors, to 10%: of one rank in fp32, across ranks in bf16, and with heads sent to other ranks."""
+    for ranks, more in ((1, {}), (2, CP2 | BF16), (2, CP2 | SENT)):
+        changed = changes(name) | NARROW | more
         config = parity.settings(**changed)
         told = Activations(Shape(config, ranks, gpu=False)).peak(0).total
         for found in gloo(ranks, peak, changed, (config.train.micro_batch_tokens,)):
