@@ -41,8 +41,8 @@ class Variants(Section):
             return data
         wrong: list[InitErrorDetails] = []
         found = dict(data)
-        for name in data.keys() - cls.model_fields.keys():
-            if isinstance(data[name], Section):
+        for name in data:
+            if name in cls.model_fields or isinstance(data[name], Section):
                 continue
             try:
                 found[name] = _variant(name, data[name])
@@ -59,8 +59,9 @@ class Variants(Section):
 
     def section(self, key: str) -> Section | None:
         """The section of a mixer or variant; None where there is none of this name."""
-        found = getattr(self, key, None) if NAME.fullmatch(key) else None
-        return found if isinstance(found, Section) else None
+        if key in type(self).model_fields:
+            return getattr(self, key)
+        return (self.model_extra or {}).get(key)  # not by its attribute: a variant may be called as a method is
 
     def kind(self, key: str) -> str | None:
         """The mixer of which a name is, or is a variant; None where the name is unknown."""
@@ -73,8 +74,8 @@ class Variants(Section):
         return (*MIXERS, *(self.model_extra or {}))
 
 
-def _variant(name: str, data: Any) -> Section:
-    if not NAME.fullmatch(name):
+def _variant(name: Any, data: Any) -> Section:
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
         raise PydanticCustomError(
             "mixer_name", "a name of a variant is of small letters, digits and _, such as far_window"
         )

@@ -148,3 +148,39 @@ def test_dump_is_stable_and_says_the_same_run(file, tmp_path: Path) -> None:
     assert config_hash(load(file(text), ["--train.seed", "1"])) != config_hash(config)
     wsd = load(file(text), ["--optimizer.schedule", "wsd"])
     assert load(file(dump(wsd))).optimizer.decay_steps == 200
+
+
+VARIANTS = [
+    "--model.mixers.far.kind",
+    "window",
+    "--model.mixers.far.window",
+    "3",
+    "--model.pattern",
+    "[far, softmax, L]",
+]
+
+
+def test_variants_of_mixers_by_file_and_command_line(file, tmp_path: Path) -> None:
+    config = load(
+        file(GOOD.replace("vocab: 257}", "vocab: 257, window: 9, mixers: {section: {kind: window}}}")), VARIANTS
+    )
+    assert config.model.kinds == ("far", "softmax", "lightning", "far")
+    windows = {name: vars(config.model.card(name).exchanges(1)[0])["window"] for name in ("far", "section")}
+    assert windows == {"far": 3, "section": 9}  # a method of the configuration is called section, too
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert dump(load(tmp_path / "again.yaml")) == dump(config)
+
+
+def test_wrong_variants_and_keys_that_have_moved_are_told(file) -> None:
+    wrong = "vocab: 257, linear: {gate_rank: 3}, mixers: {gla: {gate_rank: 4}, far: {kind: wind}, 3: {}, near: {kind: window, windo: 1}}}"
+    found = mistakes(file(GOOD.replace("vocab: 257}", wrong)))
+    (twice,) = found
+    assert twice.startswith("model.linear.gate_rank: 3 does not do: it is given as model.mixers.gla.gate_rank too")
+    found = mistakes(file(GOOD.replace("vocab: 257}", wrong.replace("gate_rank: 3", "lrpe: x"))))
+    for part in (
+        "model.linear.lrpe: 'x' does not do",
+        "model.mixers.far: {'kind': 'wind'} does not do: kind 'wind' is no mixer; a variant says kind: NAME, of softmax",
+        "model.mixers.3: {} does not do: a name of a variant is of small letters",
+        "model.mixers.near.windo: unknown key 'windo'",
+    ):
+        assert any(line.startswith(part) for line in found), found
