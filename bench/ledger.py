@@ -64,7 +64,7 @@ def training(settings: Config) -> Iterator[tuple[Callable[[int], None], Groups]]
 
 def batches(planner: Planner, number: int, groups: Groups):
     plan = planner.step(number, groups.data_rank, groups.data_size)
-    return plan.on_rank(groups.context_rank, groups.device)
+    return plan.on_rank(groups.context_rank, groups.device, groups.context)
 
 
 MODES = ("off", "ledger", "ledger and waterfall")

@@ -141,7 +141,9 @@ def measure(case: Case) -> dict[str, Any]:
         planner = Planner(stream, train.batch_tokens, train.micro_batch_tokens, *degrees)
 
         def batches(step: int) -> Any:
-            return planner.step(step, groups.data_rank, groups.data_size).on_rank(groups.context_rank, groups.device)
+            return planner.step(step, groups.data_rank, groups.data_size).on_rank(
+                groups.context_rank, groups.device, groups.context
+            )
 
         engine.forward_backward(batches(0))
         engine.step()

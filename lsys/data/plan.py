@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lsys.model.packed import PackedMicroBatch
+from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class RankBatch:
     Attributes:
         tokens, targets: int64 [slots]; the slots after the rank's T_r tokens are slack and hold zeros.
         loss_mask: fp32 [T_r], 1 where the target counts.
-        packed: layout and positions of the T_r tokens.
+        packed: layout and positions of the T_r tokens, and who shares the layout.
     """
 
     tokens: Tensor
@@ -62,15 +63,16 @@ class MicroBatch:
         """Slots of this rank that no document fills."""
         return self.slots - self.layout.tokens(rank)
 
-    def on_rank(self, rank: int, device: torch.device) -> RankBatch:
+    def on_rank(self, rank: int, device: torch.device, comm: SequenceComm | None = None) -> RankBatch:
+        """The part of a rank of the layout; `comm`: the ranks that the layout is over, None is one rank."""
+
         def fill(x: Tensor) -> Tensor:  # [T] -> [slots]
             return torch.nn.functional.pad(self.layout.shard(x, rank), (0, self.slack(rank))).to(
                 device, non_blocking=True
             )
 
-        packed = PackedMicroBatch(
-            layout=self.layout, positions=self.layout.positions(rank).to(device, non_blocking=True)
-        )
+        positions = self.layout.positions(rank).to(device, non_blocking=True)
+        packed = PackedMicroBatch(layout=self.layout, positions=positions, comm=comm)
         mask = self.layout.shard(self.loss_mask, rank).to(device, non_blocking=True)
         return RankBatch(fill(self.tokens), fill(self.targets), mask, packed)
 
@@ -82,8 +84,8 @@ class StepPlan:
     step: int
     micro_batches: tuple[MicroBatch, ...]
 
-    def on_rank(self, rank: int, device: torch.device) -> list[RankBatch]:
-        return [micro_batch.on_rank(rank, device) for micro_batch in self.micro_batches]
+    def on_rank(self, rank: int, device: torch.device, comm: SequenceComm | None = None) -> list[RankBatch]:
+        return [micro_batch.on_rank(rank, device, comm) for micro_batch in self.micro_batches]
 
 
 @dataclass(frozen=True)

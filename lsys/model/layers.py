@@ -52,7 +52,7 @@ def block_spec(
     recompute = settings.train.recompute == "selective"
     methods = attention_methods(settings, comm.node_of_rank)
     options = {
-        kind: MixerOptions(card, comm, methods.get(kind, settings.parallel.linear), recompute)
+        kind: MixerOptions(card, methods.get(kind, settings.parallel.linear), recompute)
         for kind, card in settings.model.cards.items()
     }
     specs = [layer_spec(options[kind]) for kind in settings.model.kinds]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lsys.model.cache import Cache
 from lsys.observe.values import Pass
+from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 
 
@@ -19,12 +20,14 @@ class PackedMicroBatch(PackedSeqParams):
     Attributes:
         layout: which tokens of which documents each context rank holds.
         positions: int64 [T_r], position of each local token in its document.
+        comm: the ranks of the layout; None is one rank.
         cache: what layers keep of the tokens of one document that came before these; None: nothing did, as in training.
         values: where layers report; None: nowhere, as in decoding.
     """
 
     layout: SequenceLayout
     positions: Tensor
+    comm: SequenceComm | None = None
     cache: Cache | None = None
     values: Pass | None = None
     qkv_format: str = "thd"

@@ -36,7 +36,7 @@ class RunData:
         """The rank's micro-batches of a step, and the FLOPs of the step on this data replica."""
         plan = self.train.step(step, self.groups.data_rank, self.groups.data_size)
         flops = sum(training_flops(self.settings.model, m.layout.lengths) for m in plan.micro_batches)
-        return plan.on_rank(self.groups.context_rank, self.groups.device), flops
+        return plan.on_rank(self.groups.context_rank, self.groups.device, self.groups.context), flops
 
     def flops_of_all(self, own: float) -> float:
         """Model FLOPs of all ranks, from those of this rank's data replica, whose documents are not the others'. All ranks call it."""
@@ -47,7 +47,7 @@ class RunData:
     def validation(self) -> Iterator[list[RankBatch]]:
         if self.held_out is not None:
             for plan in self.held_out.steps(0, self.validation_steps, self.groups.data_rank, self.groups.data_size):
-                yield plan.on_rank(self.groups.context_rank, self.groups.device)
+                yield plan.on_rank(self.groups.context_rank, self.groups.device, self.groups.context)
 
 
 def open_data(settings: Config, groups: Groups) -> RunData:

@@ -51,14 +51,14 @@ def mixer_of(rank: int, ranks: int, case: str, dtype: torch.dtype, **parallel: i
     settings = parity.settings(**changes)
     with process_groups(settings.parallel, Launch(rank=rank, world_size=ranks)) as groups:
         card = settings.model.cards[LETTERS[kind]]
-        options = MixerOptions(card, groups.context, settings.parallel.linear)
+        options = MixerOptions(card, settings.parallel.linear)
         mixer = mixer_class(card)(transformer_config(settings), 2, groups.collection, options).to(dtype)
         initialise(mixer, settings.model, seed=0)
         for piece in pieces(mixer):
             seed = int.from_bytes(hashlib.sha256(piece.key.encode()).digest()[:4], "little")
             noise = torch.randn(piece.shape, generator=torch.Generator().manual_seed(seed))
             piece.data.add_(0.2 * noise[piece.slices])
-        yield mixer, settings.model, groups.collection.tp.rank(), groups.context_rank
+        yield mixer, settings.model, groups.collection.tp.rank(), groups.context
 
 
 def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,21 +135,19 @@ def _share(rank: int, ranks: int, case: str, layout_name: str, parallel: dict[st
 
     from lsys.model.parameters import pieces
 
-    with mixer_of(rank, ranks, case, torch.float64, **parallel) as (mixer, _, tensor_rank, context_rank):
+    with mixer_of(rank, ranks, case, torch.float64, **parallel) as (mixer, _, tensor_rank, comm):
         tensor, context = (parallel.get(axis, 1) for axis in ("tensor", "context"))
         layout = layouts(LENGTHS, context)[layout_name]
         slots = -(-max(layout.sizes) // tensor) * tensor
 
         def mine(x: Tensor) -> Tensor:
-            held = layout.shard(x, context_rank)
+            held = layout.shard(x, comm.rank)
             return torch.nn.functional.pad(held, (0, 0, 0, slots - len(held))).chunk(tensor)[tensor_rank]
 
         x, weigh = (mine(each) for each in drawn(torch.float64))
-        y = mixer(x.requires_grad_()[:, None], packed_seq_params=packed_of(layout, context_rank))[0][:, 0]
+        y = mixer(x.requires_grad_()[:, None], packed_seq_params=packed_of(layout, comm.rank, comm=comm))[0][:, 0]
         (y * weigh).sum().backward()
-        places = torch.full((slots,), -1).index_copy(
-            0, torch.arange(layout.tokens(context_rank)), layout.index(context_rank)
-        )
+        places = torch.full((slots,), -1).index_copy(0, torch.arange(layout.tokens(comm.rank)), layout.index(comm.rank))
         gradients = {p.data_ptr(): p.grad for p in mixer.parameters()}
         parts = [(p.key, p.shape, p.slices, gradients[p.data.data_ptr()]) for p in pieces(mixer)]
         return places.chunk(tensor)[tensor_rank], (y.detach(), x.grad), parts

@@ -22,7 +22,7 @@ def _train_step(rank: int, ranks: int, changes):
         documents: Any = RandomDocuments(config.model.vocab)
         planner = Planner(documents, config.train.batch_tokens, config.train.micro_batch_tokens, *degrees)
         plan = planner.step(0, groups.data_rank, groups.data_size)
-        batches = plan.on_rank(groups.context_rank, groups.device)
+        batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
         with record() as ledger:
             engine.forward_backward(batches)
             engine.step()

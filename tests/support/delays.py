@@ -53,7 +53,7 @@ class StubData:
 
     def training(self, step: int) -> tuple[Any, float]:
         plan = self.planner.step(step % parity.STEPS, self.groups.data_rank, self.groups.data_size)
-        return plan.on_rank(self.groups.context_rank, self.groups.device), 0.0
+        return plan.on_rank(self.groups.context_rank, self.groups.device, self.groups.context), 0.0
 
     def flops_of_all(self, own: float) -> float:
         return own

@@ -98,7 +98,7 @@ def train(
             )
             for step in range(STEPS):
                 plan = planner.step(step, groups.data_rank, groups.data_size)
-                batches = plan.on_rank(groups.context_rank, groups.device)
+                batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
                 losses = engine.forward_backward(batches, force_all_reduce=step == 0)
                 if step == 0:
                     outcome.pieces = [

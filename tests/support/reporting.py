@@ -148,7 +148,7 @@ def curves(rank: int, world_size: int, changes: dict[str, Any], fault: str = "")
 
         def values(step: int, forward_only: bool = False) -> Any:
             plan = planner.step(step, groups.data_rank, groups.data_size)
-            batches = plan.on_rank(groups.context_rank, groups.device)
+            batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
             return engine.forward_backward(batches, forward_only=forward_only).values
 
         first = values(0).followed_by(values(1))

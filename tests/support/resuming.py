@@ -56,7 +56,7 @@ def advance(engine: Any, start: int, stop: int, seen: Seen) -> None:
     )
     for step in range(start, stop):
         plan = planner.step(step, groups.data_rank, groups.data_size)
-        losses = engine.forward_backward(plan.on_rank(groups.context_rank, groups.device))
+        losses = engine.forward_backward(plan.on_rank(groups.context_rank, groups.device, groups.context))
         seen.rates.append(engine.learning_rate)
         seen.norms.append(engine.step())
         seen.losses.append(losses.mean)

@@ -33,7 +33,7 @@ def operations(
         )
         for step in range(steps):
             plan = planner.step(step, groups.data_rank, groups.data_size)
-            batches = plan.on_rank(groups.context_rank, groups.device)
+            batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
             with record() as ledger:
                 engine.forward_backward(batches)
                 engine.step()
@@ -75,10 +75,14 @@ def peak(rank: int, world_size: int, changes: dict[str, Any], lengths: tuple[int
         planner = Planner(
             stream, train.batch_tokens, train.micro_batch_tokens, parallel.context, parallel.tensor, parallel.layout
         )
-        batches = planner.step(0, groups.data_rank, groups.data_size).on_rank(groups.context_rank, groups.device)
+        batches = planner.step(0, groups.data_rank, groups.data_size).on_rank(
+            groups.context_rank, groups.device, groups.context
+        )
         engine.forward_backward(batches)
         engine.step()
-        batches = planner.step(1, groups.data_rank, groups.data_size).on_rank(groups.context_rank, groups.device)
+        batches = planner.step(1, groups.data_rank, groups.data_size).on_rank(
+            groups.context_rank, groups.device, groups.context
+        )
         return peak_bytes(engine, batches)
 
 

@@ -24,7 +24,7 @@ class DeltaNetMixer(LinearMixer):
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         qkv, beta = self.parts(projected)
-        qkv = self.conv(qkv.flatten(1), packed, self.comm, self.kept(packed)).view_as(qkv)
+        qkv = self.conv(qkv.flatten(1), packed, self.kept(packed)).view_as(qkv)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
         beta = torch.sigmoid(wide(beta.flatten(1)))  # [T_r, H]
         o = self.attend(unit(q), unit(k), self.by_head(v), packed, beta=beta)

@@ -27,7 +27,7 @@ class GatedDeltaMixer(LinearMixer):
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         qkv, gate, beta, raw = self.parts(projected)
-        qkv = self.conv(qkv.flatten(1), packed, self.comm, self.kept(packed)).view_as(qkv)
+        qkv = self.conv(qkv.flatten(1), packed, self.kept(packed)).view_as(qkv)
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
         beta = torch.sigmoid(wide(beta.flatten(1)))  # [T_r, H]
         if self.own.negative_eigenvalues:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lsys.kernels import short_convolution as kernel
 from lsys.model.packed import PackedMicroBatch
-from lsys.parallel.comm import SequenceComm
 from lsys.parallel.convolution import short_convolution
 
 Initial = Callable[[Tensor, torch.Generator], Any]  # fills the whole parameter, fp32
@@ -94,12 +93,10 @@ class ShortConvolution(HeadParameters):
         else:
             self.register_parameter("bias", None)
 
-    def forward(
-        self, x: Tensor, packed: PackedMicroBatch, comm: SequenceComm, kept: dict[str, Tensor] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedMicroBatch, kept: dict[str, Tensor] | None) -> Tensor:
         """kept: of the document's tokens before these, the last `width` - 1 inputs; replaced by those of the tokens so far."""
         if kept is None:
-            return short_convolution(x, self.weight, packed.layout, comm, self.bias, "silu")
+            return short_convolution(x, self.weight, packed.layout, packed.comm, self.bias, "silu")
         initial = kept.get("inputs")
         kept["inputs"] = kernel.before_next(x, self.weight.shape[1] - 1, initial)
         return kernel.short_convolution(x, self.weight, self.bias, initial=initial, activation="silu")

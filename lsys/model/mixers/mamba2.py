@@ -30,7 +30,7 @@ class Mamba2Mixer(LinearMixer):
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
         z, xbc, raw = self.parts(projected)
-        xbc = self.conv(xbc.flatten(1), packed, self.comm, self.kept(packed)).view_as(xbc)
+        xbc = self.conv(xbc.flatten(1), packed, self.kept(packed)).view_as(xbc)
         x, b, c = xbc.split((self.shared * self.head_dim, self.key_dim, self.key_dim), dim=-1)
         x = self.by_head(x)  # [T_r, H, P]
         dt, log_decay = self.decay(raw.flatten(1))  # [T_r, H] each

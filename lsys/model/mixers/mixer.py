@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lsys.mixers.card import Card
 from lsys.model.packed import PackedMicroBatch
-from lsys.parallel.comm import SequenceComm
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,11 @@ class MixerOptions:
     """What a mixer takes beside Megatron's own configuration.
 
     Attributes:
-        card: the mixer in this model. comm: the context ranks. method: how it crosses them.
+        card: the mixer in this model. method: how it crosses the context ranks.
         recompute: whether `mix` is run again in the backward pass.
     """
 
     card: Card
-    comm: SequenceComm
     method: str
     recompute: bool = False
 
@@ -54,7 +52,7 @@ class Mixer(MegatronModule):
         super().__init__(config=config)
         card = options.card
         self.layer_number, self.options, self.model = layer_number, options, card.model
-        self.tp_group, self.comm = pg_collection.tp, options.comm
+        self.tp_group = pg_collection.tp
         common = dict(config=config, bias=False, skip_bias_add=True, tp_group=pg_collection.tp)
         self.in_proj = ColumnParallelLinear(config.hidden_size, card.in_width, init_method=config.init_method, **common)
         self.out_proj = RowParallelLinear(

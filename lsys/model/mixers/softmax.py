@@ -52,7 +52,7 @@ class SoftmaxMixer(Mixer):
         if kept is not None:
             return self._go_on(q, k, v, kept).reshape(tokens, -1)
         method = self.options.method
-        o = softmax_attention(q, k, v, packed.layout, self.comm, method=method, window=self.window)
+        o = softmax_attention(q, k, v, packed.layout, packed.comm, method=method, window=self.window)
         return o.reshape(tokens, -1)
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:

@@ -56,9 +56,9 @@ class LinearMixer(Mixer):
         """q, k [T_r, H_k, Dk], v [T_r, H, Dv] -> [T_r, H, Dv]; options of `lsys.parallel.linear.linear_attention`."""
         kept, method = self.kept(packed), self.options.method
         if kept is None:
-            return linear_attention(q, k, v, packed.layout, self.comm, method=method, **options)[0]
+            return linear_attention(q, k, v, packed.layout, packed.comm, method=method, **options)[0]
         options |= dict(initial_state=kept.get("state"), output_final_state=True)
-        o, state = linear_attention(q, k, v, packed.layout, self.comm, method=method, **options)
+        o, state = linear_attention(q, k, v, packed.layout, packed.comm, method=method, **options)
         assert state is not None
         kept["state"] = state
         return o
