@@ -33,6 +33,7 @@ from bench.common.tools import launch, made_on
 from bench.workers.predict import Case
 from lsys.config import Config
 from lsys.config.rules import check
+from lsys.mixers.card import Layer
 from lsys.mixers.registry import CARDS
 from lsys.observe.efficiency import commit, hardware_name, versions
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed
@@ -176,8 +177,9 @@ def observations(case: Case, result: dict[str, Any]) -> list[tuple[Work, float]]
     shape = Shape(config, case.ranks, gpu=False)
     stage, methods, rows = StageWork(shape), shape.methods, []
     times = {tuple(key): seconds for *key, seconds in result["ranks"][0]["layers"]}
-    for (module, kind, way), seconds in times.items():
-        work = stage.layer(kind, methods) if module == "layer" else stage.mlp(kind)
+    for (module, mixer, channels, way), seconds in times.items():
+        kind = Layer(mixer, channels)
+        work = stage.layer(kind, methods) if module == "layer" else stage.channels(kind)
         rows.append((work if way == "forward" else backward(work), seconds))
     output = stage.output()
     rows.append((output + backward(output) + Work({"micro_batch": 1}), result["ranks"][0]["output"]))

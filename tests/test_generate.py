@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import resuming
 
-PATTERNS = ("LS", "RGW", "MDNS")
+PATTERNS = (("LS", "F"), ("RGW", "F-"), ("MDNS", "-"))
 TOLERANCE = 2e-4  # fp32; of the largest logit
 
 
@@ -55,9 +55,10 @@ def decode(rank: int, world_size: int, folder: Path, document: torch.Tensor, par
         return torch.cat(logits), kept, losses
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_token_by_token_is_the_parallel_form(gloo: Any, tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize(("pattern", "channels"), PATTERNS)
+def test_token_by_token_is_the_parallel_form(gloo: Any, tmp_path: Path, pattern: str, channels: str) -> None:
     changes = {"model__pattern": pattern, "model__layers": 2 * len(pattern), "model__window": 5, "parallel__tensor": 2}
+    changes["model__channels"] = channels
     gloo(2, train_two_steps, changes, tmp_path)
     document = torch.randint(0, 61, (70,), generator=torch.Generator().manual_seed(0))
     whole, _, losses = gloo(1, decode, tmp_path, document, [70])[0]

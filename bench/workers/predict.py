@@ -21,6 +21,7 @@ import torch.distributed as dist
 from bench.common.tools import serve
 from lsys.config import Config
 from lsys.data.plan import Planner
+from lsys.mixers.card import Layer
 from lsys.observe.waterfall_recorder import Recorder
 from lsys.parallel.ledger import record
 from lsys.parallel.ledger.hooks import HOOKS, Observer
@@ -73,18 +74,19 @@ class InsideOperations(Observer):
 
 
 class LayerTimes:
-    """CPU seconds of this thread in each layer, its MLP, forward and backward; issuing operations of communication is not in it.
+    """CPU seconds of this thread in each layer, its channel mixer, forward and backward; issuing operations of communication is not in it.
 
     inside: the CPU seconds spent in such operations so far.
     """
 
-    def __init__(self, engine: Any, kinds: Sequence[str], inside: InsideOperations) -> None:
+    def __init__(self, engine: Any, kinds: Sequence[Layer], inside: InsideOperations) -> None:
         self.inside = inside
-        self.rows: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        self.rows: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
         layers = [layer for chunk in engine.chunks for layer in chunk.module.decoder.layers]
         for layer, kind in zip(layers, kinds, strict=True):
-            for name, module in (("layer", layer), ("mlp", layer.mlp)):
-                self._watch(module, (name, kind))
+            self._watch(layer, ("layer", *kind))
+            if layer.has_channels:
+                self._watch(layer.mlp, ("channels", *kind))
         self.outside: list[float] = []
         layers[-1].register_forward_hook(self._beyond)
 
@@ -95,7 +97,7 @@ class LayerTimes:
     def clock(self) -> float:
         return time.thread_time() - self.inside.seconds
 
-    def _watch(self, module: Any, key: tuple[str, str]) -> None:
+    def _watch(self, module: Any, key: tuple[str, str, str]) -> None:
         """Backward time is from the gradient of the output to that of the input, which tensor hooks see."""
         began: dict[str, float] = {}
 
@@ -125,7 +127,7 @@ class LayerTimes:
         return min(self.outside)
 
     def take(self) -> list[list[Any]]:
-        """[module, kind, way, the least seconds]."""
+        """[module, token mixer, channel mixer, way, the least seconds]."""
         return [[*key, min(times)] for key, times in self.rows.items()]
 
 
@@ -149,7 +151,7 @@ def measure(case: Case) -> dict[str, Any]:
         engine.step()
         inside = InsideOperations()
         HOOKS.add(inside)
-        layers = LayerTimes(engine, config.model.kinds, inside) if case.wants_layers else None
+        layers = LayerTimes(engine, config.model.layer_kinds, inside) if case.wants_layers else None
         cpu, recorder = [], Recorder(groups)
         with recorder.recording(first=1):
             for step in range(1, case.steps + 1):

@@ -157,13 +157,16 @@ def resolved(config: Config) -> dict[str, Any]:
 def model_keys(model: Model | dict[str, Any]) -> dict[str, Any]:
     """What a model is, by dotted keys, whatever version wrote it and in whatever form: with the values that follow from others.
 
-    Of mixers, those that it has; the pattern is the kinds of its layers.
+    Of mixers, those that it has; the patterns are the kinds of its layers.
 
     Raises:
         ValidationError: it is no model that this version knows.
     """
     model = model if isinstance(model, Model) else Model.model_validate(model)
-    tree = _resolved_model(model) | {"pattern": model.shortened(model.kinds)}
+    tree = _resolved_model(model) | {
+        "pattern": model.shortened(model.kinds),
+        "channels": model.shortened_channels(model.channel_kinds),
+    }
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         pairs = ((f"{prefix}{name}", value) for name, value in tree.items())
@@ -185,7 +188,8 @@ def _resolved_model(model: Model) -> dict[str, Any]:
         key_heads=model.linear_key_heads,
         key_dim=model.linear_key_width,
     )
-    sections = {key: model.mixers.section(key) for key in model.mixers.keys if key in model.kinds}
+    kinds = {*model.kinds, *model.channel_kinds}
+    sections = {key: model.mixers.section(key) for key in model.mixers.keys if key in kinds}
     dumped = {key: section.model_dump(mode="json", exclude_none=True) for key, section in sections.items() if section}
     tree["mixers"] = {key: section for key, section in dumped.items() if section}
     return tree

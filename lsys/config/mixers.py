@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from lsys.mixers.registry import MIXERS
+from lsys.mixers.registry import ALL
 from lsys.section import Section
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -66,12 +66,12 @@ class Variants(Section):
     def kind(self, key: str) -> str | None:
         """The mixer of which a name is, or is a variant; None where the name is unknown."""
         section = self.section(key)
-        return key if key in MIXERS else getattr(section, "kind", None)
+        return key if key in ALL else getattr(section, "kind", None)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """All names that a pattern can have."""
-        return (*MIXERS, *(self.model_extra or {}))
+        return (*ALL, *(self.model_extra or {}))
 
 
 def _variant(name: Any, data: Any) -> Section:
@@ -80,9 +80,9 @@ def _variant(name: Any, data: Any) -> Section:
             "mixer_name", "a name of a variant is of small letters, digits and _, such as far_window"
         )
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in MIXERS:
+    if kind not in ALL:
         said = f"kind {kind!r} is no mixer" if kind else "unknown key"
-        known = ", ".join(MIXERS)
+        known = ", ".join(ALL)
         raise PydanticCustomError(
             "mixer_kind", "{said}; a variant says kind: NAME, of {known}", {"said": said, "known": known}
         )
@@ -94,7 +94,7 @@ _SECTIONS: dict[str, type[Section]] = {}
 
 def _variant_section(kind: str) -> type[Section]:
     if kind not in _SECTIONS:
-        options = MIXERS[kind].Options
+        options = ALL[kind].Options
         field = Field(description="The mixer that this is a variant of.")
         own: Any = {"kind": (Literal[kind], field)}
         _SECTIONS[kind] = create_model(f"{options.__name__}Variant", __base__=options, **own)
@@ -108,5 +108,5 @@ else:
         "Mixers",
         __base__=Variants,
         __doc__=Variants.__doc__,
-        **{n: (c.Options, Field(c.Options(), description=f"Own keys of {c.title}.")) for n, c in MIXERS.items()},
+        **{n: (c.Options, Field(c.Options(), description=f"Own keys of {c.title}.")) for n, c in ALL.items()},
     )

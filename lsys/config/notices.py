@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from lsys.config.mixers import MOVED
-from lsys.config.schema import Config, Model
-from lsys.mixers.card import Card
-from lsys.mixers.registry import CARDS, LETTERS
+from lsys.config.schema import Config, Model, pattern_text
+from lsys.mixers.card import MixerCard
+from lsys.mixers.registry import ALL, CARDS, CHANNEL_LETTERS, CHANNELS, LETTERS
 from lsys.section import Section
 
 
@@ -52,17 +52,22 @@ def _parallel(config: Config, world_size: int | None) -> list[str]:
     return found
 
 
-def _listed(cards: Iterable[type[Card]]) -> str:
+def _listed(cards: Iterable[type[MixerCard]]) -> str:
     """`L, R or G`."""
     return " or ".join(", ".join(card.symbol for card in cards).rsplit(", ", 1))
 
 
-def _idle(model: Model, key: str, users: Iterable[type[Card]]) -> list[str]:
+def _idle(model: Model, key: str, users: Iterable[type[MixerCard]]) -> list[str]:
     """A sentence about a key of `model` whose mixers the model lacks."""
     users = tuple(users)
-    if any(isinstance(card, users) for card in model.cards.values()):
+    if any(isinstance(card, users) for card in (*model.cards.values(), *model.channel_cards.values())):
         return []
-    return [f"model.{key} has no effect: no layer of pattern {model.pattern_text!r} is {_listed(users)}"]
+    return [f"model.{key} has no effect: {_lacks(model, users[0] in CHANNELS.values(), _listed(users))}"]
+
+
+def _lacks(model: Model, is_channel: bool, layer: str) -> str:
+    what, pattern = ("channels", model.channels) if is_channel else ("pattern", model.pattern)
+    return f"no layer of {what} {pattern_text(pattern)!r} is {layer}"
 
 
 def _model(config: Config) -> list[str]:
@@ -74,21 +79,26 @@ def _model(config: Config) -> list[str]:
                 found.append(f"model.linear.{key} is now {there}; it is read as before")
         elif _changed(model.linear, key):
             found += _idle(model, f"linear.{key}", (card for card in CARDS if card.has_state))
-    for key in dict.fromkeys(key for card in CARDS for key in card.model_keys):
+    for key in dict.fromkeys(key for card in ALL.values() for key in card.model_keys):
         if _changed(model, key):
-            found += _idle(model, key, (card for card in CARDS if key in card.model_keys))
+            found += _idle(model, key, (card for card in ALL.values() if key in card.model_keys))
     for key in model.mixers.keys:
         section = model.mixers.section(key)
         changed = [name for name in type(section).model_fields if _changed(section, name)] if section else []
-        if key not in model.kinds:
-            layer = _listed(card for card in CARDS if card.name == key) or key
-            why = f"no layer of pattern {model.pattern_text!r} is {layer}"
+        if key not in {*model.kinds, *model.channel_kinds}:
+            layer = _listed(card for card in ALL.values() if card.name == key) or key
+            why = _lacks(model, model.mixers.kind(key) in CHANNELS, layer)
             found += [f"model.mixers.{key}.{name} has no effect: {why}" for name in changed]
-    unused = [name for name in dict.fromkeys(model.pattern) if LETTERS.get(name, name) not in model.kinds]
-    found += [
-        f"{name} in model.pattern {model.pattern_text!r} has no effect: there are only {model.layers} layers"
-        for name in unused
-    ]
+    for key, letters, kinds in (
+        ("pattern", LETTERS, model.kinds),
+        ("channels", CHANNEL_LETTERS, model.channel_kinds),
+    ):
+        pattern = getattr(model, key)
+        found += [
+            f"{name} in model.{key} {pattern_text(pattern)!r} has no effect: there are only {model.layers} layers"
+            for name in dict.fromkeys(pattern)
+            if letters.get(name, name) not in kinds
+        ]
     return found
 
 

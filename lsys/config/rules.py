@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
-from lsys.config.schema import Config
-from lsys.mixers.registry import LETTERS, listed
+from lsys.config.schema import Config, Model, pattern_text
+from lsys.mixers.card import MixerCard
+from lsys.mixers.registry import CARDS, CHANNEL_CARDS, CHANNEL_LETTERS, LETTERS, listed
 
 
 def check(config: Config, world_size: int) -> list[Mistake]:
@@ -24,15 +25,20 @@ def require(config: Config, world_size: int) -> None:
 
 
 def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
-    model = config.model
-    known = listed() + "".join(f", {name}" for name in model.mixers.model_extra or {})
-    if not model.pattern:
-        yield Mistake("model.pattern", "it is empty", f"name at least one layer: {known}")
-    for name in dict.fromkeys(model.pattern):
-        if model.mixers.kind(LETTERS.get(name, name)) is None:
-            yield Mistake(
-                "model.pattern", f"{name!r} in {model.pattern_text!r} is no token mixer", f"there are {known}"
-            )
+    mixers = config.model.mixers
+    for key, cards, letters, what in (
+        ("pattern", CARDS, LETTERS, "token mixer"),
+        ("channels", CHANNEL_CARDS, CHANNEL_LETTERS, "channel mixer"),
+    ):
+        pattern, names = getattr(config.model, key), {card.name for card in cards}
+        variants = [name for name in mixers.model_extra or {} if mixers.kind(name) in names]
+        known = ", ".join([listed(cards), *variants])
+        if not pattern:
+            yield Mistake(f"model.{key}", "it is empty", f"name at least one layer: {known}")
+        for name in dict.fromkeys(pattern):
+            if mixers.kind(letters.get(name, name)) not in names:
+                problem = f"{name!r} in {pattern_text(pattern)!r} is no {what}"
+                yield Mistake(f"model.{key}", problem, f"there are {known}")
 
 
 def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -45,7 +51,7 @@ def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
         yield Mistake(
             "model.heads", problem, choice("", nearest(model.heads, divisors(model.hidden))) + ", or set model.head_dim"
         )
-    refused = dict.fromkeys(refusal for card in model.known_cards.values() for refusal in card.refusals())
+    refused = dict.fromkeys(refusal for card in _cards(model) for refusal in card.refusals())
     yield from (Mistake(f"model.{key}", problem, fix) for key, problem, fix in refused)
 
 
@@ -86,12 +92,22 @@ def _sliced(config: Config) -> list[tuple[str, str, int]]:
     counts = [
         ("model.heads", "heads", model.heads),
         ("model.groups", "key-value groups", model.kv_heads),
-        ("model.ffn", "channels of the MLP", model.ffn_width),
+        *_own(model.known_channel_cards.values()),
         ("model.vocab_multiple", "entries of the padded vocabulary", model.padded_vocab),
+        *_own(model.known_cards.values()),
     ]
-    sliced = dict.fromkeys(each for card in model.known_cards.values() for each in card.sliced())
-    counts += [(f"model.{key}", what, count) for key, what, count in sliced]
     return counts
+
+
+def _own(cards: Iterable[MixerCard]) -> list[tuple[str, str, int]]:
+    """What tensor ranks share out of mixers."""
+    sliced = dict.fromkeys(each for card in cards for each in card.sliced())
+    return [(f"model.{key}", what, count) for key, what, count in sliced]
+
+
+def _cards(model: Model) -> list[MixerCard]:
+    """Of all mixers that the model has and that are known."""
+    return [*model.known_cards.values(), *model.known_channel_cards.values()]
 
 
 def _tensor(config: Config, world_size: int) -> Iterator[Mistake]:

@@ -14,13 +14,15 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lsys.config.mixers import MOVED, Mixers
-from lsys.mixers.card import Card
-from lsys.mixers.registry import CARDS, LETTERS, MIXERS, listed
+from lsys.mixers.card import Card, Layer, MixerCard
+from lsys.mixers.channel import ChannelCard
+from lsys.mixers.registry import ALL, CARDS, CHANNEL_CARDS, CHANNEL_LETTERS, CHANNELS, LETTERS, MIXERS, listed
 from lsys.parallel.methods import SOFTMAX, STATE, described
 from lsys.section import Section
 
@@ -40,10 +42,14 @@ def _moved(key: str) -> Any:
 def _is_valid(name: str, key: str, value: Any) -> bool:
     """Whether a mixer's own section takes this value."""
     try:
-        MIXERS[name].Options.model_validate({key: value})
+        ALL[name].Options.model_validate({key: value})
     except ValidationError:
         return False
     return True
+
+
+def _described(cards: Iterable[type[MixerCard]]) -> str:
+    return "; ".join(f"`{card.letter}`, `{card.name}`: {card.title}" for card in cards) + "."
 
 
 class LinearMixer(Section):
@@ -69,13 +75,15 @@ class LinearMixer(Section):
 
 
 class Model(Section):
-    """The hybrid decoder: `pattern` repeated over `layers`."""
+    """The hybrid decoder: `pattern` and `channels`, each repeated over `layers`."""
 
     pattern: str | list[str] = Field(
         "LLLS",
         description="The token mixer of each layer, repeated: one letter a layer, or a list of names, of these and of `model.mixers`: "
-        + "; ".join(f"`{card.letter}`, `{card.name}`: {card.title}" for card in CARDS)
-        + ".",
+        + _described(CARDS),
+    )
+    channels: str | list[str] = Field(
+        "F", description="The channel mixer of each layer, in the same way: " + _described(CHANNEL_CARDS)
     )
     layers: PositiveInt = Field(description="Number of layers.")
     hidden: PositiveInt = Field(description="Width of the residual stream.")
@@ -85,7 +93,7 @@ class Model(Section):
     )
     head_dim: PositiveInt | None = Field(None, description="Width of one head; `hidden / heads` if empty.")
     ffn: PositiveInt | None = Field(
-        None, description="Inner width of SwiGLU; 8/3 of `hidden` rounded up to a multiple of 64 if empty."
+        None, description="Inner width of the MLP; 8/3 of `hidden` rounded up to a multiple of 64 if empty."
     )
     vocab: PositiveInt = Field(
         description="Size of the vocabulary: every token id is below it. Bytes with end-of-document: 257."
@@ -108,6 +116,12 @@ class Model(Section):
     )
     linear: LinearMixer = Field(LinearMixer(), description="Sizes of layers with a state.")
     mixers: Mixers = Field(Mixers(), description="Own keys of each mixer, and variants.")
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _dash(cls, data: Any) -> Any:
+        """`channels: -` is, to YAML, a list of nothing; it is the letter that is meant."""
+        return "-" if data == [None] else data
 
     @model_validator(mode="before")
     @classmethod
@@ -171,45 +185,85 @@ class Model(Section):
     @property
     def pattern_text(self) -> str:
         """The pattern as messages name it."""
-        return self.pattern if isinstance(self.pattern, str) else "[" + ", ".join(self.pattern) + "]"
+        return pattern_text(self.pattern)
 
     def shortened(self, kinds: Iterable[str]) -> str:
-        """The layers by their letters, where all have one; else by their names."""
-        letters = {name: letter for letter, name in LETTERS.items()}
-        kinds = tuple(kinds)
-        return "".join(letters[k] for k in kinds) if {*kinds} <= letters.keys() else ",".join(kinds)
+        """The token mixers of layers by their letters, where all have one; else by their names."""
+        return _shortened(kinds, LETTERS)
 
-    @property
-    def pattern_keys(self) -> tuple[str, ...]:
-        """The names in the pattern; letters that no mixer has stay as they are."""
-        return tuple(LETTERS.get(each, each) for each in self.pattern)
+    def shortened_channels(self, kinds: Iterable[str]) -> str:
+        """The channel mixers of layers by their letters, where all have one; else by their names."""
+        return _shortened(kinds, CHANNEL_LETTERS)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The mixer or variant of each layer by its name, `layers` long."""
-        repeats = -(-self.layers // max(1, len(self.pattern)))
-        return (self.pattern_keys * repeats)[: self.layers]
+        """The token mixer or variant of each layer by its name, `layers` long; letters that no mixer has stay as they are."""
+        return _repeated(self.pattern, LETTERS, self.layers)
+
+    @property
+    def channel_kinds(self) -> tuple[str, ...]:
+        """The channel mixer or variant of each layer by its name, `layers` long."""
+        return _repeated(self.channels, CHANNEL_LETTERS, self.layers)
+
+    @property
+    def layer_kinds(self) -> tuple[Layer, ...]:
+        """Both of each layer."""
+        return tuple(map(Layer, self.kinds, self.channel_kinds))
 
     @property
     def cards(self) -> dict[str, Card]:
-        """The cards of the kinds of layers that there are, in the order of the registry, then of `mixers`.
+        """The cards of the token mixers that there are, in the order of the registry, then of `mixers`.
 
         Raises:
             KeyError: a layer is of a kind that nothing knows; `lsys.config.rules` refuses it.
         """
-        if unknown := {*self.kinds} - {*self.mixers.keys}:
+        if unknown := {kind for kind in self.kinds if self.mixers.kind(kind) not in MIXERS}:
             raise KeyError(f"no token mixer is called {', '.join(sorted(unknown))}; there are {listed()}")
         return self.known_cards
+
+    @property
+    def channel_cards(self) -> dict[str, ChannelCard]:
+        """The cards of the channel mixers that there are.
+
+        Raises:
+            KeyError: a layer is of a kind that nothing knows; `lsys.config.rules` refuses it.
+        """
+        if unknown := {kind for kind in self.channel_kinds if self.mixers.kind(kind) not in CHANNELS}:
+            known = listed(CHANNEL_CARDS)
+            raise KeyError(f"no channel mixer is called {', '.join(sorted(unknown))}; there are {known}")
+        return self.known_channel_cards
 
     @property
     def known_cards(self) -> dict[str, Card]:
         """As `cards`, without the kinds that nothing knows."""
         kinds = {*self.kinds}
-        return {key: self.card(key) for key in self.mixers.keys if key in kinds}
+        return {key: self.card(key) for key in self.mixers.keys if key in kinds and self.mixers.kind(key) in MIXERS}
+
+    @property
+    def known_channel_cards(self) -> dict[str, ChannelCard]:
+        """As `channel_cards`, without the kinds that nothing knows."""
+        kinds = {*self.channel_kinds}
+        keys = [key for key in self.mixers.keys if key in kinds and self.mixers.kind(key) in CHANNELS]
+        return {key: CHANNELS[self.mixers.kind(key) or key](key, self, self.mixers.section(key)) for key in keys}
 
     def card(self, key: str) -> Card:
-        """The card of a mixer or variant in this model."""
+        """The card of a token mixer or variant in this model."""
         return MIXERS[self.mixers.kind(key) or key](key, self, self.mixers.section(key))
+
+
+def pattern_text(pattern: str | list[str]) -> str:
+    """A pattern as messages name it."""
+    return pattern if isinstance(pattern, str) else "[" + ", ".join(pattern) + "]"
+
+
+def _shortened(kinds: Iterable[str], letters: dict[str, str]) -> str:
+    short, kinds = {name: letter for letter, name in letters.items()}, tuple(kinds)
+    return "".join(short[k] for k in kinds) if {*kinds} <= short.keys() else ",".join(kinds)
+
+
+def _repeated(pattern: str | list[str], letters: dict[str, str], layers: int) -> tuple[str, ...]:
+    names = tuple(letters.get(each, each) for each in pattern)
+    return (names * -(-layers // max(1, len(pattern))))[:layers]
 
 
 class Parallel(Section):

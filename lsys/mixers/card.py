@@ -1,7 +1,8 @@
-"""What a card says of a token mixer: its keys, widths, parameters, exchanges, and what its backward pass keeps.
+"""What a card says of a mixer: its keys, widths, parameters, exchanges, and what its backward pass keeps.
 
-A card is a class; an instance is the mixer as one model has it, with its own options. Configuration, rules, FLOPs, memory, traffic,
-times and tests ask the instance and never go by a letter or a name.
+A layer is a pair: a token mixer (`Card`), which sees the tokens of documents, and a channel mixer (`lsys.mixers.channel`), which is
+for each token. A card is a class; an instance is the mixer as one model has it, with its own options. Configuration, rules, FLOPs,
+memory, traffic, times and tests ask the instance and never go by a letter or a name.
 """
 
 from __future__ import annotations
@@ -91,19 +92,25 @@ class Refusal(NamedTuple):
     fix: str
 
 
-class Card(ABC):
-    """A token mixer in a model.
+class Layer(NamedTuple):
+    """The kind of a layer: the names of its token mixer and of its channel mixer."""
+
+    mixer: str
+    channels: str
+
+
+class MixerCard(ABC):
+    """What the cards of token mixers and of channel mixers have in common.
 
     Args:
         key: its name, or that of a variant of it.
         own: its section, `model.mixers.KEY`.
 
     Attributes:
-        name: as in `model.mixers` and lists in `model.pattern`; also of its files. letter: its short form there; "" for none.
+        name: as in `model.mixers` and in lists in the pattern of its kind; also of its files. letter: its short form there; "" for none.
         symbol: its letter, or its name where it has none; calibrations know it by this. title: in sentences.
         Options: its section. model_keys: the keys of `model` that are for it and not for all.
         module: where its module is, "package.module:Class".
-        has_state: whether it keeps a state of constant size; else keys and values.
     """
 
     name: ClassVar[str]
@@ -112,7 +119,6 @@ class Card(ABC):
     Options: ClassVar[type[Section]] = Section
     model_keys: ClassVar[Sequence[str]] = ()
     module: ClassVar[str]
-    has_state: ClassVar[bool]
 
     symbol: ClassVar[str]
 
@@ -123,6 +129,43 @@ class Card(ABC):
 
     def __init__(self, key: str, model: Model, own: Any) -> None:
         self.key, self.model, self.own = key, model, own
+
+    # ---- parameters and rules
+
+    @abstractmethod
+    def weights(self) -> Iterator[Weight]:
+        """Its parameters in the order in which the module makes them; of a token mixer all but the two projections."""
+
+    def numel(self, *kinds: str) -> int:
+        """Elements of the parameters of these kinds among `weights`."""
+        return sum(weight.numel for weight in self.weights() if weight.kind in kinds)
+
+    @property
+    @abstractmethod
+    def products(self) -> int:
+        """Elements of all weights that a token is multiplied by."""
+
+    def refusals(self) -> Iterator[Refusal]:
+        """What is wrong with it."""
+        yield from ()
+
+    def sliced(self) -> Iterator[tuple[str, str, int]]:
+        """(key below `model`, what it counts, how many) of what tensor ranks share out in equal parts."""
+        yield from ()
+
+    def option(self, key: str) -> str:
+        """The path below `model` of one of its own keys."""
+        return f"mixers.{self.key}.{key}"
+
+
+class Card(MixerCard):
+    """A token mixer in a model.
+
+    Attributes:
+        has_state: whether it keeps a state of constant size; else keys and values.
+    """
+
+    has_state: ClassVar[bool]
 
     # ---- widths and parameters
 
@@ -159,28 +202,9 @@ class Card(ABC):
         for each in self.low_ranks():
             yield from each.weights(self.model.hidden)
 
-    def numel(self, *kinds: str) -> int:
-        """Numbers of the parameters of these kinds, without the two projections."""
-        return sum(weight.numel for weight in self.weights() if weight.kind in kinds)
-
     @property
     def products(self) -> int:
-        """Numbers of all weights that a token is multiplied by."""
         return self.model.hidden * (self.in_width + self.out_width) + self.numel(PRODUCT)
-
-    # ---- rules
-
-    def refusals(self) -> Iterator[Refusal]:
-        """What is wrong with it."""
-        yield from ()
-
-    def sliced(self) -> Iterator[tuple[str, str, int]]:
-        """(key below `model`, what it counts, how many) of what tensor ranks share out in equal parts."""
-        yield from ()
-
-    def option(self, key: str) -> str:
-        """The path below `model` of one of its own keys."""
-        return f"mixers.{self.key}.{key}"
 
     # ---- work, memory, traffic
 

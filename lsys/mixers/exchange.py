@@ -77,7 +77,7 @@ class Halo:
     reach: int
     channels: int
 
-    def phases(self, method: Method, ranks: Ranks) -> Phases:
+    def phases(self, method: Method | None, ranks: Ranks) -> Phases:
         """The messages of one layer, which no method changes. Gradients are fp32 at least."""
         size = self.channels * ranks.itemsize
         return linear.halo(ranks.placement, self.reach, size, self.channels * max(4, ranks.itemsize))

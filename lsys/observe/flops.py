@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lsys.config.schema import Model
 from lsys.mixers.card import NORM, VECTOR, Card
+from lsys.mixers.channel import ChannelCard
 from lsys.mixers.state import CHUNK
 
 __all__ = ["CHUNK", "flops_per_token", "parameters", "recompute_flops_per_token", "training_flops"]
@@ -16,19 +17,20 @@ __all__ = ["CHUNK", "flops_per_token", "parameters", "recompute_flops_per_token"
 def parameters(model: Model) -> dict[str, int]:
     """Exact number of parameters of each part, over all layers: weights of norms and the padding of the vocabulary too.
 
-    Mixers are named for the kinds of layers that the model has. A tied output layer is the embedding, so it counts 0.
+    Mixers are named as the model's layers have them, the dense MLP `mlp`. A tied output layer is the embedding, so it counts 0.
 
     Raises:
         KeyError: a layer is of a kind that nothing knows.
     """
-    counted = _counted(model)
-    head_norms = sum(count * card.numel(NORM) for card, count in counted)
+    counted, channels = _counted(model), _counted_channels(model)
+    head_norms = sum(count * card.numel(NORM) for card, count in (*counted, *channels))
+    layer_norms = model.layers + sum(count for card, count in channels)
     embedding = model.padded_vocab * model.hidden
     return {
         "embedding": embedding,
         **{f"{card.key} mixer": count * (card.products + card.numel(VECTOR)) for card, count in counted},
-        "mlp": model.layers * 3 * model.ffn_width * model.hidden,
-        "norms": (2 * model.layers + 1) * model.hidden + head_norms,
+        **{card.row: count * (card.products + card.numel(VECTOR)) for card, count in channels},
+        "norms": (layer_norms + 1) * model.hidden + head_norms,
         "output": 0 if model.tied else embedding,
     }
 
@@ -36,6 +38,12 @@ def parameters(model: Model) -> dict[str, int]:
 def _counted(model: Model) -> list[tuple[Card, int]]:
     """The kinds of layers that the model has, and how many of each."""
     return [(card, model.kinds.count(kind)) for kind, card in model.cards.items()]
+
+
+def _counted_channels(model: Model) -> list[tuple[ChannelCard, int]]:
+    """The channel mixers that the model has, and in how many layers each."""
+    cards = model.channel_cards.items()
+    return [(card, model.channel_kinds.count(kind)) for kind, card in cards if not card.is_empty]
 
 
 def flops_per_token(model: Model, lengths: int | Sequence[int]) -> dict[str, float]:
@@ -56,12 +64,13 @@ def flops_per_token(model: Model, lengths: int | Sequence[int]) -> dict[str, flo
     if tokens < 1:
         raise ValueError(f"document lengths {list(lengths)[:8]} hold no token; FLOPs per token need at least one")
     parts: dict[str, float] = {}
-    for card, count in _counted(model):
-        apart = 1 if card.is_first_apart else 0
-        mixing = (count - apart) * card.mixing_flops(lengths) + apart * card.mixing_flops(lengths, is_first=True)
-        parts[f"{card.key} projections"] = 2.0 * count * card.products
-        parts[f"{card.key} attention"] = mixing / tokens
-    parts["mlp"] = 2.0 * model.layers * 3 * model.ffn_width * model.hidden
+    for mixer, count in _counted(model):
+        apart = 1 if mixer.is_first_apart else 0
+        mixing = (count - apart) * mixer.mixing_flops(lengths) + apart * mixer.mixing_flops(lengths, is_first=True)
+        parts[f"{mixer.key} projections"] = 2.0 * count * mixer.products
+        parts[f"{mixer.key} attention"] = mixing / tokens
+    for card, count in _counted_channels(model):
+        parts[card.row] = 2.0 * count * card.products
     parts["output"] = 2.0 * model.padded_vocab * model.hidden
     return parts
 

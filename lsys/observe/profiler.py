@@ -207,7 +207,8 @@ def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             kind = type(layer.self_attention).__name__.removesuffix("Mixer")
             yield f"lsys.layer {number}", module
             yield f"lsys.layer {number} {kind}", layer.self_attention
-            yield f"lsys.layer {number} MLP", layer.mlp
+            if hasattr(layer, "mlp"):
+                yield f"lsys.layer {number} MLP", layer.mlp
 
 
 def add_tracks(trace: dict[str, Any], operations: Sequence[Operation], clock: float) -> None:

@@ -1,12 +1,12 @@
 """Live tensors of a forward and backward pass, at their peak, on one rank.
 
 What autograd keeps of a layer is counted operation by operation, in bytes a token slot; what is alive only for a moment is counted at
-the moments at which a peak can be, all in the first backward pass after the most forward passes: behind the output layer, in the MLP,
-in the mixer's kernel. b is the bytes of a number of the model; sums, norms and states are fp32.
+the moments at which a peak can be, all in the first backward pass after the most forward passes: behind the output layer, in the channel
+mixer, in the token mixer's kernel. b is the bytes of a number of the model; sums, norms and states are fp32.
 
     norm of w channels, CPU      b = 4: normalised w, output w            b = 2: fp32 copy 4 w, normalised 4 w, output 2 w
     norm, GPU (fused)            output b w; its input is kept
-    MLP of F channels, CPU       2 F in, SiLU F, up + offset F, product F; GPU (fused SwiGLU): 2 F in, product F
+    SwiGLU of F channels, CPU    2 F in, SiLU F, up + offset F, product F; GPU (fused): 2 F in, product F; others: by their cards
 
 Recomputed layers keep their input alone, recomputed mixers their projections and output. The counts are those of torch operations on
 a CPU, measured (tests/predict/test_memory.py); those of fused operations on GPUs are read from their sources.
@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from lsys.mixers.card import Layer
 from lsys.predict.kernels import linear_saved, workspace
 from lsys.predict.schedule import in_flight
 from lsys.predict.shape import Shape
@@ -31,7 +32,7 @@ class LayerMemory:
         entry: the norm before the mixer, and what projects in two products.
         projected: of the projections' output, what the kernel's backward pass needs. inputs: all that a recomputed mixer keeps.
         before, after: inside the mixer, what its kernel's backward pass still needs, and what is gone by then.
-        mixed: the mixer's output. middle: that and the norm after it. mlp: inside the MLP.
+        mixed: the mixer's output. middle: that and the norm after it. mlp: inside the channel mixer.
         workspace: of the kernel's backward pass.
     """
 
@@ -60,7 +61,7 @@ class Peak:
         rest: embeddings, borders of stages and the moment's own.
     """
 
-    held: dict[str, float]
+    held: dict[Layer, float]
     rest: float
 
     @property
@@ -89,17 +90,17 @@ class Activations:
         return self.b * self.model.hidden if self.b == 4 or self.shape.gpu else 0.0
 
     @cached_property
-    def layers(self) -> dict[str, LayerMemory]:
+    def layers(self) -> dict[Layer, LayerMemory]:
         """By the kinds of layers."""
-        return {kind: self._layer(kind) for kind in dict.fromkeys(self.model.kinds)}
+        return {kind: self._layer(*kind) for kind in dict.fromkeys(self.model.layer_kinds)}
 
-    def _layer(self, kind: str) -> LayerMemory:
+    def _layer(self, kind: str, channels: str) -> LayerMemory:
         slots, part = self.slots, self.slots / self.tensor  # of the whole rank, and of the residual stream
         norm = part * self.norm(self.model.hidden)
-        ffn = self.model.ffn_width / self.tensor
-        projected = slots * self.b * self.shape.cards[kind].in_width / self.tensor
-        card = self.shape.cards[kind]
+        card, channel_card = self.shape.cards[kind], self.shape.channels[channels]
+        projected = slots * self.b * card.in_width / self.tensor
         before, after, stays = card.kept(self.shape.place(kind))
+        residual = part * self._residual
         entry, outs = norm, 0.0
         for each in card.low_ranks():
             entry += part * self.b * each.rank
@@ -113,14 +114,14 @@ class Activations:
             before=slots * before + (linear_saved(self.shape, kind) if card.has_state else 0.0),
             after=slots * after + (projected if stays == "gate" else 0.0),
             mixed=mixed,
-            middle=mixed + part * self._residual + norm,
-            mlp=slots * self.b * ffn * (3 if self.shape.gpu else 5) + part * self._residual,
+            middle=mixed + residual + (0.0 if channel_card.is_empty else norm),
+            mlp=0.0 if channel_card.is_empty else slots * channel_card.kept(self.shape.place()) + residual,
             workspace=workspace(self.shape, kind),
         )
 
     # ---- the rank's peak
 
-    def kept(self, kind: str) -> float:
+    def kept(self, kind: Layer) -> float:
         """Bytes of a layer between its passes."""
         layer, recompute = self.layers[kind], self.config.train.recompute
         part = self.slots / self.tensor
@@ -134,7 +135,7 @@ class Activations:
         """The moment that takes most, in the first backward pass after the most forward passes."""
         shape, counts = self.shape, in_flight(self.shape, stage)
         last = [chunk for chunk, under_way in enumerate(counts) if under_way][-1]
-        held: dict[str, float] = {}
+        held: dict[Layer, float] = {}
         rest = 0.0
         for chunk, under_way in enumerate(counts):
             for kind in shape.kinds(stage, chunk):
@@ -142,13 +143,15 @@ class Activations:
             # Of each chunk's micro-batches the input, which its first layer's norm keeps, or the pipeline.
             if self.config.train.recompute != "full" and (self._residual or not shape.is_first(stage, chunk)):
                 rest += under_way * self._hidden
-            rest += under_way * self._tables(shape.kinds(stage, chunk))
+            rest += under_way * self._tables(layer.mixer for layer in shape.kinds(stage, chunk))
         rest += self._gathered
         moments, done = [self._output()] if shape.is_last(stage, last) else [0.0], 0.0
         is_tied = self.model.tied and shape.is_first(stage) and shape.is_last(stage, last)
         waits = self._vocabulary if is_tied else 0.0  # the output layer's gradient, for that of the embedding
         for kind in reversed(shape.kinds(stage, last)):
-            moments += [waits + self._mlp(kind) - done, waits + self._mixer(kind) - done]
+            if not shape.channels[kind.channels].is_empty:
+                moments.append(waits + self._channels(kind) - done)
+            moments.append(waits + self._mixer(kind) - done)
             done += self.kept(kind)
         return Peak(held, rest + max(moments))
 
@@ -179,14 +182,14 @@ class Activations:
         """A recomputed layer's or mixer's: its input's gradient or the residual stream's, its output and that one's gradient."""
         return self._hidden * (3 if self.config.train.recompute == "full" else 1)
 
-    def _mlp(self, kind: str) -> float:
-        """The gradient of the product of SwiGLU's halves, and theirs."""
-        own = 2 * self.slots * self.b * self.model.ffn_width / self.tensor + self._recomputed
+    def _channels(self, kind: Layer) -> float:
+        """Gradients inside the channel mixer."""
+        own = self.slots * self.shape.channels[kind.channels].workspace(self.shape.place()) + self._recomputed
         if self.config.train.recompute == "full":
             return self.layers[kind].whole + own + (0.0 if self._residual else self._hidden)
         return own - self.slots / self.tensor * self._residual
 
-    def _mixer(self, kind: str) -> float:
+    def _mixer(self, kind: Layer) -> float:
         """The kernel's workspace, when what came after it is gone."""
         layer, recompute = self.layers[kind], self.config.train.recompute
         gone = layer.middle + layer.mlp

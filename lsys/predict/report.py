@@ -31,14 +31,16 @@ def report(plan: Plan, wants_search: bool = False) -> Iterator[Table | str]:
 
 def memory(plan: Plan) -> Table:
     """GiB of a rank of each stage."""
-    kinds = list(dict.fromkeys(plan.config.model.kinds))
+    model = plan.config.model
+    kinds = list(dict.fromkeys(model.layer_kinds))
     title = f"GiB of a rank, recompute {plan.config.train.recompute}; activations at their peak"
-    names = [f"{kind} layers" for kind in kinds]
+    alike = len({*model.channel_kinds}) == 1
+    names = [f"{kind.mixer} layers" if alike else f"{kind.mixer}, {kind.channels} layers" for kind in kinds]
     headings = ["stage", "layers", "parameters", "gradients", "optimizer", *names, "other activations", "peak"]
     table = Table(*headings, title=title, title_justify="left")
     for stage, (held, peak, total) in enumerate(zip(plan.weights, plan.activations, plan.memory, strict=True)):
         chunks = (plan.shape.kinds(stage, chunk) for chunk in range(plan.shape.chunks))
-        layers = " ".join(map(plan.config.model.shortened, chunks))
+        layers = " ".join(model.shortened(kind.mixer for kind in chunk) for chunk in chunks)
         sizes = (held.parameters, held.gradients, held.optimizer, *(peak.held.get(kind, 0.0) for kind in kinds))
         table.add_row(str(stage), _short(layers), *(_gib(size) for size in (*sizes, peak.rest, total)))
     return table

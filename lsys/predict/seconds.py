@@ -80,12 +80,23 @@ class StepTime:
         forward = backward = 0.0
         for number, kind in enumerate(self.shape.kinds(stage, chunk)):
             is_first = (stage, chunk, number) in self.traffic.firsts
-            (there, back), (there_beside, back_beside) = self.mixer_exchange(kind, is_first)
+            (there, back), (there_beside, back_beside) = self.mixer_exchange(kind.mixer, is_first)
             hides = self.hardware.overlap * self.hardware.seconds(self.work.mixer(kind, self.shape.methods, False))
             there += max(0.0, there_beside - hides)
             forward += there
             back += max(0.0, back_beside - 2 * hides)
             backward += back + (there if self.config.train.recompute != "none" else 0.0)
+            there, back = self.channel_exchange(kind.channels)
+            forward += there
+            backward += back + (there if self.config.train.recompute == "full" else 0.0)
+        return forward, backward
+
+    def channel_exchange(self, kind: str) -> Ways:
+        """Seconds that a channel mixer waits for tokens of other ranks, forward and backward."""
+        phases = self.traffic.channel_phases(kind)
+        forward, backward = (
+            sum(self.transfers.phase(phase) for each in phases for phase in each[way]) for way in (0, 1)
+        )
         return forward, backward
 
     def mixer_exchange(self, kind: str, is_first: bool) -> tuple[Ways, Ways]:
@@ -121,13 +132,15 @@ class StepTime:
             Operation("all_reduce", 4 * shape.slots),
         ]
         gather, scatter, sums = (self.transfers.operation(once("tensor", ranks, each), rank) for each in wanted)
-        layers = len(kinds) * (2 * gather + 2 * scatter)
-        there, back = layers, len(kinds) * 2 * gather
+        channels = [width for kind in kinds for width in shape.channels[kind.channels].in_widths()]
+        widths = [*(shape.cards[kind.mixer].in_width for kind in kinds), *channels]
+        layers = len(widths) * (gather + scatter)
+        there, back = layers, len(widths) * gather
         back += layers if self.config.train.recompute == "full" else 0
         # Backward, projections into heads and channels gather behind one product and scatter behind another
         # (`LinearWithGradAccumulationAndAsyncCommunication` of megatron/core/tensor_parallel/layers.py).
         product = 2.0 * shape.slots * model.hidden / shape.mesh.tensor * self.hardware.costs.get("matmul", 0.0)
-        for width in (*(shape.cards[kind].in_width for kind in kinds), *len(kinds) * [2 * model.ffn_width]):
+        for width in widths:
             back += max(0.0, gather - width * product) + max(0.0, scatter - width * product)
         if shape.is_first(stage, chunk):
             there, back = there + scatter, back + gather

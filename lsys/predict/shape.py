@@ -8,7 +8,8 @@ from functools import cached_property
 
 from lsys.config.methods import ITEMSIZE, attention_methods
 from lsys.config.schema import Config
-from lsys.mixers.card import Card, Place
+from lsys.mixers.card import Card, Layer, Place
+from lsys.mixers.channel import ChannelCard
 from lsys.mixers.exchange import Ranks
 from lsys.parallel.mesh import Mesh
 from lsys.parallel.methods import SOFTMAX, STATE, Method
@@ -81,12 +82,21 @@ class Shape:
 
     @cached_property
     def cards(self) -> dict[str, Card]:
-        """The cards of the kinds of layers that there are."""
+        """The cards of the token mixers that there are."""
         return self.config.model.cards
 
     @cached_property
+    def channels(self) -> dict[str, ChannelCard]:
+        """The cards of the channel mixers that there are."""
+        return self.config.model.channel_cards
+
+    @cached_property
+    def _layers(self) -> tuple[Layer, ...]:
+        return self.config.model.layer_kinds
+
+    @cached_property
     def methods(self) -> dict[str, Method]:
-        """How a layer crosses the context ranks, by its kind."""
+        """How a token mixer crosses the context ranks."""
         taken = attention_methods(self.config, self.context_nodes)
         state = STATE[self.config.parallel.linear]
         return {kind: state if card.has_state else SOFTMAX[taken[kind]] for kind, card in self.cards.items()}
@@ -97,9 +107,9 @@ class Shape:
         parallel = self.config.parallel
         return Ranks(parallel.layout, self.documents, tuple(self.context_nodes), self.backend, self.itemsize)
 
-    def place(self, kind: str) -> Place:
-        """Where a layer of a kind runs, as far as its bytes depend on it."""
-        is_sent = self.mesh.context > 1 and self.methods[kind].whole
+    def place(self, kind: str | None = None) -> Place:
+        """Where a token mixer runs, as far as its bytes depend on it; None: a channel mixer, whose tokens stay where they are."""
+        is_sent = kind is not None and self.mesh.context > 1 and self.methods[kind].whole
         return Place(self.itemsize, self.gpu, self.mesh.tensor, is_sent)
 
     # ---- layers
@@ -109,14 +119,14 @@ class Shape:
         """Of a stage."""
         return self.config.parallel.virtual_pipeline
 
-    def kinds(self, stage: int, chunk: int = 0) -> tuple[str, ...]:
+    def kinds(self, stage: int, chunk: int = 0) -> tuple[Layer, ...]:
         """Kinds of the layers of a virtual chunk: chunk v of stage p of P is number v P + p of the P V chunks."""
         stages, model = self.mesh.pipeline, self.config.model
         each = model.layers // (stages * self.chunks)
         first = (chunk * stages + stage) * each
-        return model.kinds[first : first + each]
+        return self._layers[first : first + each]
 
-    def alike(self, stage: int) -> tuple[tuple[tuple[str, ...], ...], bool, bool]:
+    def alike(self, stage: int) -> tuple[tuple[tuple[Layer, ...], ...], bool, bool]:
         """What two stages must share to need and take the same."""
         return tuple(self.kinds(stage, v) for v in range(self.chunks)), stage == 0, stage == self.mesh.pipeline - 1
 

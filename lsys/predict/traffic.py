@@ -124,9 +124,10 @@ class StepTraffic:
         for chunk in range(shape.chunks):
             kinds = shape.kinds(stage, chunk)
             again = 2 if self.config.train.recompute == "full" else 1
-            gathers += (2 * again + 2 + 2) * len(kinds)  # two projections in; their inputs again; two out, backward
-            scatters += (2 * again + 2) * len(kinds)
-            low_ranks += [each.rank for kind in kinds for each in shape.cards[kind].low_ranks()]
+            pairs = sum(1 + len(shape.channels[kind.channels].in_widths()) for kind in kinds)
+            gathers += (again + 2) * pairs  # projections in; their inputs again; those out, backward
+            scatters += (again + 1) * pairs
+            low_ranks += [each.rank for kind in kinds for each in shape.cards[kind.mixer].low_ranks()]
             if shape.is_first(stage, chunk):
                 gathers, scatters = gathers + 1, scatters + 1
             if shape.is_last(stage, chunk):
@@ -177,8 +178,15 @@ class StepTraffic:
 
     # ---- exchanges between context ranks
 
+    def channel_phases(self, kind: str) -> list[Phases]:
+        """What the channel mixer of one layer exchanges, in order."""
+        if self.shape.mesh.context == 1:
+            return []
+        exchanges = self.shape.channels[kind].exchanges(self.config.parallel.tensor)
+        return [each.phases(None, self.shape.ranks) for each in exchanges]
+
     def layer_phases(self, kind: str, is_first: bool = False) -> list[Phases]:
-        """What one layer exchanges, in order: the halo of a short convolution, its mixer's messages; is_first: the first of its kind."""
+        """What a token mixer exchanges, in order: the halo of a short convolution, its messages; is_first: the first of its kind."""
         if self.shape.mesh.context == 1:
             return []
         method, ranks = self.shape.methods[kind], self.shape.ranks
@@ -206,17 +214,24 @@ class StepTraffic:
         """The phases of all layers of the rank's stage, and how often each happens in a step."""
         shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
         again = 1 if self.config.train.recompute == "none" else 2
-        for key, layers in self.layer_counts(stage).items():
-            for phases in self._phases[key]:
-                for phase in phases.forward:
-                    yield phase, layers * again * shape.micro_batches
-                for phase in phases.backward:
-                    yield phase, layers * shape.micro_batches
+        found = [(each, n, again) for key, n in self.layer_counts(stage).items() for each in self._phases[key]]
+        again = 2 if self.config.train.recompute == "full" else 1  # selective recompute is of token mixers
+        found += [(each, n, again) for key, n in self._channel_counts(stage) for each in self.channel_phases(key)]
+        for phases, layers, times in found:
+            for phase in phases.forward:
+                yield phase, layers * times * shape.micro_batches
+            for phase in phases.backward:
+                yield phase, layers * shape.micro_batches
+
+    def _channel_counts(self, stage: int) -> Iterable[tuple[str, int]]:
+        """Layers of a stage by their channel mixers."""
+        chunks = range(self.shape.chunks)
+        return Counter(kind.channels for chunk in chunks for kind in self.shape.kinds(stage, chunk)).items()
 
     def layer_counts(self, stage: int) -> Counter[tuple[str, bool]]:
-        """Layers of a stage by (kind, whether it is one of `firsts`)."""
+        """Layers of a stage by (token mixer, whether it is one of `firsts`)."""
         counts: Counter[tuple[str, bool]] = Counter()
         for chunk in range(self.shape.chunks):
             for number, kind in enumerate(self.shape.kinds(stage, chunk)):
-                counts[kind, (stage, chunk, number) in self.firsts] += 1
+                counts[kind.mixer, (stage, chunk, number) in self.firsts] += 1
         return counts

@@ -15,7 +15,8 @@ from math import lcm
 
 from lsys.config.methods import ITEMSIZE
 from lsys.config.schema import Config
-from lsys.mixers.card import Card
+from lsys.mixers.card import Card, MixerCard
+from lsys.mixers.channel import ChannelCard
 from lsys.predict.shape import Shape
 
 
@@ -62,20 +63,22 @@ class Weights:
     tensors: int
 
 
-def layer_parameters(config: Config, card: Card) -> Iterator[Parameter]:
+def layer_parameters(config: Config, card: Card, channels: ChannelCard) -> Iterator[Parameter]:
     """Parameters of one layer, in the order in which its modules were made."""
-    model, tensor = config.model, config.parallel.tensor
-    sharded = tensor > 1
-    hidden = model.hidden
-    yield Parameter("input_layernorm", hidden, sharded)
+    tensor, hidden = config.parallel.tensor, config.model.hidden
+    yield Parameter("input_layernorm", hidden, tensor > 1)
     yield Parameter("in_proj", card.in_width // tensor * hidden)
     yield Parameter("out_proj", card.out_width // tensor * hidden)
+    yield from _pieces(card, tensor)
+    if not channels.is_empty:
+        yield Parameter("pre_mlp_layernorm", hidden, tensor > 1)
+        yield from _pieces(channels, tensor)
+
+
+def _pieces(card: MixerCard, tensor: int) -> Iterator[Parameter]:
     for weight in card.weights():
         numel = weight.numel // tensor if weight.is_cut else weight.numel
-        yield Parameter(weight.name, numel, weight.is_summed and sharded, is_trained=weight.is_trained)
-    yield Parameter("pre_mlp_layernorm", hidden, sharded)
-    yield Parameter("linear_fc1", 2 * model.ffn_width // tensor * hidden)
-    yield Parameter("linear_fc2", model.ffn_width // tensor * hidden)
+        yield Parameter(weight.name, numel, weight.is_summed and tensor > 1, is_trained=weight.is_trained)
 
 
 def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
@@ -85,8 +88,8 @@ def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
     embedding = model.padded_vocab // tensor * model.hidden
     first, last, one = shape.is_first(stage, chunk), shape.is_last(stage, chunk), shape.mesh.pipeline == 1
     found = [Parameter("embedding", embedding, shared=model.tied and not one)] if first else []
-    for kind in shape.kinds(stage, chunk):
-        found += layer_parameters(config, shape.cards[kind])
+    for layer in shape.kinds(stage, chunk):
+        found += layer_parameters(config, shape.cards[layer.mixer], shape.channels[layer.channels])
     if last:
         found.append(Parameter("final_layernorm", model.hidden, tensor > 1))
         if not (first and model.tied):

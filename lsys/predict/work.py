@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lsys.mixers.attention import visible
+from lsys.mixers.card import Layer
 from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages.heads import shares
 from lsys.parallel.methods import Method
@@ -60,23 +61,23 @@ class StageWork:
     def __init__(self, shape: Shape) -> None:
         self.shape, self.config, self.model = shape, shape.config, shape.config.model
         self.activations = Activations(shape)
-        self._mixers: dict[tuple[str, bool], Work] = {}
-        self._layers: dict[tuple[str, bool], Work] = {}
+        self._mixers: dict[tuple[Layer, bool], Work] = {}
+        self._layers: dict[tuple[Layer, bool], Work] = {}
 
-    def mixer(self, kind: str, methods: Mapping[str, Method], most: bool = False) -> Work:
-        """Of one layer's mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
+    def mixer(self, kind: Layer, methods: Mapping[str, Method], most: bool = False) -> Work:
+        """Of one layer's token mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
         key = (kind, most)
         if key not in self._mixers:
-            layer, card, work = self.activations.layers[kind], self.shape.cards[kind], Work()
+            layer, card, work, mixer = self.activations.layers[kind], self.shape.cards[kind.mixer], Work(), kind.mixer
             if not card.has_state:
-                flops = self.attention_flops(kind, methods[kind])
+                flops = self.attention_flops(mixer, methods[mixer])
                 work["attention"] = max(flops) if most else sum(flops) / len(flops)
                 work[f"kernel:{card.symbol}"] = layer.before
             elif self.shape.gpu:
-                work[f"fused:{card.symbol}"] = self.shape.slots * least(self.shape, kind)
+                work[f"fused:{card.symbol}"] = self.shape.slots * least(self.shape, mixer)
             else:
-                name = "linked" if is_linked(self.shape, kind) else "kernel"
-                work[f"{name}:{card.symbol}"] = 4.0 * self.shape.slots * intermediate(self.shape, kind)
+                name = "linked" if is_linked(self.shape, mixer) else "kernel"
+                work[f"{name}:{card.symbol}"] = 4.0 * self.shape.slots * intermediate(self.shape, mixer)
             work["bytes"] = layer.after + layer.middle
             work[f"layer:{card.symbol}"] = 1
             self._mixers[key] = work
@@ -96,15 +97,15 @@ class StageWork:
             pairs[part.rank] += visible(start + part.length, window) - visible(start, window)
         return [pair * one.heads * n for n in pairs]
 
-    def layer(self, kind: str, methods: Mapping[str, Method], most: bool = False) -> Work:
+    def layer(self, kind: Layer, methods: Mapping[str, Method], most: bool = False) -> Work:
         """Of one layer, forward; most: as of `mixer`."""
         if (kind, most) not in self._layers:
             self._layers[kind, most] = self._layer(kind, methods, most)
         return self._layers[kind, most]
 
-    def _layer(self, kind: str, methods: Mapping[str, Method], most: bool) -> Work:
-        card, t = self.shape.cards[kind], self.shape.mesh.tensor
-        found = self.mlp(kind) + Work(
+    def _layer(self, kind: Layer, methods: Mapping[str, Method], most: bool) -> Work:
+        card, t = self.shape.cards[kind.mixer], self.shape.mesh.tensor
+        found = self.channels(kind) + Work(
             {"matmul": 2.0 * self.shape.slots * card.products / t, "weights": card.products / t}
         )
         found["bytes"] += self.activations.layers[kind].entry
@@ -112,13 +113,13 @@ class StageWork:
             found["tensor"] += 2 + len(card.low_ranks())  # what is between their two products is gathered
         return found + self.mixer(kind, methods, most)
 
-    def mlp(self, kind: str) -> Work:
-        """Of a layer's MLP alone, forward."""
-        numbers = 3.0 * self.model.ffn_width * self.model.hidden / self.shape.mesh.tensor
-        inside = self.activations.layers[kind].mlp
-        found = Work({"matmul": 2 * self.shape.slots * numbers, "weights": numbers, "bytes": inside})
-        if self.shape.mesh.tensor > 1:
-            found["tensor"] += 2
+    def channels(self, kind: Layer) -> Work:
+        """Of a layer's channel mixer alone, forward."""
+        card, t = self.shape.channels[kind.channels], self.shape.mesh.tensor
+        numbers, inside = card.products / t, self.activations.layers[kind].mlp
+        found = Work({"matmul": 2.0 * self.shape.slots * numbers, "weights": numbers, "bytes": inside})
+        if t > 1:
+            found["tensor"] += 2 * len(card.in_widths())
         return found
 
     def output(self) -> Work:

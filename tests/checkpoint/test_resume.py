@@ -51,6 +51,13 @@ def test_resumed_run_is_bitwise_the_straight_one(gloo: Any, tmp_path: Path, case
             assert torch.equal(a, b), key
 
 
+CHANNELS: dict[str, Any] = {
+    "model__channels": ["dense", "none", "square", "star"],
+    "model__mixers": {
+        "square": {"kind": "dense", "activation": "relu2"},
+        "star": {"kind": "dense", "activation": "starrelu"},
+    },
+}
 RESHARD: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
     "one rank to DP2": (1, {}, 2, {}),
     "TP2 to PP2xCP2": (2, {"parallel__tensor": 2}, 4, {"parallel__pipeline": 2, "parallel__context": 2}),
@@ -60,6 +67,7 @@ RESHARD: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
         2,
         {"parallel__context": 2, "model__pattern": "MDGS", "model__linear": {"key_heads": 2, "key_dim": 6}},
     ),
+    "TP2 to CP2, channel mixers": (2, {"parallel__tensor": 2, **CHANNELS}, 2, {"parallel__context": 2, **CHANNELS}),
     "TP2 to PP2xVPP2, plain optimizer": (
         2,
         {"parallel__tensor": 2, "optimizer__distributed": False},

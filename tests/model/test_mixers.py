@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lsys.mixers.registry import LETTERS
+from lsys.mixers.registry import LETTERS, module_class
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "L": ("L", {}),
@@ -38,7 +38,6 @@ def mixer_of(rank: int, ranks: int, case: str, dtype: torch.dtype, **parallel: i
     from lsys.runtime import install_megatron
 
     install_megatron()
-    from lsys.model.layers import mixer_class
     from lsys.model.megatron_config import transformer_config
     from lsys.model.mixers.mixer import MixerOptions
     from lsys.model.parameters import initialise, pieces
@@ -52,7 +51,7 @@ def mixer_of(rank: int, ranks: int, case: str, dtype: torch.dtype, **parallel: i
     with process_groups(settings.parallel, Launch(rank=rank, world_size=ranks)) as groups:
         card = settings.model.cards[LETTERS[kind]]
         options = MixerOptions(card, settings.parallel.linear)
-        mixer = mixer_class(card)(transformer_config(settings), 2, groups.collection, options).to(dtype)
+        mixer = module_class(card)(transformer_config(settings), 2, groups.collection, options).to(dtype)
         initialise(mixer, settings.model, seed=0)
         for piece in pieces(mixer):
             seed = int.from_bytes(hashlib.sha256(piece.key.encode()).digest()[:4], "little")

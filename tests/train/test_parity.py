@@ -77,6 +77,24 @@ FAMILY = {
     "NS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="NS", model__linear=LINEAR)),
     "RGMD PP2xVPP2": (2, degrees(pipeline=2, virtual=2, model__pattern="RGMD", model__linear=LINEAR)),
 }
+# Every channel mixer in one model, the dense one with each activation, of widths that differ.
+CHANNELS: dict[str, Any] = {
+    "model__pattern": "LMS",
+    "model__layers": 6,
+    "model__channels": ["dense", "geglu", "none", "sglu", "relu2", "starrelu"],
+    "model__mixers": {
+        name: {"kind": "dense", "activation": name, "width": 8 * (4 + number)}
+        for number, name in enumerate(("geglu", "sglu", "relu2", "starrelu"))
+    },
+}
+CHANNELS_FAST = {"TP2xCP2": (4, degrees(tensor=2, context=2)), "PP2": (2, degrees(pipeline=2))}
+CHANNELS_SLOW = {
+    "TP2xPP2xCP2": (8, degrees(tensor=2, pipeline=2, context=2)),
+    "PP3xVPP2": (3, degrees(pipeline=3, virtual=2, train__batch_tokens=3 * 97)),
+    "TP2xCP2 selective recompute": (4, degrees(tensor=2, context=2, train__recompute="selective")),
+    "TP2xDP2 full recompute": (4, degrees(tensor=2, train__recompute="full")),
+    "CP3": (3, degrees(context=3)),
+}
 FAMILY_DEGREES: list[tuple[str, int, dict[str, Any]]] = [
     ("TP2", 2, dict(tensor=2)),
     ("PP2", 2, dict(pipeline=2)),
@@ -120,6 +138,19 @@ def test_equals_one_process_more(gloo: Any, case: str) -> None:
 @pytest.mark.parametrize("case", FAMILY)
 def test_layers_with_a_state_equal_one_process(gloo: Any, case: str) -> None:
     check(differences(gloo, *FAMILY[case]))
+
+
+@pytest.mark.parametrize("case", CHANNELS_FAST)
+def test_channel_mixers_equal_one_process(gloo: Any, case: str) -> None:
+    ranks, changes = CHANNELS_FAST[case]
+    check(differences(gloo, ranks, CHANNELS | changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CHANNELS_SLOW)
+def test_channel_mixers_equal_one_process_more(gloo: Any, case: str) -> None:
+    ranks, changes = CHANNELS_SLOW[case]
+    check(differences(gloo, ranks, CHANNELS | changes))
 
 
 @pytest.mark.slow

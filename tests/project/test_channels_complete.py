@@ -1,0 +1,214 @@
+"""Every channel mixer of the registry is whole, as every token mixer: told against what is built, sent and alive.
+
+A dense MLP is taken with each of its activations.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from support import parity, steps
+
+from lsys.config.rules import check
+from lsys.config.schema import Config
+from lsys.mixers.dense import DenseOptions
+from lsys.mixers.registry import CHANNEL_CARDS, CHANNEL_LETTERS, CHANNELS
+from lsys.observe.flops import flops_per_token, parameters
+from lsys.predict.activations import Activations
+from lsys.predict.hardware import hardware
+from lsys.predict.plan import Plan
+from lsys.predict.shape import Shape
+from lsys.predict.traffic import StepTraffic
+from lsys.predict.weights import chunk_parameters, weights
+
+ROOT = Path(__file__).parents[2]
+TOKENS = 64
+ACTIVATIONS = get_args(DenseOptions.model_fields["activation"].annotation)
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("dense", {"activation": name}) for name in ACTIVATIONS},
+    **{name: (name, {}) for name in CHANNELS if name != "dense"},
+}
+
+
+def changes(kind: str, **degrees: int) -> dict[str, Any]:
+    """A model with one token mixer, a variant of the channel mixer in every layer."""
+    name, options = KINDS[kind]
+    axes = {f"parallel__{axis}": degree for axis, degree in degrees.items()}
+    mixers = {"own": {"kind": name, **options}}
+    return {**axes, "model__pattern": "L", "model__layers": 2, "model__channels": ["own"], "model__mixers": mixers}
+
+
+def settings(kind: str, **degrees: int) -> Config:
+    found: Config = parity.settings(**changes(kind, **degrees))
+    return found
+
+
+def test_every_channel_mixer_is_here() -> None:
+    assert {name for name, _ in KINDS.values()} == {*CHANNELS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_it_is_planned(kind: str) -> None:
+    config = settings(kind, context=2)
+    assert not check(config, 2)
+    plan = Plan(config, 2, hardware("h100x2", config.train.precision))
+    assert max(plan.memory) > 0 and plan.prediction.seconds > 0 and plan.mfu
+    [card] = config.model.channel_cards.values()
+    told = {card.row} if card.products else set()
+    assert told == {row for row in parameters(config.model) if row.startswith("own")}
+    assert told == {row for row in flops_per_token(config.model, 64) if row.startswith("own")}
+
+
+# ---- held against what is built and run
+
+
+def seen(rank: int, world_size: int, changed: dict[str, Any]) -> dict[str, Any]:
+    """What is built: parameters of a layer outside its token mixer; products of the whole model, counted by torch."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lsys.model.packed import PackedMicroBatch
+    from lsys.parallel.layout import SequenceLayout
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    config, products = parity.settings(**changed), 0
+    with process_groups(config.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        model: Any = Engine(config, groups).chunks[0].module
+        held = [
+            (name, p.numel(), bool(getattr(p, "sequence_parallel", False)), p.requires_grad)
+            for name, p in model.decoder.layers[0].named_parameters()
+            if not name.startswith("self_attention.")
+        ]
+        if world_size == 1:
+            layout, tokens = SequenceLayout.contiguous((TOKENS,), 1), torch.zeros(TOKENS, dtype=torch.int64)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(tokens, tokens, PackedMicroBatch(layout=layout, positions=layout.positions(0)))
+            counts = counter.get_flop_counts()["Global"]
+            products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return {"held": held, "products": products, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def check_parameters(gloo: Any, kind: str) -> None:
+    """Names, sizes, marks and gradients of what is built, whole and cut in two; products that torch counts."""
+    for tensor in (1, 2):
+        config = settings(kind, tensor=tensor)
+        mixer = {weight.name for weight in config.model.cards["lightning"].weights()} | {"in_proj", "out_proj"}
+        told = [
+            (p.name.removesuffix(".weight"), p.numbers, p.summed, p.is_trained)
+            for p in chunk_parameters(Shape(config, tensor, gpu=False), 0, 0)
+            if p.name not in mixer | {"embedding", "output_layer", "final_layernorm"}
+        ]
+        for found in gloo(tensor, seen, changes(kind, tensor=tensor)):
+            built = [(name.removeprefix("mlp.").removesuffix(".weight"), *rest) for name, *rest in found["held"]]
+            assert told == 2 * built
+            if tensor == 1:
+                forward = flops_per_token(config.model, TOKENS)
+                expected = TOKENS * sum(v for part, v in forward.items() if not part.endswith("attention"))
+                assert found["products"] == expected
+                assert found["parameters"] == sum(parameters(config.model).values())
+
+
+def operations(rank: int, world_size: int, *arguments: Any) -> dict[str, Any]:
+    return steps.operations(rank, world_size, *arguments)
+
+
+def peak(rank: int, world_size: int, *arguments: Any) -> int:
+    return steps.peak(rank, world_size, *arguments)
+
+
+def check_bytes(gloo: Any, kind: str) -> None:
+    """Every byte of a step on two context and on two tensor ranks, as the ledger counts them; parameters and optimizer states."""
+    for degrees in ({"context": 2}, {"tensor": 2}):
+        changed = changes(kind, **degrees)
+        config = parity.settings(**changed)
+        for rank, found in enumerate(gloo(2, operations, changed)):
+            told: Counter[Any] = Counter()
+            for lengths in found["lengths"]:
+                shape = Shape(config, 2, gpu=False, lengths=lengths)
+                for key, size in StepTraffic(shape).bytes(rank).items():
+                    if key[0] == "context":
+                        told[key] += size // shape.micro_batches
+                    elif key[0] != "world":
+                        told[key] = size
+            assert dict(told) == {key: size for key, size in found["bytes"].items() if size}
+            held = weights(Shape(config, 2, gpu=False), 0, rank if "context" in degrees else 0)
+            assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
+
+
+# Much of it beside the token mixers, so that a part of what it keeps shows in the peak.
+WIDE = dict(
+    model__layers=8, model__hidden=32, model__heads=2, model__head_dim=16, model__groups=2, model__vocab=8, model__ffn=1024,
+    train__micro_batch_tokens=1024, train__batch_tokens=1024,
+)  # fmt: skip
+MORE: tuple[tuple[int, dict[str, Any]], ...] = (
+    (1, {}),
+    (1, {"train__recompute": "full"}),
+    (2, {"parallel__tensor": 2, "train__precision": "bf16"}),
+)
+
+
+def check_memory(gloo: Any, kind: str) -> None:
+    """The peak of live tensors, to 10%."""
+    for ranks, more in MORE:
+        changed = changes(kind) | WIDE | more
+        config = parity.settings(**changed)
+        told = Activations(Shape(config, ranks, gpu=False)).peak(0).total
+        for found in gloo(ranks, peak, changed, (config.train.micro_batch_tokens,)):
+            assert told == pytest.approx(found, rel=0.10), (told / found - 1, more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_parameters_and_products_are_those_of_the_built_module(gloo: Any, kind: str) -> None:
+    check_parameters(gloo, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_bytes_are_exact(gloo: Any, kind: str) -> None:
+    check_bytes(gloo, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_peak_memory_is_known(gloo: Any, kind: str) -> None:
+    check_memory(gloo, kind)
+
+
+# ---- documented, tested, refused
+
+
+def test_each_has_its_definition_and_a_documented_row() -> None:
+    from model.test_channels import ACTIVATIONS as defined
+
+    assert {*defined} == {*ACTIVATIONS}
+    rows = re.findall(r"^\| `(\S)`, `(\w+)` \|", (ROOT / "docs" / "concepts.md").read_text(), re.M)
+    assert [row for row in rows if row[1] in CHANNELS] == [(card.letter, card.name) for card in CHANNEL_CARDS]
+    assert len(CHANNEL_LETTERS) == len(CHANNELS) == len(CHANNEL_CARDS)
+    for card in CHANNEL_CARDS:
+        assert card.__module__ == f"lsys.mixers.{card.name}"
+
+
+def test_one_that_nothing_knows_is_refused_everywhere() -> None:
+    for channels in ("FX", ["dense", "unheard_of"], "L", ["lightning"]):
+        config = parity.settings(model__channels=channels)
+        assert any(mistake.key == "model.channels" for mistake in check(config, 1))
+        for refuses in (
+            lambda: parameters(config.model),
+            lambda: flops_per_token(config.model, 8),
+            lambda: weights(Shape(config, 1), 0),
+            lambda: Activations(Shape(config, 1)).peak(0),
+            lambda: StepTraffic(Shape(config, 1)).bytes(0),
+            lambda: Plan(config, 1, hardware("h100x8", "fp32")).prediction,
+        ):
+            with pytest.raises(KeyError, match="no channel mixer is called"):
+                refuses()
+
+
+def test_a_channel_mixer_is_no_token_mixer() -> None:
+    config = parity.settings(model__pattern=["dense", "lightning"])
+    assert [mistake.key for mistake in check(config, 1)] == ["model.pattern"]
