@@ -9,7 +9,7 @@ import pytest
 
 from lsys.cli import main
 from lsys.config.schema import LinearMixer, Profile
-from lsys.mixers.registry import MIXERS
+from lsys.mixers.registry import ALL
 from lsys.runtime.environment import Launch, LaunchError, launch_from_environment
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def test_help_lists_every_key_of_the_configuration(command: str, capsys: pytest.
     out = capsys.readouterr().out
     keys = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
     assert len(keys) > 60
-    sections = {"corpora", *LinearMixer.model_fields, "linear", *Profile.model_fields, "profile", *MIXERS, "mixers"}
+    sections = {"corpora", *LinearMixer.model_fields, "linear", *Profile.model_fields, "profile", *ALL, "mixers"}
     # told by their own keys, which other sections have too
     for key in set(keys) - sections:
         assert re.search(rf"--[a-z_.0-9-]+\.{key.replace('_', '-')} ", out), key
