@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lsys.config.load import load
 from lsys.config.overrides import parse_overrides
-from lsys.config.schema import Config, Model
+from lsys.config.schema import Config, Model, pattern_text
 from lsys.data.corpus import Corpus
 from lsys.data.plan import Planner, RankBatch
 from lsys.data.stream import TokenStream
 from lsys.kernels.linear_attention import linear_attention
+from lsys.observe.flops import parameters
 from lsys.runtime.environment import Launch
 from lsys.runtime.groups import process_groups
 
@@ -35,10 +36,10 @@ class PlainLayer(nn.Module):
 
     decay: Tensor  # a buffer
 
-    def __init__(self, kind: str, index: int, model: Model) -> None:
+    def __init__(self, has_state: bool, index: int, model: Model) -> None:
         super().__init__()
-        self.kind, self.model = kind, model
-        if kind == "softmax":
+        self.has_state, self.model = has_state, model
+        if not has_state:
             width, inner = model.heads * model.head_width, (model.heads + 2 * model.kv_heads) * model.head_width
             self.norm_q, self.norm_k = (
                 nn.RMSNorm(model.head_width, model.norm_eps),
@@ -57,7 +58,7 @@ class PlainLayer(nn.Module):
 
     def forward(self, x: Tensor, batch: SimpleNamespace) -> Tensor:
         projected = self.into(self.norm(x))
-        x = x + self.out(self.softmax(projected, batch) if self.kind == "softmax" else self.linear(projected, batch))
+        x = x + self.out(self.linear(projected, batch) if self.has_state else self.softmax(projected, batch))
         gate, up = self.up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
@@ -83,11 +84,23 @@ class PlainLayer(nn.Module):
 
 
 class PlainModel(nn.Module):
+    """The whole model, of softmax and Lightning layers with SwiGLU.
+
+    Raises:
+        ValueError: the configuration's has others: its parameters are not this one's, or it has a window.
+    """
+
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.embedding = nn.Embedding(model.padded_vocab, model.hidden)
-        self.layers = nn.ModuleList(PlainLayer(kind, i, model) for i, kind in enumerate(model.kinds))
+        self.layers = nn.ModuleList(
+            PlainLayer(model.cards[kind].has_state, i, model) for i, kind in enumerate(model.kinds)
+        )
         self.norm = nn.RMSNorm(model.hidden, model.norm_eps)
+        here, there = sum(p.numel() for p in self.parameters()), sum(parameters(model).values())
+        if here != there or model.window is not None:
+            kinds = f"{model.pattern_text}, channels {pattern_text(model.channels)}"
+            raise ValueError(f"pattern {kinds}: the plain model has {here:,} parameters for {there:,}, and no window")
         for weight in self.parameters():
             if weight.dim() > 1 and weight.shape[-1] != model.linear_head_width:
                 nn.init.normal_(weight, 0.0, model.init_std)
