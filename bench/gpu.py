@@ -35,7 +35,7 @@ SECTIONS = ("environment", "correct", "speed", "train")
 
 
 class Results:
-    """Of all sections, on disk after each case. Sections that are not run keep what the files have of them."""
+    """Figures of all sections, on disk after each case. Sections that are not run keep what the files have of them."""
 
     def __init__(self, folder: Path, smoke: bool) -> None:
         self.folder, self.smoke, self.lock = folder, smoke, threading.Lock()

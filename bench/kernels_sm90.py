@@ -80,7 +80,7 @@ PLAIN = {"scan_kernel"}
 
 
 class Resources(NamedTuple):
-    """Of one compiled kernel. Sizes in bytes; stores and loads of spilled registers as ptxas counts them."""
+    """Resources of one compiled kernel. Sizes in bytes; stores and loads of spilled registers as ptxas counts them."""
 
     kernel: str
     flags: str

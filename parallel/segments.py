@@ -69,7 +69,7 @@ def count(table: SegmentTable) -> int:
 
 
 def cut(table: SegmentTable, begin: Tensor, length: Tensor) -> SegmentTable:
-    """Of each segment the part that begins at this place in the stream and has this length; empty ones are dropped."""
+    """The part of each segment that begins at this place in the stream and has this length; empty ones are dropped."""
     shift = begin - table.begin
     parts = SegmentTable(table.rank, table.document, table.start + shift, length, begin, table.row + shift)
     return parts if bool((length > 0).all()) else parts.take(length > 0)

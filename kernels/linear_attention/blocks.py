@@ -70,7 +70,7 @@ class Block:
         return d_end
 
     def begun(self, d_start: Tensor, found: Tensor | None) -> Tensor | None:
-        """Of the gradients of the states before the linked parts, `running` for the block before; others go to `found`."""
+        """`running` for the block before, of the gradients of the states before the linked parts; the others go to `found`."""
         if found is not None:
             fresh = slice(int(self.resumes), None)
             found.index_copy_(0, self.segments[fresh], d_start[fresh].to(found.dtype))
@@ -88,7 +88,7 @@ class _Part(NamedTuple):
 def in_blocks(
     member: type[Chunks], tokens: Tokens, lengths: Sequence[int], chosen: Sequence[int] | None, linked: bool
 ) -> tuple[Block, ...]:
-    """Of the chosen ones (None: all) of segments of `lengths` tokens, of which all are linked or none."""
+    """The blocks of the chosen segments (None: all) of `lengths` tokens, of which all are linked or none."""
     k, v = tokens.k, tokens.v
     mine = lengths if chosen is None else [lengths[i] for i in chosen]
     size = member.chunk_size(mine, k.shape[-1], v.shape[-1])
@@ -141,7 +141,7 @@ def _grid(lengths: tuple[int, ...], linked: tuple[int, ...], size: int, device: 
 
 
 class Gradients:
-    """Of q, k, v, log-decay and beta, block by block; in the states' dtype.
+    """Gradients of q, k, v, log-decay and beta, block by block; in the states' dtype.
 
     Args:
         tokens: all.

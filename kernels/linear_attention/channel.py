@@ -21,7 +21,7 @@ SMALLEST = 4  # tokens of the smallest span
 
 
 class ChannelDecay:
-    """Of log_decay [n, H, C, K], zero where there is no token."""
+    """Decays of channels within chunks, from log_decay [n, H, C, K], zero where there is no token."""
 
     def __init__(self, log_decay: Tensor) -> None:
         self.log_decay = log_decay
@@ -126,7 +126,7 @@ def _sizes(first: int, last: int) -> list[int]:
 
 
 def _left(x: Tensor, size: int) -> Tensor:
-    """Of [n, H, C, K] the left halves of spans of 2 `size` tokens: [n H, spans, size, K]."""
+    """The left halves of spans of 2 `size` tokens of [n, H, C, K]: [n H, spans, size, K]."""
     return _halves(x, size)[:, :, 0]
 
 
@@ -140,7 +140,7 @@ def _halves(x: Tensor, size: int) -> Tensor:
 
 
 def _spans(scores: Tensor, size: int) -> Tensor:
-    """Of [n, H, C, C] what spans of `size` tokens have with themselves: [n H, spans, size, size]."""
+    """What spans of `size` tokens of [n, H, C, C] have with themselves: [n H, spans, size, size]."""
     many = scores.shape[2] // size
     x = scores.view(scores.shape[0] * scores.shape[1], many, size, many, size)
     return x.diagonal(dim1=1, dim2=3).movedim(-1, 1)

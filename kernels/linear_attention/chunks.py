@@ -91,7 +91,7 @@ class Chunks(ABC):
     @cached_property
     @abstractmethod
     def decay(self) -> ChunkDecay:
-        """Of all chunks."""
+        """Decays within all chunks."""
 
     @cached_property
     def scores(self) -> Tensor:
@@ -162,11 +162,11 @@ class Chunks(ABC):
     # ---- their gradients, of `do` [n, H, C, V]
 
     def before_gradients(self, do: Tensor) -> Tensor:
-        """Of the states before the scanned chunks, by what these chunks read: [m, H, K, V]."""
+        """Gradients of the states before the scanned chunks, by what these chunks read: [m, H, K, V]."""
         return matmul(self.queries().mT, self.grid.scan_rows(do), self.scale)
 
     def read_gradients(self, do: Tensor, before: Tensor | None) -> tuple[Pairs, Written]:
-        """Of what the output is read with, and of what is written."""
+        """Gradients of what the output is read with, and of what is written."""
         (u, w), rows = self.written, self.grid.scan_rows
         d_scores, du, dw = matmul(do, u.mT, self.scale), matmul(self.scores.mT, do, self.scale), None
         if before is None:
@@ -178,7 +178,7 @@ class Chunks(ABC):
         return [(self.scores, d_scores), (self.entering, d_queries)], (du, dw)
 
     def map_gradients(self, d_update: Tensor | None, before: Tensor | None, d_written: Written) -> Pairs:
-        """Of all else, if the state after each scanned chunk has the gradient `d_update`, and also what is written."""
+        """Gradients of all else, if the state after each scanned chunk has the gradient `d_update`, and also of what is written."""
         (u, w), (du, dw), rows, total = self.written, d_written, self.grid.scan_rows, self.total
         if d_update is None or before is None:
             return [(u, du), (w, dw)]
@@ -204,7 +204,7 @@ class Chunks(ABC):
         return x.index_add(0, scanned, matmul(left, right, scale))
 
     def _unscanned(self, x: Tensor) -> Tensor:
-        """Of the scanned chunks [m, ...] -> of all [n, ...], else zero."""
+        """Rows of the scanned chunks [m, ...] -> of all [n, ...], else zero."""
         scanned = self.grid.scanned
         return x if scanned is None else x.new_zeros(self.grid.chunks, *x.shape[1:]).index_copy(0, scanned, x)
 

@@ -81,7 +81,7 @@ def tokens_backward(
 def gradients(
     x: Prepared, p: Tensor | None, spans: Spans, start: Tensor, end: Tensor, do: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Of q (None without do), k, w, u and b, in these shapes, zero for tokens in none of the spans.
+    """Gradients of q (None without do), k, w, u and b, in these shapes, zero for tokens in none of the spans.
 
     start, end: [rows, H, K, V], the states before the spans and the gradients of those after.
     p, do: `scores` and [T, H, V], the gradient of the output; None without.

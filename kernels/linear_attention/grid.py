@@ -49,11 +49,11 @@ class ChunkGrid:
         return x if self.slots is None else x.index_select(0, self.slots)
 
     def scan_rows(self, x: Tensor) -> Tensor:
-        """Of [n, ...] (or [1, ...], the same for all chunks) the scanned chunks: [m, ...]."""
+        """The scanned chunks of [n, ...] (or [1, ...], the same for all chunks): [m, ...]."""
         return x if self.scanned is None or x.shape[0] != self.chunks else x.index_select(0, self.scanned)
 
     def among_scanned(self, state: Tensor | None) -> Tensor | None:
-        """Of each linked segment [L, ...] -> of each scanned one, zero if it is not linked; None is zero."""
+        """Rows of linked segments [L, ...] -> of scanned ones, zero where one is not linked; None is zero."""
         if state is None or self.linked is None:
             return state
         return state.new_zeros(len(self.plan.counts), *state.shape[1:]).index_copy(0, self.linked, state)

@@ -75,7 +75,7 @@ class Passes:
         return scan_spans(d_before, scan.transition, counts, begin=d_end, forward=scan, reverse=True, edge=edge)
 
     def carried_gradients(self, scan: Scan, d_end: Tensor | None, d_total: Tensor | None) -> Scan:
-        """Of the states after the linked spans, given those of states [L, H, K, V] and log-decays [L, H ...] of segments."""
+        """Gradients of the states after the linked spans, given those of states [L, H, K, V] and log-decays [L, H ...] of segments."""
         rows, counts = self.division.linked_rows, self.division.linked_plan.counts
         end = self.of_linked(scan.end)
         if rows is not None:
@@ -114,7 +114,7 @@ class Passes:
         return Gradients(None, grouped_sum(dk, k), dv, _sum_blocks(logs, g))
 
     def of_linked(self, x: Tensor) -> Tensor:
-        """Of the rows of scanned segments those of linked ones: [s, ...] -> [L, ...]."""
+        """Rows of linked segments among those of scanned ones: [s, ...] -> [L, ...]."""
         at = self.division.linked_segments
         return x.detach() if at is None else x.index_select(0, at)
 

@@ -60,7 +60,7 @@ class ReferenceSegments:
         return SegmentMap(transition, state.index_select(0, self.linked))
 
     def _transition(self, state: Tensor) -> Tensor | None:
-        """Of each segment: [N, H], [N, H, K] or, of the delta rule, what becomes of 1 without values, [N, H, K, K]."""
+        """By segment, what its tokens make of a state before: [N, H], [N, H, K] or, of the delta rule, of 1 without values, [N, H, K, K]."""
         q, k, v, log_decay, beta, lengths, scale = self.inputs
         if beta is not None:
             start = identity(state.new_zeros(0, state.shape[1], k.shape[-1], k.shape[-1]), len(lengths))

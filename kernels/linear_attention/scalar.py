@@ -28,7 +28,7 @@ class NoDecay:
 
 
 class ScalarDecay:
-    """Of b [1 | n, H, C], which has one row where all chunks are alike, as `difference` has."""
+    """Decays of heads within chunks, from their sums b [1 | n, H, C], which has one row where all chunks are alike, as `difference` has."""
 
     def __init__(self, b: Tensor, difference: Callable[[], Tensor], chunks: int) -> None:
         self.b, self.difference, self.chunks = b, difference, chunks
@@ -62,7 +62,7 @@ class ScalarChunks(Chunks):
 
 
 def scalar_decay(log_decay: Tensor, grid: ChunkGrid) -> ScalarDecay:
-    """Of a decay per head [H] or per token and head [T, H]."""
+    """Decays within chunks of a log-decay per head [H] or per token and head [T, H]."""
     if log_decay.dim() == 1:
         place = torch.arange(grid.size, device=log_decay.device)
         tokens = (place + 1).expand(1, -1) if grid.filled is None else (place + 1).minimum(grid.filled[:, None])

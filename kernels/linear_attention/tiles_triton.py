@@ -128,7 +128,7 @@ def sizes(k: Tensor, width: int, heads: int, chunk: int) -> dict[str, Any]:
 
 
 def grouped_sum(x: Tensor, like: Tensor) -> Tensor:
-    """Of gradients one a value head [T, H, K] the sums over the heads that share a key head: [T, H_k, K], as `like`."""
+    """Sums of gradients one a value head [T, H, K] over the heads that share a key head: [T, H_k, K], as `like`."""
     if x.shape != like.shape:
         x = x.unflatten(1, (like.shape[1], -1)).sum(2)
     return x.to(like.dtype)

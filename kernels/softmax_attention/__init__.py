@@ -205,7 +205,7 @@ def _check_accumulators(dtype: torch.dtype, **accumulators: tuple[Tensor, torch.
 
 
 def _lengths(name: str, cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Of the sequences, on the host: int64 [sequences]."""
+    """Lengths of the sequences, on the host: int64 [sequences]."""
     bounds = cu_seqlens.to("cpu", torch.int64)
     if bounds.dim() != 1 or len(bounds) == 0 or int(bounds[0]) != 0 or int(bounds[-1]) != rows:
         raise ValueError(f"cu_seqlens_{name} must go from 0 to the {rows} rows of {name}; got {bounds.tolist()}")

@@ -113,7 +113,7 @@ def _cut(tiles: Tiles) -> Tiles:
 
 
 def _pieces(n: int, m: int, first: int, last: int, dtype: torch.dtype) -> list[Piece]:
-    """Of a trimmed tile. They are adjacent, and every query sees a key of each: seeing nothing, it would become nan."""
+    """The pieces of a trimmed tile. They are adjacent, and every query sees a key of each: seeing nothing, it would become nan."""
     if first > -FAR and m <= _MAX_MASK:
         width = None if last == FAR else last - first
         return [Piece(slice(0, m), mask=_mask(width, dtype)[:n, -first : m - first])]

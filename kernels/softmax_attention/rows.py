@@ -9,7 +9,7 @@ Rows = slice | Tensor
 
 
 def rows_of(begin: Tensor, number: Tensor, bounds: Tensor, device: torch.device) -> list[Rows]:
-    """Of each batch the rows of its spans, one span after the other.
+    """Rows of each batch's spans, one span after the other.
 
     Args:
         begin, number: first row of each span and how many there are, int64 [spans].

@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Of lsys's own source: installations from a checkout change without their version."""
+    """Digest of lsys's own source: installations from a checkout change without their version."""
     digest = hashlib.sha256()
     for tree in TREES:
         spec = importlib.util.find_spec(tree)

@@ -106,7 +106,7 @@ def _own(cards: Iterable[MixerCard]) -> list[tuple[str, str, int]]:
 
 
 def _cards(model: Model) -> list[MixerCard]:
-    """Of all mixers that the model has and that are known."""
+    """The cards of all mixers that the model has and that are known."""
     return [*model.known_cards.values(), *model.known_channel_cards.values()]
 
 

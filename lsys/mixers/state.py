@@ -55,7 +55,7 @@ class StateCard(Card):
     @property
     @abstractmethod
     def decay(self) -> Decay:
-        """Of what there is a log-decay each."""
+        """What has a log-decay of its own: none, a head, a token and head, or a channel of these."""
 
     # ---- sizes
 
@@ -105,18 +105,18 @@ class StateCard(Card):
     # ---- parameters that several have
 
     def convolution(self, bias: bool) -> Iterator[Weight]:
-        """Of the short convolution."""
+        """The short convolution's parameters."""
         yield Weight("conv.weight", self.channels * self.conv_width, VECTOR)
         if bias:
             yield Weight("conv.bias", self.channels, VECTOR)
 
     def step_decay(self, steps: int) -> Iterator[Weight]:
-        """Of a decay by steps, with one rate a head and so many biases of the step."""
+        """Parameters of a decay by steps: one rate a head, and so many biases of the step."""
         yield Weight("decay.A_log", self.heads, VECTOR)
         yield Weight("decay.dt_bias", steps, VECTOR)
 
     def out_norm(self) -> Weight:
-        """Of the norm of the output."""
+        """The weight of the output's norm."""
         return Weight("out_norm", self.values, NORM)
 
     @property

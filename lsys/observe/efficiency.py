@@ -191,7 +191,7 @@ class History:
             self._others.append(report)
 
     def record(self, config: Config, ranks: int, hardware: str) -> Record | None:
-        """Of all reports but the first, in which things are set up; None if there is no report."""
+        """The run's figures over all reports but the first, in which things are set up; None if there is no report."""
         if self._first is None:
             return None
         steady = self._others or [self._first]
@@ -225,7 +225,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the tree that this file is in, with "+" where it was changed; "" where it is installed without one."""
+    """Commit of the tree that this file is in, with "+" where it was changed; "" where it is installed without one."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:

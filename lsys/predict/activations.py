@@ -70,7 +70,7 @@ class Peak:
 
 
 class Activations:
-    """Of the ranks of a configuration."""
+    """Live tensors of the ranks of a configuration."""
 
     def __init__(self, shape: Shape, offload: float = 0.0) -> None:
         """offload: share of what forward passes leave that is not on the device; 0 as long as nothing offloads."""
@@ -157,7 +157,7 @@ class Activations:
 
     @property
     def _hidden(self) -> float:
-        """Of the residual stream."""
+        """Bytes of the residual stream."""
         return self.slots / self.tensor * self.b * self.model.hidden
 
     def _tables(self, kinds: Iterable[str]) -> float:
@@ -174,7 +174,7 @@ class Activations:
 
     @property
     def _vocabulary(self) -> float:
-        """Of the output layer's weights."""
+        """Bytes of the output layer's weights."""
         return self.b * self.model.padded_vocab / self.tensor * self.model.hidden
 
     @property

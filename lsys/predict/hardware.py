@@ -65,7 +65,7 @@ class Hardware:
         return bool(self.costs)
 
     def seconds(self, work: Mapping[str, float]) -> float:
-        """Of what a rank has to do."""
+        """Seconds that a rank needs for what it has to do."""
         return sum(amount * self.costs.get(name, 0.0) for name, amount in work.items())
 
     def require(self, cards: Iterable[Card]) -> None:

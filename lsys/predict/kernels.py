@@ -82,7 +82,7 @@ def _card(shape: Shape, kind: str) -> StateCard:
 
 
 def _counts(card: StateCard, linked: bool, size: int, grouped: bool) -> Counts:
-    """Of a block of chunks of `size` tokens. Where heads share keys, scores that decays or corrections are in have copies for each.
+    """Counts of a block of chunks of `size` tokens. Where heads share keys, scores that decays or corrections are in have copies for each.
 
     With a decay a channel, chunks are halved down to spans of 4, and the decays into and out of halves are kept at each level.
     """

@@ -58,7 +58,7 @@ class Plan:
     # ---- bytes and time
 
     def traffic(self) -> dict[str, Bytes]:
-        """Of each axis the rank that receives most, of one of each kind of stages; of hundreds of context ranks, of the first 128."""
+        """Bytes by axis, of the rank that receives most among one of each kind of stages; of hundreds of context ranks, among the first 128."""
         mesh, step = self.shape.mesh, StepTraffic(self.shape)
         most: dict[str, tuple[int, Bytes]] = {}
         distinct = {step.alike(stage): stage for stage in range(mesh.pipeline)}.values()
@@ -79,7 +79,7 @@ class Plan:
 
     @cached_property
     def prediction(self) -> Prediction:
-        """Of a step; the hardware's rates must be known."""
+        """The predicted step; the hardware's rates must be known."""
         return StepTime(self.shape, self.hardware).predict()
 
     @property
@@ -93,10 +93,10 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one rank."""
+        """Tokens a second of one rank."""
         return self.config.train.batch_tokens / self.prediction.seconds / self.world_size
 
     @property
     def hours(self) -> float:
-        """Of the run, without validation, checkpoints and what goes wrong."""
+        """Hours of the run, without validation, checkpoints and what goes wrong."""
         return self.config.train.steps * self.prediction.seconds / 3600

@@ -47,7 +47,7 @@ def _place(number: int, stages: int, chunks: int) -> tuple[int, int]:
 
 
 def in_flight(shape: Shape, stage: int) -> list[int]:
-    """Of each chunk, the micro-batches whose backward pass is to come when most forward passes are done."""
+    """By chunk, how many micro-batches' backward passes are to come when most forward passes are done."""
     counts, most = [0] * shape.chunks, [0] * shape.chunks
     for step in passes(shape.mesh.pipeline, stage, shape.chunks, shape.micro_batches):
         counts[step.chunk] += 1 if step.is_forward else -1

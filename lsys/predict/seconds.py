@@ -28,7 +28,7 @@ Ways = tuple[float, float]  # forward, backward
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a step.
+    """The predicted time of a step.
 
     Attributes:
         seconds: of the step.
@@ -60,7 +60,7 @@ class StepTime:
     # ---- passes
 
     def durations(self, stage: int) -> Durations:
-        """Of the passes of a stage."""
+        """Durations of the passes of a stage."""
         key = self.traffic.alike(stage)
         if key not in self._alike:
             found: Durations = {}
@@ -119,7 +119,7 @@ class StepTime:
         return self._layers[key]
 
     def tensor_seconds(self, stage: int, chunk: int) -> tuple[float, float]:
-        """Of one micro-batch through a chunk, forward and backward."""
+        """Seconds of one micro-batch's tensor parallel communication through a chunk, forward and backward."""
         shape, model = self.shape, self.config.model
         if shape.mesh.tensor == 1:
             return 0.0, 0.0
@@ -150,7 +150,7 @@ class StepTime:
         return there, back
 
     def _widest(self, stage: int) -> Sequence[int]:
-        """Of a stage's tensor groups one that spans most nodes: where the degree does not divide a node, some do."""
+        """The tensor group of a stage that spans most nodes: where the degree does not divide a node, some do."""
         mesh = self.shape.mesh
         if self.shape.ranks_per_node % mesh.tensor == 0:
             return self.shape.group("tensor", self.shape.rank(stage))
@@ -203,7 +203,7 @@ class StepTime:
         return {COMPUTE: mean, IMBALANCE: most - mean, CORE: (shared - 1) * most}
 
     def _communication(self, durations: list[Durations]) -> dict[str, float]:
-        """Of once a step, by part: of each axis the stage that takes longest."""
+        """Seconds of what comes once a step, by part: of each axis the stage that takes longest."""
         distinct = {self.shape.alike(stage): stage for stage in range(len(durations))}.values()
         each = [self._once(stage, durations[stage]) for stage in distinct]
         return {exposed(axis): max(found[axis] for found in each) for axis in AXES}

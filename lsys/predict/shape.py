@@ -62,7 +62,7 @@ class Shape:
 
     @property
     def micro_batches(self) -> int:
-        """Of one replica in a step."""
+        """Micro-batches of one replica in a step."""
         return self.config.micro_batches // self.mesh.data
 
     @property
@@ -116,7 +116,7 @@ class Shape:
 
     @property
     def chunks(self) -> int:
-        """Of a stage."""
+        """Virtual chunks of a stage."""
         return self.config.parallel.virtual_pipeline
 
     def kinds(self, stage: int, chunk: int = 0) -> tuple[Layer, ...]:

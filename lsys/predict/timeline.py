@@ -10,7 +10,7 @@ from lsys.predict.shape import Shape
 
 @dataclass(frozen=True)
 class Duration:
-    """Of one pass, s: the work of the rank that has most, the mean of ranks, and what is exposed of communication."""
+    """Seconds of one pass: the work of the rank that has most, the mean of ranks, and what is exposed of communication."""
 
     compute: float
     mean: float

@@ -44,7 +44,7 @@ class Bytes(Counter[tuple[str, str, str]]):
     """Bytes by (axis, link class, "sent" or "received")."""
 
     def moved(self, axis: str | None = None, link: str | None = None, way: str = "received") -> int:
-        """Of this selection; None takes all."""
+        """Bytes of this selection; None takes all."""
         return sum(n for (a, k, w), n in self.items() if w == way and axis in (None, a) and link in (None, k))
 
 
@@ -56,7 +56,7 @@ class StepTraffic:
         self.messages = Slots(declared(shape.config)).messages  # of what layers and losses report
 
     def bytes(self, rank: int) -> Bytes:
-        """Of one rank, in a training step."""
+        """Bytes that one rank moves in a training step."""
         total, nodes = Bytes(), self.shape.nodes
         for issued in self.operations(rank):
             place = issued.ranks.index(rank)
@@ -89,7 +89,7 @@ class StepTraffic:
         yield from self.once(rank)
 
     def once(self, rank: int) -> Iterator[Issued]:
-        """Of those, what comes once a step and not with every micro-batch."""
+        """Operations that come once a step and not with every micro-batch."""
         shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
         stages, held = tuple(shape.group("pipeline", rank)), weights(shape, stage)
         yield Issued("pipeline", stages, Operation("broadcast", 4, len(stages) - 1), 1)  # tokens
@@ -161,7 +161,7 @@ class StepTraffic:
 
     @property
     def border_bytes(self) -> int:
-        """Of a micro-batch between two stages."""
+        """Bytes of a micro-batch between two stages."""
         shape = self.shape
         return shape.slots // shape.mesh.tensor * self.config.model.hidden * shape.itemsize
 

@@ -21,7 +21,7 @@ ROUND = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")  # go around
 
 
 class Transfers:
-    """Of the ranks of a configuration on hardware whose links are known."""
+    """Seconds of transfers between the ranks of a configuration, on hardware whose links are known."""
 
     def __init__(self, shape: Shape, hardware: Hardware) -> None:
         self.shape, self.hardware, self.links = shape, hardware, hardware.links
@@ -81,7 +81,7 @@ class Transfers:
         return sizes
 
     def _latency(self, issued: Issued) -> float:
-        """Of all steps: around a ring, two of every node's go over the network."""
+        """Latency of all steps, s: around a ring, two of every node's go over the network."""
         others, far = len(issued.ranks) - 1, self._nodes(issued) - 1
         special = {"all_reduce": 2 * others, "broadcast": others.bit_length(), "send": 1, "recv": 0}
         steps = special.get(issued.operation.kind, others)

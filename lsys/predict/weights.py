@@ -82,7 +82,7 @@ def _pieces(card: MixerCard, tensor: int) -> Iterator[Parameter]:
 
 
 def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
-    """Of one virtual chunk of a stage, in the order of its modules."""
+    """Parameters of one virtual chunk of a stage, in the order of its modules."""
     config = shape.config
     model, tensor = config.model, config.parallel.tensor
     embedding = model.padded_vocab // tensor * model.hidden
@@ -98,7 +98,7 @@ def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
 
 
 def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
-    """Of the ranks of a stage; replica: which of the data x context ranks, for the distributed optimizer's part."""
+    """Bytes of the ranks of a stage; replica: which of the data x context ranks, for the distributed optimizer's part."""
     config, ranks = shape.config, shape.replicas
     distributed, itemsize = config.optimizer.distributed, ITEMSIZE[config.train.precision]
     buckets, placed, every = [], 0, []

@@ -42,7 +42,7 @@ class Work(dict[str, float]):
 
 
 def backward(work: Mapping[str, float]) -> Work:
-    """Of a backward pass: products twice, attention's 2.5 times; the rates say the rest."""
+    """Work of the backward pass: products twice, attention's 2.5 times; the rates say the rest."""
     found = Work()
     for name, amount in work.items():
         if name in ("matmul",):
@@ -65,7 +65,7 @@ class StageWork:
         self._layers: dict[tuple[Layer, bool], Work] = {}
 
     def mixer(self, kind: Layer, methods: Mapping[str, Method], most: bool = False) -> Work:
-        """Of one layer's token mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
+        """Work of one layer's token mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
         key = (kind, most)
         if key not in self._mixers:
             layer, card, work, mixer = self.activations.layers[kind], self.shape.cards[kind.mixer], Work(), kind.mixer
@@ -98,7 +98,7 @@ class StageWork:
         return [pair * one.heads * n for n in pairs]
 
     def layer(self, kind: Layer, methods: Mapping[str, Method], most: bool = False) -> Work:
-        """Of one layer, forward; most: as of `mixer`."""
+        """Work of one layer, forward; most: as of `mixer`."""
         if (kind, most) not in self._layers:
             self._layers[kind, most] = self._layer(kind, methods, most)
         return self._layers[kind, most]
@@ -114,7 +114,7 @@ class StageWork:
         return found + self.mixer(kind, methods, most)
 
     def channels(self, kind: Layer) -> Work:
-        """Of a layer's channel mixer alone, forward."""
+        """Work of a layer's channel mixer alone, forward."""
         card, t = self.shape.channels[kind.channels], self.shape.mesh.tensor
         numbers, inside = card.products / t, self.activations.layers[kind].mlp
         found = Work({"matmul": 2.0 * self.shape.slots * numbers, "weights": numbers, "bytes": inside})
@@ -128,7 +128,7 @@ class StageWork:
         return Work({"matmul": 2.0 * numbers * self.model.hidden, "logits": 4.0 * numbers})
 
     def chunk(self, stage: int, chunk: int, methods: Mapping[str, Method], most: bool = False) -> tuple[Work, Work]:
-        """Of one micro-batch through a chunk of a stage: forward, backward (what is recomputed is in it)."""
+        """Work of one micro-batch through a chunk of a stage: forward, backward (what is recomputed is in it)."""
         forward, again = Work({"micro_batch": 1}), Work()
         for kind in self.shape.kinds(stage, chunk):
             layer = self.layer(kind, methods, most)

@@ -80,7 +80,7 @@ class HeadExchange:
 
     @property
     def share(self) -> Share:
-        """Of this rank."""
+        """The heads of this rank."""
         return self.shares[self.group.index(self.comm.rank)]
 
     def to_heads(self, parts: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ _WORD = 48  # ranks in a word of a set of ranks: its bits are exact in a double,
 
 
 def readers(parts: SegmentTable, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
-    """Of each part the range [first, stop) of the parts of which some query sees all of it: int64 [parts] each.
+    """By part, the range [first, stop) of the parts of which some query sees all of it: int64 [parts] each.
 
     The parts are all those of some documents, in the order of the stream; a part may be among its own readers.
     """
@@ -56,7 +56,7 @@ def _levels(length: Tensor) -> list[Tensor]:
 
 
 def _unions(bits: Tensor, first: Tensor, stop: Tensor, levels: list[Tensor]) -> Tensor:
-    """Of each range [first, stop) the union of the sets with these numbers; no bits for an empty one."""
+    """Unions of the sets with the numbers of each range [first, stop); no bits for an empty one."""
     found = torch.zeros_like(bits)
     for number, chosen in enumerate(levels):
         if number:

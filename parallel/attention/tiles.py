@@ -36,7 +36,7 @@ class Queries(NamedTuple):
 
 
 def _readers(queries: Queries, keys: SegmentTable, mask: Mask) -> tuple[Tensor, Tensor]:
-    """Of each segment of keys the range [first, stop) of segments of queries that see some of it: int64 [keys] each.
+    """By segment of keys, the range [first, stop) of segments of queries that see some of it: int64 [keys] each.
 
     A range of no segments may stop before it begins.
     """
@@ -50,7 +50,7 @@ def _readers(queries: Queries, keys: SegmentTable, mask: Mask) -> tuple[Tensor, 
 
 
 def seen(queries: Queries, keys: SegmentTable, mask: Mask) -> tuple[Tensor, Tensor]:
-    """Of each segment of keys the places from the first to the last that some query sees: begin, length (0 for none)."""
+    """By segment of keys, the places from the first to the last that some query sees: begin, length (0 for none)."""
     begin, end, segments = keys.begin, keys.end, queries.segments
     if len(segments.begin) == 0:
         return begin, torch.zeros_like(begin)

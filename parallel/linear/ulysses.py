@@ -118,7 +118,7 @@ def _heads(share: Share) -> tuple[slice, ...]:
 
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Of one head of one token."""
+    """Bytes of one head of one token."""
     return math.prod(shape[1:]) * dtype.itemsize
 
 

@@ -11,7 +11,7 @@ from lsys.parallel.messages.placement import Phases, Placement
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one layer's attention on one rank (of tensor parallelism): heads, key heads, width and bytes of a number."""
+    """Sizes of one layer's attention on one rank (of tensor parallelism): heads, key heads, width and bytes of a number."""
 
     heads: int
     kv_heads: int

@@ -12,7 +12,7 @@ DECAYS = ("none", "head", "token", "channel")
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one layer's linear attention on one rank (of tensor parallelism).
+    """Sizes of one layer's linear attention on one rank (of tensor parallelism).
 
     Attributes:
         heads, key_heads, key_width, value_width: H, H_k, K, V.
@@ -57,7 +57,7 @@ class Shape:
 
 
 def chains(place: Placement) -> list[list[int]]:
-    """Of each document the ranks of its runs: longest stretches that one rank holds."""
+    """By document, the ranks of its runs: longest stretches that one rank holds."""
     found: list[list[int]] = []
     document = None
     for part in place.parts:

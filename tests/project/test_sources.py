@@ -1,5 +1,6 @@
 """Rules for all source files."""
 
+import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -21,3 +22,15 @@ def test_names_of_test_modules_are_unique():
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     repeated = sorted({name for name in names if names.count(name) > 1})
     assert not repeated, f"several test modules are called {repeated}"
+
+
+def test_docstrings_begin_with_what_is_there():
+    """Not with "Of ...", whose subject a reader must find in the signature."""
+    found = []
+    for path in (path for path in _sources() if "tests" not in path.parts):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+                words = (ast.get_docstring(node) or "").split()
+                if words and words[0] in ("Of", "of"):
+                    found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} {' '.join(words[:6])}")
+    assert not found, "\n".join(found)
