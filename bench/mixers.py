@@ -24,8 +24,8 @@ import tyro
 from bench.common.tools import show
 from bench.common.tree import ROOT, with_checkout
 from lsys.config.load import load
+from lsys.config.model import Model
 from lsys.config.overrides import parse_overrides
-from lsys.config.schema import Model
 from lsys.observe.flops import parameters
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsys.config.load import load
+from lsys.config.model import Model, pattern_text
 from lsys.config.overrides import parse_overrides
-from lsys.config.schema import Config, Model, pattern_text
+from lsys.config.schema import Config
 from lsys.data.corpus import Corpus
 from lsys.data.plan import Planner, RankBatch
 from lsys.data.stream import TokenStream

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lsys.cli import main
-from lsys.config.schema import LinearMixer, Profile
+from lsys.config.model import LinearMixer
+from lsys.config.schema import Profile
 from lsys.mixers.registry import ALL
 from lsys.runtime.environment import Launch, LaunchError, launch_from_environment
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from lsys.config import Config
 from lsys.config.load import model_keys
 from lsys.config.messages import from_validation
-from lsys.config.schema import Model
+from lsys.config.model import Model
 
 # Fields of the model that change no stored tensor; the rest must be equal.
 FREE = frozenset({"vocab", "vocab_multiple", "init_std"})  # of the vocabulary only the padded size counts

@@ -12,8 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from lsys.config.messages import ConfigError, Mistake, from_validation
+from lsys.config.model import Model
 from lsys.config.overrides import Override
-from lsys.config.schema import Config, Model
+from lsys.config.schema import Config
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from lsys.config.mixers import MOVED
-from lsys.config.schema import Config, Model, pattern_text
+from lsys.config.model import Model, pattern_text
+from lsys.config.schema import Config
 from lsys.mixers.card import MixerCard
 from lsys.mixers.registry import ALL, CARDS, CHANNEL_LETTERS, CHANNELS, LETTERS
 from lsys.section import Section

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
-from lsys.config.schema import Config, Model, pattern_text
+from lsys.config.model import Model, pattern_text
+from lsys.config.schema import Config
 from lsys.mixers.card import MixerCard
 from lsys.mixers.registry import CARDS, CHANNEL_CARDS, CHANNEL_LETTERS, LETTERS, listed
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from lsys.section import Section
 
 if TYPE_CHECKING:
-    from lsys.config.schema import Model
+    from lsys.config.model import Model
     from lsys.mixers.exchange import Exchange
 
 NORM, PRODUCT, VECTOR = "norm", "product", "vector"

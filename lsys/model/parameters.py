@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from lsys.config.schema import Model
+from lsys.config.model import Model
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from lsys.config import Config
 from lsys.config.load import model_keys, resolved
 from lsys.config.messages import from_validation
-from lsys.config.schema import Model
+from lsys.config.model import Model
 from lsys.runtime.environment import Launch
 from lsys.runtime.groups import device_of
 

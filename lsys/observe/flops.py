@@ -6,7 +6,7 @@ out, as is usual.
 
 from collections.abc import Sequence
 
-from lsys.config.schema import Model
+from lsys.config.model import Model
 from lsys.mixers.card import NORM, VECTOR, Card
 from lsys.mixers.channel import ChannelCard
 from lsys.mixers.state import CHUNK

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lsys.config.schema import Config, Model
+from lsys.config.model import Model
+from lsys.config.schema import Config
 from lsys.observe.flops import CHUNK, flops_per_token, parameters, recompute_flops_per_token, training_flops
 from lsys.observe.hardware import cpu_peak, gpu_peak, peak, peak_of_ranks
 
