@@ -29,7 +29,7 @@ class ChannelDecay:
 
     @property
     def total(self) -> Tensor:
-        return self.upto[:, :, -1]
+        return self.upto[:, :, -1].clone()  # a view would keep all of the sums wherever this is kept
 
     def entering(self, x: Tensor) -> Tensor:
         return x * self.upto.exp()

@@ -185,7 +185,7 @@ def check_bytes(gloo: Any, name: str, method: str = "auto") -> None:
 
 # Little beside the mixers, so that a part of what they keep shows in the peak.
 NARROW = dict(
-    model__layers=8, model__hidden=128, model__heads=4, model__head_dim=32, model__groups=2, model__ffn=16, model__vocab=8, model__linear={},
+    model__hidden=128, model__heads=4, model__head_dim=32, model__groups=2, model__ffn=16, model__vocab=8, model__linear={},
     model__window=64, train__micro_batch_tokens=1024, train__batch_tokens=1024,
 )  # fmt: skip
 CP2, BF16 = {"parallel__context": 2}, {"train__precision": "bf16"}
@@ -193,13 +193,20 @@ SENT = {"parallel__linear": "ulysses", "parallel__attention": "ulysses"}
 
 
 def check_memory(gloo: Any, name: str) -> None:
-    """The peak of live tensors, to 10%: of one rank in fp32, across ranks in bf16, and with heads sent to other ranks."""
+    """Peaks of live tensors, to 10%, and what each further layer adds to them, which is what autograd keeps of it, to 1%.
+
+    Of one rank in fp32, across ranks in bf16, and with heads sent to other ranks.
+    """
     for ranks, more in ((1, {}), (2, CP2 | BF16), (2, CP2 | SENT)):
-        changed = changes(name) | NARROW | more
-        config = parity.settings(**changed)
-        told = Activations(Shape(config, ranks, gpu=False)).peak(0).total
-        for found in gloo(ranks, peak, changed, (config.train.micro_batch_tokens,)):
-            assert told == pytest.approx(found, rel=0.10), told / found - 1
+        told, found = [], []
+        for layers in (4, 8):
+            changed = changes(name) | NARROW | more | {"model__layers": layers}
+            config = parity.settings(**changed)
+            told.append(Activations(Shape(config, ranks, gpu=False)).peak(0).total)
+            found.append(gloo(ranks, peak, changed, (config.train.micro_batch_tokens,)))
+        for few, many in zip(*found, strict=True):
+            assert told[1] == pytest.approx(many, rel=0.10), told[1] / many - 1
+            assert told[1] - told[0] == pytest.approx(many - few, rel=0.01), (told[1] - told[0]) / (many - few) - 1
 
 
 @pytest.mark.parametrize("name", MIXERS)
