@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import resuming
 
-PATTERNS = (("LS", "F"), ("RGW", "F-"), ("MDNS", "-"))
+PATTERNS = (("LS", "F"), ("RGW", "F-"), ("MDNS", "-"), ("KS", "F"))
 TOLERANCE = 2e-4  # fp32; of the largest logit
 
 

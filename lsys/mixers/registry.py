@@ -12,6 +12,7 @@ from lsys.mixers.delta_net import DeltaNet
 from lsys.mixers.dense import Dense
 from lsys.mixers.gated_delta import GatedDelta
 from lsys.mixers.gla import GatedLinear
+from lsys.mixers.kimi_delta import KimiDelta
 from lsys.mixers.lightning import Lightning
 from lsys.mixers.mamba2 import Mamba2
 from lsys.mixers.none import NoChannels
@@ -19,7 +20,9 @@ from lsys.mixers.retention import Retention
 from lsys.mixers.softmax import Softmax
 from lsys.mixers.window import Window
 
-CARDS: tuple[type[Card], ...] = (Softmax, Window, Lightning, Retention, GatedLinear, Mamba2, GatedDelta, DeltaNet)
+CARDS: tuple[type[Card], ...] = (
+    Softmax, Window, Lightning, Retention, GatedLinear, Mamba2, GatedDelta, DeltaNet, KimiDelta
+)  # fmt: skip
 CHANNEL_CARDS: tuple[type[ChannelCard], ...] = (Dense, NoChannels)
 
 MIXERS = {card.name: card for card in CARDS}

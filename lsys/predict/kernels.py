@@ -22,6 +22,7 @@ WHOLE: dict[str, Counts] = {
     "channel": (2, 6, 18, 2, 3, 0),
     "token": (5, 6, 4, 5, 3, 0),
     "delta": (8, 6, 8, 8, 3, 1),
+    "channel delta": (4, 6, 16, 7, 3, 1),
 }
 
 # The same of linked segments, whose backward pass goes through all blocks once for states, once for outputs and once for maps:
@@ -31,16 +32,17 @@ LINKED: dict[str, Counts] = {
     "channel": (2, 1, 14, 2, 0, 0),
     "token": (5, 1, 3, 4, 0, 0),
     "delta": (4, 4, 3, 5, 1, 0),
+    "channel delta": (2, 4, 11, 5, 1, 0),
 }
 ACROSS: dict[str, Counts] = {
     **dict.fromkeys(("head", "channel", "token"), (0, 1, 0, 0, 1, 0)),
-    "delta": (0, 2, 2, 0, 1, 0),
+    **dict.fromkeys(("delta", "channel delta"), (0, 2, 2, 0, 1, 0)),
 }
 
 # The same of what is kept of linked segments beside their inputs: the states before chunks, and how far these reach.
 SAVED: dict[str, Counts] = {
     **dict.fromkeys(("head", "channel", "token"), (0, 0, 0, 0, 1, 0)),
-    "delta": (0, 0, 0, 0, 1, 1),
+    **dict.fromkeys(("delta", "channel delta"), (0, 0, 0, 0, 1, 1)),
 }
 
 
@@ -84,11 +86,13 @@ def _card(shape: Shape, kind: str) -> StateCard:
 def _counts(card: StateCard, linked: bool, size: int, grouped: bool) -> Counts:
     """Counts of a block of chunks of `size` tokens. Where heads share keys, scores that decays or corrections are in have copies for each.
 
-    With a decay a channel, chunks are halved down to spans of 4, and the decays into and out of halves are kept at each level.
+    With a decay a channel, chunks are halved down to spans of 4, and the decays into and out of halves are kept at each level: of the
+    scores of queries and, at the same time but where segments are linked, of those of keys.
     """
     keys, values, heads, *others = (LINKED if linked else WHOLE)[variant(card)]
     channel = card.decay == "channel"
-    heads += 2 * (grouped and (channel or card.delta)) + ((size // 4).bit_length() - 1 if channel else 0)
+    scores = 2 if card.delta and not linked else 1
+    heads += 2 * (grouped and (channel or card.delta)) + (scores * ((size // 4).bit_length() - 1) if channel else 0)
     return keys, values, heads, *others
 
 

@@ -231,7 +231,7 @@ NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (
         dict(model__pattern="S", model__linear__heads=3),
         None,
-        "model.linear.heads has no effect: no layer of pattern 'S' is L, R, G, M, D or N",
+        "model.linear.heads has no effect: no layer of pattern 'S' is L, R, G, M, D, N or K",
     ),
     (
         dict(model__pattern="MS", model__linear__decay=False),

@@ -157,7 +157,31 @@ def delta_net(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
     return (rms(o, m.norm_eps) * w["out_norm.weight"].view(heads, dv)).flatten(1) @ w["out_proj.weight"].T
 
 
+def kimi_delta(x: Tensor, w: Weights, m: Any, layer: int) -> Tensor:
+    heads, keys, dk, dv = sizes(m)
+    n = heads // keys
+    qkv, beta = heads_of(x, w, m, [2 * dk + n * dv, n])
+    q, k, v = convolved(qkv, w).split([dk, dk, n * dv], -1)
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    v, beta = v.reshape(len(x), heads, dv), torch.sigmoid(beta.reshape(len(x), heads))
+    steps = x @ w["decay_in.weight"].T @ w["decay_out.weight"].T + w["decay.dt_bias"]
+    steps = torch.log(1 + torch.exp(steps)).view(len(x), heads, dk)
+    alpha = torch.exp(-torch.exp(w["decay.A_log"])[:, None] * steps)
+    o = torch.zeros_like(v)
+    for h in range(heads):
+        state = torch.zeros(dk, dv, dtype=x.dtype)
+        for t in range(len(x)):
+            key = k[t, h // n]
+            erase = torch.eye(dk, dtype=x.dtype) - beta[t, h] * torch.outer(key, key)
+            state = erase @ torch.diag(alpha[t, h]) @ state + beta[t, h] * torch.outer(key, v[t, h])
+            o[t, h] = state.T @ (q[t, h // n] / math.sqrt(dk))
+    gate = torch.sigmoid(x @ w["gate_in.weight"].T @ w["gate_out.weight"].T)
+    o = rms(o, m.norm_eps) * w["out_norm.weight"].view(heads, dv)
+    return (o.flatten(1) * gate) @ w["out_proj.weight"].T
+
+
 LAYERS = {
+    "kimi_delta": kimi_delta,
     "delta_net": delta_net,
     "lightning": lightning,
     "retention": retention,

@@ -75,6 +75,7 @@ FAMILY = {
     "MMMS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="MMMS", model__linear=LINEAR)),
     "DDDS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="DDDS", model__linear=LINEAR)),
     "NS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="NS", model__linear=LINEAR)),
+    "KKKS TP2xCP2": (4, degrees(tensor=2, context=2, model__pattern="KKKS", model__linear=LINEAR)),
     "RGMD PP2xVPP2": (2, degrees(pipeline=2, virtual=2, model__pattern="RGMD", model__linear=LINEAR)),
 }
 # Every channel mixer in one model, the dense one with each activation, of widths that differ.
@@ -106,7 +107,7 @@ FAMILY_DEGREES: list[tuple[str, int, dict[str, Any]]] = [
 ]
 FAMILY_SLOW = {
     f"{pattern} {name}": (ranks, degrees(model__pattern=pattern, model__linear=LINEAR, **axes))
-    for pattern in ("LS", "GS", "MMMS", "DDDS", "NS", "RGMD")
+    for pattern in ("LS", "GS", "MMMS", "DDDS", "NS", "KS", "RGMD")
     for name, ranks, axes in FAMILY_DEGREES
 }
 
@@ -169,7 +170,9 @@ def test_each_way_of_attention_equals_one_process(gloo: Any, method: str, case: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["GS TP2xCP2", "MMMS TP2xCP2", "DDDS TP2xCP2", "LS CP3", "RGMD CP4"])
+@pytest.mark.parametrize(
+    "case", ["GS TP2xCP2", "MMMS TP2xCP2", "DDDS TP2xCP2", "KKKS TP2xCP2", "KS CP2", "LS CP3", "RGMD CP4"]
+)
 @pytest.mark.parametrize("method", ["lasp1", "zeco", "ulysses"])
 def test_each_way_of_states_equals_one_process(gloo: Any, method: str, case: str) -> None:
     pattern, axes = case.split()
