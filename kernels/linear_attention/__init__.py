@@ -173,7 +173,7 @@ def segments(
             return triton_segments(tokens, lengths, linked, scale)
         if backend == "triton":
             raise ValueError(f"linear attention backend 'triton' {refusal}; backend 'chunked' computes it")
-        _log_choice("chunked", f"since triton {refusal}")
+        _log_choice("chunked", f"since triton {refusal}", logging.WARNING)
     elif backend == "auto":
         _log_choice("chunked", f"the fastest on {v.device.type}")
     return ChunkedSegments(_chunks(log_decay, beta), tokens, lengths, linked, scale)
@@ -201,5 +201,6 @@ def _final_state(segment_map: SegmentMap, initial_state: Tensor | None) -> Tenso
 
 
 @lru_cache
-def _log_choice(backend: str, why: str) -> None:
-    logging.getLogger(__name__).info("linear attention: %s backend, %s", backend, why)
+def _log_choice(backend: str, why: str, level: int = logging.INFO) -> None:
+    """Once for each reason; what is not the fastest is a warning, which is shown where nobody set up logging."""
+    logging.getLogger(__name__).log(level, "linear attention: %s backend, %s", backend, why)

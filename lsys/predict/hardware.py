@@ -27,8 +27,9 @@ MEMORY: dict[str, tuple[float, float]] = {
 
 # Parts of the peaks that are assumed. Products: large ones on tensor cores reach 60 to 75%. Attention: FlashAttention-2 35 to 50% on
 # H100 (Dao, 2023), FlashAttention-3 up to 75% (Shah et al., 2024). Linear attention is bound by memory: published kernels reach 7 to
-# 16% of that bound. Links: collectives reach 75 to 90%.
-MATMUL, ATTENTION, KERNEL, MEMORY_SHARE, LINK = 0.65, 0.5, 0.15, 0.8, 0.8
+# 16% of that bound. In chunks of PyTorch operations 30% of the time is for intermediate results and the rest for launches, of which a layer
+# of 32 heads of 128 has 1,700 forward and 3,900 backward for 8K tokens. Links: collectives reach 75 to 90%.
+MATMUL, ATTENTION, KERNEL, CHUNKED, MEMORY_SHARE, LINK = 0.65, 0.5, 0.15, 0.3, 0.8, 0.8
 LAUNCH = 10e-6  # s that a layer's kernels wait for their launch, each of some tens
 USABLE = 0.92  # of a GPU's memory: the rest is the context's, NCCL's and lost between tensors
 
@@ -124,10 +125,11 @@ def _data_sheet(name: str, gpu: str, ranks: int, precision: str) -> Hardware:
     for card in CARDS:
         costs |= {f"layer:{card.symbol}": 3 * LAUNCH, f"layer_backward:{card.symbol}": 3 * LAUNCH}
     fused = 1 / (KERNEL * bandwidth)
-    for kind in (
-        card.symbol for card in CARDS if card.has_state
-    ):  # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
+    chunked = {"": costs["bytes"] / CHUNKED, "_backward": costs["bytes_backward"] / CHUNKED}
+    for kind in (card.symbol for card in CARDS if card.has_state):
+        # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
         costs |= {f"fused:{kind}": fused, f"fused_backward:{kind}": 1.75 * fused}
+        costs |= {f"{name}{way}:{kind}": s for name in ("kernel", "linked") for way, s in chunked.items()}
     for kind in (card.symbol for card in CARDS if not card.has_state):
         costs |= {f"kernel:{kind}": costs["bytes"], f"kernel_backward:{kind}": costs["bytes_backward"]}
     links = {k: Link(link.latency, LINK * link.bandwidth) for k, link in HARDWARE[gpu].items()}

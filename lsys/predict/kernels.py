@@ -1,4 +1,4 @@
-"""Bytes that the kernels of token mixers keep and use: on CPUs as `lsys.kernels` has them in torch operations.
+"""Bytes that the kernels of token mixers keep and use: as `lsys.kernels` has them in torch operations, on CPUs and where no kernel is fused.
 
 In chunks of C tokens, H heads, keys of width K, values of width V. Kernels go through a sequence in blocks of chunks
 (`lsys.kernels.linear_attention.blocks`) and keep their inputs alone; of segments whose states come from or go to other ranks, also
@@ -11,7 +11,7 @@ from lsys.mixers.state import StateCard
 from lsys.predict.shape import Shape
 
 SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.grid`
-BLOCK = 2**18  # elements of a block, as `lsys.kernels.linear_attention.blocks`
+BLOCK, GPU_BLOCK = 2**18, 2**23  # elements of a block, as `lsys.kernels.linear_attention.blocks`
 
 # Numbers a token that are alive at the peak of a kernel's backward pass beside its inputs, their gradients and that of its output:
 # of keys, values, H K, H C, H K V / C, H K^2 / C, by the variant of the kernel. Counted from live tensors; decays of channels and the
@@ -44,6 +44,9 @@ SAVED: dict[str, Counts] = {
     **dict.fromkeys(("head", "channel", "token"), (0, 0, 0, 0, 1, 0)),
     **dict.fromkeys(("delta", "channel delta"), (0, 0, 0, 0, 1, 1)),
 }
+
+# Variants with a fused kernel on GPUs (`lsys.kernels.linear_attention.choice_triton`); the others run in chunks there too.
+FUSED = frozenset(("head", "channel", "token", "delta"))
 
 
 def variant(card: StateCard) -> str:
@@ -122,8 +125,14 @@ def linear_workspace(shape: Shape, kind: str) -> float:
     heads, key_heads, k, v, c = _widths(shape, kind)
     b, tokens = shape.itemsize, shape.slots
     whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _card(shape, kind).gates(shape.mesh.tensor)
-    room = c * max(1, BLOCK // (c * max(1, heads * max(k, v))))
+    block = GPU_BLOCK if shape.gpu and not is_fused(shape, kind) else BLOCK
+    room = c * max(1, block // (c * max(1, heads * max(k, v))))
     return tokens * whole + 4 * intermediate(shape, kind, tokens, min(tokens, room))
+
+
+def is_fused(shape: Shape, kind: str) -> bool:
+    """Whether the kernel is one for GPUs that makes no intermediate results in memory."""
+    return shape.gpu and variant(_card(shape, kind)) in FUSED
 
 
 def is_linked(shape: Shape, kind: str) -> bool:

@@ -3,7 +3,7 @@
     matmul                    FLOPs of products with weights
     attention                 FLOPs of softmax attention: 4 H D for each query and key that it sees (2.5 times as many backward)
     kernel:K, linked:K        bytes of intermediate results in the mixer with the symbol K; linked: where states cross ranks
-    fused:K                   on GPUs instead of these: bytes that its kernel reads and writes at the least
+    fused:K                   on GPUs that have a kernel for it, instead of these: bytes that this reads and writes at the least
     bytes                     of other activations that layers keep: each is written once and read a few times
     weights                   numbers of weights, whose gradients are added up
     tensor                    operations over tensor ranks: what they take their issuer beside the transfer
@@ -26,7 +26,7 @@ from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages.heads import shares
 from lsys.parallel.methods import Method
 from lsys.predict.activations import Activations
-from lsys.predict.kernels import intermediate, is_linked, least
+from lsys.predict.kernels import intermediate, is_fused, is_linked, least
 from lsys.predict.shape import Shape
 from lsys.predict.weights import weights
 
@@ -73,7 +73,7 @@ class StageWork:
                 flops = self.attention_flops(mixer, methods[mixer])
                 work["attention"] = max(flops) if most else sum(flops) / len(flops)
                 work[f"kernel:{card.symbol}"] = layer.before
-            elif self.shape.gpu:
+            elif is_fused(self.shape, mixer):
                 work[f"fused:{card.symbol}"] = self.shape.slots * least(self.shape, mixer)
             else:
                 name = "linked" if is_linked(self.shape, mixer) else "kernel"

@@ -1,13 +1,15 @@
 """Linear attention on one device: what must not be seen, strong decay, long sequences, wrong uses."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 from support.linear_kernels import MEMBERS, cu, errors, run, tensors
 
-from lsys.kernels.linear_attention import blocks, linear_attention
+from lsys.kernels.linear_attention import _log_choice, blocks, linear_attention, segments
 from lsys.kernels.linear_attention.channel import SMALLEST, ChannelChunks
+from lsys.kernels.linear_attention.chunks import Tokens
 from lsys.kernels.linear_attention.delta import DeltaChunks
 from lsys.kernels.linear_attention.scalar import ScalarChunks
 
@@ -76,6 +78,35 @@ def test_a_million_tokens_in_single_precision(member):
     assert (o[:, last] - exact_o[:, last]).norm() < 1e-5 * exact_o[:, last].norm()
     assert after is not None and exact_after is not None
     assert (after - exact_after).norm() < 1e-5 * exact_after.norm()
+
+
+def test_a_channel_s_decay_with_the_delta_rule_runs_in_chunks_on_any_device_and_says_so_once(caplog):
+    """On tensors without values, of which no operation may ask: a GPU's would be waited for. No block is smaller than it must be."""
+    _log_choice.cache_clear()
+    lengths, tokens = [7, 0, 300], 307
+    shapes = [(tokens, 2, 8), (tokens, 2, 8), (tokens, 4, 6), (tokens, 4, 8), (tokens, 4)]
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            inputs = [torch.empty(1, *shape, device="meta", requires_grad=True) for shape in shapes]
+            o, _ = linear_attention(*inputs, cu_seqlens=cu(lengths))
+            o.sum().backward()
+            assert o.device.type == "meta" and all(x.grad is not None and x.grad.device.type == "meta" for x in inputs)
+            linked = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+            q, k, v, log_decay, beta = linked
+            parts: Any = segments(q, k, v, log_decay, beta, lengths, [0, 2])
+            found = parts.segment_map()
+            parts.apply(found, parts.intra(), found.state).sum().backward()
+            assert found.transition.shape == (2, 4, 8, 8) and all(x.grad is not None for x in linked)
+    said = "linear attention: chunked backend, since triton has no decay per key channel with the delta rule"
+    assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", said)]
+
+
+def test_blocks_are_larger_where_operations_are_launches():
+    few, many = (
+        blocks.in_blocks(DeltaChunks, Tokens(x, x, x, None, None), [20000], None, False)
+        for x in (torch.empty(20000, 4, 64, device=device) for device in ("meta", "cpu"))
+    )
+    assert len(few) == 1 and len(many) > 10
 
 
 def test_wrong_uses_are_refused():

@@ -8,6 +8,7 @@ from lsys.config.load import load
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.traffic import Operation
 from lsys.predict.hardware import hardware
+from lsys.predict.kernels import FUSED
 from lsys.predict.plan import Plan
 from lsys.predict.search import changed, search
 from lsys.predict.seconds import StepTime
@@ -15,6 +16,7 @@ from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.transfers import Transfers, once
 from lsys.predict.weights import chunk_parameters, weights
+from lsys.predict.work import StageWork
 
 H200 = hardware("h200x8", "bf16")
 
@@ -116,3 +118,28 @@ def test_a_group_that_straddles_nodes_is_timed_over_the_network() -> None:
     inside = Shape(shape.config, 48, ranks_per_node=12)
     times = [StepTime(each, H200).tensor_seconds(0, 0)[0] for each in (shape, inside)]
     assert times[0] > 2 * times[1]
+
+
+def test_what_has_no_fused_kernel_is_planned_in_chunks() -> None:
+    """The table of variants against what the kernels refuse; and what it means for a layer's time and memory."""
+    import torch
+
+    from lsys.kernels.linear_attention.choice_triton import triton_refusal
+    from lsys.kernels.linear_attention.chunks import Tokens
+
+    x, beta = torch.empty(1, 1, 8, dtype=torch.bfloat16, device="meta"), torch.empty(1, 1, device="meta")
+    decays = {"head": torch.empty(1, device="meta"), "token": beta, "channel": x.float()}
+    for name, decay in decays.items():
+        for delta in (None, beta):
+            key = name if delta is None else "channel delta" if name == "channel" else "delta"
+            refusal = triton_refusal(Tokens(x, x, x, decay, delta))
+            assert refusal is not None and ("runs on CUDA, not on meta" in refusal) == (key in FUSED), (key, refusal)
+    seconds = []
+    for letter, wanted in (("D", "fused:D"), ("K", "linked:K")):
+        work = StageWork(Shape(config(model__pattern=letter), 64))
+        (layer,) = work.activations.layers
+        mixer = work.mixer(layer, work.shape.methods)
+        assert [key for key in mixer if key.partition(":")[0] in ("kernel", "linked", "fused")] == [wanted]
+        assert all(amount * H200.costs[key] > 0 for key, amount in mixer.items())
+        seconds.append(H200.seconds(mixer))
+    assert seconds[1] > 3 * seconds[0]
