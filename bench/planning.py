@@ -22,15 +22,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lsys.kernels.mask import Mask
 from lsys.kernels.softmax_attention import Tiles, cpu, cuda
 from lsys.parallel.attention.route import Route, route
-from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.methods import SOFTMAX, Method
 
 Result = TypeVar("Result")
 
-MASKS = {"causal": Mask(True, None), "window 1024": Mask(True, 1024), "full": Mask(False, None)}
+MASKS = {"causal": Mask(), "window 1024": Mask(window=1024), "full": Mask(causal=False)}
 HEADS, NODE = 32, 8  # query heads, ranks of a node: what methods group ranks by
 
 
@@ -67,7 +67,7 @@ def plan(method: Method, layout: SequenceLayout, rank: int, mask: Mask) -> tuple
     if len(groups) < layout.ranks:
         rank = next(number for number, group in enumerate(groups) if rank in group)
         layout = layout.pooled(groups)
-    schedule = generate(layout, *mask)
+    schedule = generate(layout, mask)
     seconds = [time.process_time() - began]
     found, taken = timed(lambda: route(schedule, layout, rank, mask))
     seconds.append(taken)

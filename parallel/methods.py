@@ -23,9 +23,9 @@ class Method:
 
     Attributes:
         name: in the configuration.
-        phases: the messages of one causal layer: softmax (place, shape, nodes, window, backend), states (place, shape).
-        run: "module:function" that makes what is run. Softmax: a schedule between groups, (layout, causal, window). States:
-            the exchange of a call; of a method with whole documents the whole of `linear_attention`.
+        phases: the messages of one layer: softmax (place, shape, nodes, mask, backend), states (place, shape), causal.
+        run: "module:function" that makes what is run. Softmax: a schedule between groups, (layout, mask). States: the
+            exchange of a call; of a method with whole documents the whole of `linear_attention`.
         summary: what it does, after its name.
         groups: inside which ranks exchange heads for tokens, of (nodes, query heads).
         ends: so many phases before the mixer's work exchange heads for tokens, and as many after it.

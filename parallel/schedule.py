@@ -7,14 +7,16 @@ forward and adjoint (`lsys.parallel.attention.executor`). Nothing here assumes a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from lsys.kernels.mask import CAUSAL, Mask, Sight
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.segments import Segment, SegmentTable, cut, find, is_prefix, joined
+from lsys.parallel.sights import sights
 
 
 class Transfer(NamedTuple):
@@ -88,12 +90,21 @@ def parts_of(layout: SequenceLayout, segments: Iterable[tuple[int, int, int]]) -
     return cut(every.take(at), begin, length)
 
 
-def crossing(layout: SequenceLayout) -> SegmentTable:
-    """The segments of documents of which several ranks hold tokens, in the order of the stream."""
+def crossing(layout: SequenceLayout, mask: Mask) -> SegmentTable:
+    """The segments of documents of which, with one that sees them, several ranks hold tokens, in the order of the stream.
+
+    Those that see them are there too.
+    """
     every = layout.sorted()
     changes = (every.rank.diff() != 0) & (every.document.diff() == 0)
     crosses = torch.zeros(len(layout.lengths), dtype=torch.bool)
     crosses[every.document[1:][changes]] = True
+    if not mask.is_own and len(every.document):
+        begins = torch.searchsorted(every.document, torch.arange(len(crosses))).clamp(max=len(every.document) - 1)
+        owner = every.rank[begins].masked_fill(torch.tensor(layout.lengths) == 0, -1)
+        pairs = torch.stack(sights(layout, mask)[:2])
+        apart = (owner[pairs[0]] != owner[pairs[1]]) & (owner[pairs] >= 0).all(0)
+        crosses[pairs[:, apart | crosses[pairs].any(0)]] = True
     wanted = crosses.index_select(0, every.document)
     return every if bool(wanted.all()) else every.take(wanted)
 
@@ -154,7 +165,7 @@ def _taken(held: SegmentTable, wanted: SegmentTable) -> tuple[SegmentTable, Segm
 # ---- proof
 
 
-def check(schedule: Schedule, layout: SequenceLayout, causal: bool = True, window: int | None = None) -> None:
+def check(schedule: Schedule, layout: SequenceLayout, mask: Mask = CAUSAL) -> None:
     """Prove that a schedule is right for attention over the layout.
 
     Ranks send only what they hold, and each works exactly once on every token that one of its queries sees: its own,
@@ -180,8 +191,11 @@ def check(schedule: Schedule, layout: SequenceLayout, causal: bool = True, windo
         held = schedule.received(number + 1)
     if held:
         raise ValueError(f"step {len(schedule.steps) - 1} is the last; nobody works on what it transfers")
+    seen: dict[int, list[Sight]] = defaultdict(list)  # by reader
+    for sight in mask.sights(layout.lengths):
+        seen[sight.reader].append(sight)
     for rank, tables in enumerate(worked):
-        _check_coverage(rank, tables, layout, causal, window)
+        _check_coverage(rank, tables, layout, mask, seen)
 
 
 def _check_transfers(at: str, step: Step, layout: SequenceLayout, held: dict[int, SegmentTable]) -> None:
@@ -214,15 +228,19 @@ def _check_parts(at: str, parts: SegmentTable, layout: SequenceLayout) -> None:
 
 
 def _check_coverage(
-    rank: int, worked: list[SegmentTable], layout: SequenceLayout, causal: bool, window: int | None
+    rank: int, worked: list[SegmentTable], layout: SequenceLayout, mask: Mask, seen: Mapping[int, Sequence[Sight]]
 ) -> None:
     """That the rank works exactly once on each token that one of its queries sees."""
     by_document: dict[int, list[Segment]] = defaultdict(list)
     for segment in sorted(segment for table in worked for segment in _segments(table)):
         by_document[segment.document].append(segment)
-    for document, start, length in layout.segments[rank]:
-        first = 0 if window is None else max(0, start - window + 1)
-        stop = start + length if causal else layout.lengths[document]
+    reach = mask.reach()
+    for (_, start, length), (document, _, distance) in (
+        (segment, sight) for segment in layout.segments[rank] for sight in seen[segment.document]
+    ):
+        first = 0 if reach is None else max(0, start + distance - reach)
+        stop = layout.lengths[document]
+        stop = min(stop, start + distance + length) if mask.causal else stop
         at = first  # all tokens from `first` to here are worked on once
         for segment in by_document[document]:
             begin, end = max(segment.start, first), min(segment.stop, stop)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lsys.kernels.mask import Mask
 from lsys.kernels.softmax_attention import attend_sequences, sequences
 
 Attend = Callable[[], Tensor]
@@ -83,7 +84,7 @@ def _forced(work: Callable[[], Any]) -> str:
 def softmax_sides(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[dict[str, Attend], str]:
     """Ours, and each other that runs forward and backward; and a note on those that do not."""
     length = torch.tensor(lengths)
-    tiles, scale = sequences(length, length, True, None), q.shape[-1] ** -0.5
+    tiles, scale = sequences(length, length, Mask()), q.shape[-1] ** -0.5
     sides: dict[str, Attend] = {"lsys": lambda: attend_sequences(q, k, v, tiles, scale=scale)[0]}
     notes = []
     for name, attend in _others(q, k, v, lengths).items():

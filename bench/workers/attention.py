@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.common.tools import serve
+from lsys.kernels.mask import Mask
 from lsys.parallel.attention import softmax_attention
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
@@ -52,7 +53,9 @@ class Case:
     def phases(self, nodes: Sequence[int]) -> Phases:
         """What it sends, by formulas."""
         place = Placement.of(self.layout, self.lengths, len(nodes))
-        return SOFTMAX[self.method].phases(place, Shape(self.heads, self.kv_heads, self.width, 4), nodes, self.window)
+        return SOFTMAX[self.method].phases(
+            place, Shape(self.heads, self.kv_heads, self.width, 4), nodes, Mask(window=self.window)
+        )
 
     def tensors(self, tokens: int) -> list[Tensor]:
         """q, k, v and the gradient of o, fp32."""

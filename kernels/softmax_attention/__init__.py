@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lsys.kernels.mask import Mask
 from lsys.kernels.softmax_attention import cpu, cuda, reference
 from lsys.kernels.softmax_attention.core import Attention, Backend, dense, planned
 from lsys.kernels.softmax_attention.merge import merge
@@ -40,6 +41,7 @@ def softmax_attention(
     cu_seqlens_k: Tensor,
     causal: bool = True,
     window: int | None = None,
+    mask: Mask | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -53,6 +55,7 @@ def softmax_attention(
         q: [Tq, H, D].
         k, v: [Tk, H_kv, D]; query head h reads key head h // (H / H_kv).
         cu_seqlens_q, cu_seqlens_k: integers [sequences + 1]. Best on the host: their values are needed there.
+        mask: instead of `causal` and `window`; of sequences that see themselves alone.
         scale: of the scores; default D**-0.5.
         backend: "flash_attn" (the package flash-attn), "cuda" and "cpu" (PyTorch's flash kernels), "reference" (plain
             PyTorch, any device, quadratic memory), or "auto", the first of these that can run, which it logs.
@@ -66,9 +69,10 @@ def softmax_attention(
     """
     _check_tensors(q, k, v)
     lengths_q, lengths_k = _lengths("q", cu_seqlens_q, len(q)), _lengths("k", cu_seqlens_k, len(k))
-    _check_mask(lengths_q, lengths_k, causal, window)
+    mask = Mask.of(mask, causal, window)
+    _check_mask(lengths_q, lengths_k, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return attend_sequences(q, k, v, sequences(lengths_q, lengths_k, causal, window), scale=scale, backend=backend)
+    return attend_sequences(q, k, v, sequences(lengths_q, lengths_k, mask), scale=scale, backend=backend)
 
 
 def attend_sequences(
@@ -215,14 +219,16 @@ def _lengths(name: str, cu_seqlens: Tensor, rows: int) -> Tensor:
     return lengths
 
 
-def _check_mask(lengths_q: Tensor, lengths_k: Tensor, causal: bool, window: int | None) -> None:
+def _check_mask(lengths_q: Tensor, lengths_k: Tensor, mask: Mask) -> None:
     if len(lengths_q) != len(lengths_k):
         raise ValueError(
             f"cu_seqlens_q is of {len(lengths_q)} sequences, cu_seqlens_k of {len(lengths_k)}; they must agree"
         )
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"a window is of 1 token or more and causal; got window={window}, causal={causal}")
-    if causal and (lengths_q > lengths_k).any():
+    if not mask.is_own:
+        raise ValueError(
+            f"packed sequences see themselves alone, not {mask.documents}; lsys.parallel.attention has these"
+        )
+    if mask.causal and (lengths_q > lengths_k).any():
         i = int((lengths_q > lengths_k).nonzero()[0])
         counts = f"{int(lengths_q[i])} causal queries and {int(lengths_k[i])} keys"
         raise ValueError(f"sequence {i} has {counts}; each query stands at one of the keys")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lsys.kernels.mask import Mask
+
 Derived = TypeVar("Derived")
 
 # A bound so far from the diagonal that it binds nobody. It takes part in sums and comparisons as infinity would.
@@ -140,12 +142,13 @@ def _or(bound: int | None, none: int) -> int:
     return none if bound is None else bound
 
 
-def sequences(lengths_q: Tensor, lengths_k: Tensor, causal: bool, window: int | None) -> Tiles:
-    """A tile for each packed sequence; causal queries stand at the last positions of their keys."""
-    past, none = lengths_k - lengths_q, torch.full_like(lengths_q, FAR)
-    first = -none if window is None else past - window + 1
+def sequences(lengths_q: Tensor, lengths_k: Tensor, mask: Mask) -> Tiles:
+    """A tile for each packed sequence, which sees itself alone; causal queries stand at the last positions of their keys."""
+    none = torch.full_like(lengths_q, FAR)
+    first, last = mask.band(lengths_k - lengths_q)
     starts = (lengths.cumsum(0) - lengths for lengths in (lengths_q, lengths_k))
-    return Tiles(next(starts), lengths_q, next(starts), lengths_k, first, past if causal else none)
+    first, last = -none if first is None else first, none if last is None else last
+    return Tiles(next(starts), lengths_q, next(starts), lengths_k, first, last)
 
 
 class Batches(NamedTuple):

@@ -40,7 +40,7 @@ def itemsize(config: Config) -> int:
 @lru_cache(maxsize=256)
 def _choose(layout: str, tokens: int, one: KeyValues, size: int, nodes: tuple[int, ...]) -> tuple[Estimate, ...]:
     shape = Shape(one.heads, one.kv_heads, one.width, size)
-    return choose(Placement.of(layout, [tokens], len(nodes)), shape, nodes, window=one.window)
+    return choose(Placement.of(layout, [tokens], len(nodes)), shape, nodes, mask=one.mask)
 
 
 def attention_methods(config: Config, node_of_rank: Sequence[int]) -> dict[str, str]:

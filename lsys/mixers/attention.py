@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
+from lsys.kernels.mask import CAUSAL, Mask
 from lsys.mixers.card import NORM, Card, Kept, Place, Refusal, Weight
 from lsys.mixers.exchange import Exchange, KeyValues
 
 
 class AttentionCard(Card):
-    """Softmax attention with grouped keys, QK-norm and rotary positions; `window` says what a query sees."""
+    """Softmax attention with grouped keys, QK-norm and rotary positions; `mask` says what a query sees."""
 
     has_state = False
     model_keys: ClassVar[Sequence[str]] = ("groups", "qk_norm", "rope_base")
 
     @property
-    def window(self) -> int | None:
-        """Tokens that a query sees, itself included; None: all before it."""
-        return None
+    def mask(self) -> Mask:
+        """What a query sees of its own document."""
+        return CAUSAL
 
     @property
     def groups(self) -> int:
@@ -45,7 +46,7 @@ class AttentionCard(Card):
             yield Refusal("head_dim", f"{model.head_width} is odd, and rotary positions turn pairs of channels", fix)
 
     def mixing_flops(self, lengths: Sequence[int], is_first: bool = False) -> float:
-        return 4.0 * self.out_width * sum(visible(length, self.window) for length in lengths)
+        return 4.0 * self.out_width * sum(self.mask.visible(0, length, length) for length in lengths)
 
     def kept(self, place: Place) -> Kept:
         model, b, t = self.model, place.itemsize, place.tensor
@@ -65,10 +66,4 @@ class AttentionCard(Card):
 
     def exchanges(self, tensor: int, is_first: bool = False) -> Sequence[Exchange]:
         model = self.model
-        return [KeyValues(model.heads // tensor, model.kv_heads // tensor, model.head_width, self.window)]
-
-
-def visible(length: int, window: int | None) -> int:
-    """Pairs of a query and a key that it sees, in the first so many tokens of a causal document."""
-    full = length if window is None else min(length, window)  # of these tokens the first sees 1, the last all
-    return full * (full + 1) // 2 + (length - full) * full
+        return [KeyValues(model.heads // tensor, model.kv_heads // tensor, model.head_width, self.mask)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from lsys.kernels.mask import CAUSAL, Mask
 from lsys.parallel.messages import Phases, Placement, attention, linear
 from lsys.parallel.methods import Method
 
@@ -36,12 +37,12 @@ def _placement(layout: str, documents: tuple[int, ...], ranks: int) -> Placement
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of softmax attention, of `kv_heads` heads of this width for `heads` of queries; window: in tokens, None for all."""
+    """Keys and values of softmax attention, of `kv_heads` heads of this width for `heads` of queries; mask: what these see."""
 
     heads: int
     kv_heads: int
     width: int
-    window: int | None = None
+    mask: Mask = CAUSAL
 
     def phases(self, method: Method, ranks: Ranks) -> Phases:
         """The messages of one layer by this method."""
@@ -51,7 +52,7 @@ class KeyValues:
 @lru_cache(maxsize=64)
 def _key_values(one: KeyValues, method: Method, ranks: Ranks) -> Phases:
     shape = attention.Shape(one.heads, one.kv_heads, one.width, ranks.itemsize)
-    return method.phases(ranks.placement, shape, ranks.nodes, one.window, ranks.backend)
+    return method.phases(ranks.placement, shape, ranks.nodes, one.mask, ranks.backend)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, PositiveInt
 
+from lsys.kernels.mask import Mask
 from lsys.mixers.attention import AttentionCard
 from lsys.mixers.card import Refusal
 from lsys.section import Section
@@ -26,7 +27,12 @@ class Window(AttentionCard):
 
     @property
     def window(self) -> int | None:
+        """Tokens that a query sees, itself included; None if the configuration lacks it."""
         return self.own.window or self.model.window
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(window=self.window)
 
     def refusals(self) -> Iterator[Refusal]:
         yield from super().refusals()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lsys.mixers.attention import visible
 from lsys.mixers.card import Layer
 from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages.heads import shares
@@ -87,14 +86,14 @@ class StageWork:
         """Forward, by context rank: of the pairs that its queries see, or of its share of the heads."""
         context, tensor = self.shape.mesh.context, self.shape.mesh.tensor
         (one,) = (each for each in self.shape.cards[kind].exchanges(tensor) if isinstance(each, KeyValues))
-        pair, window = 4.0 * one.width, one.window
+        pair, mask = 4.0 * one.width, one.mask
         if method.whole:
-            total = sum(visible(n, window) for n in self.shape.documents)
+            total = sum(mask.visible(0, n, n) for n in self.shape.documents)
             return [pair * share.queries * total for share in shares(one.heads, one.kv_heads, context)]
         pairs, place = [0.0] * context, self.shape.ranks.placement
         for part in place.parts:
             start = part.begin - place.places[part.document]
-            pairs[part.rank] += visible(start + part.length, window) - visible(start, window)
+            pairs[part.rank] += mask.visible(start, start + part.length, place.lengths[part.document])
         return [pair * one.heads * n for n in pairs]
 
     def layer(self, kind: Layer, methods: Mapping[str, Method], most: bool = False) -> Work:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from lsys.kernels.mask import Mask
 from lsys.parallel.attention import ulysses
 from lsys.parallel.attention.executor import Options
-from lsys.parallel.attention.tiles import Mask
+from lsys.parallel.attention.select import Select
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.methods import SOFTMAX
@@ -25,10 +26,12 @@ def softmax_attention(
     method: str = "ring",
     causal: bool = True,
     window: int | None = None,
+    mask: Mask | None = None,
+    select: Select | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention inside each document, whichever ranks hold its tokens.
+    """Softmax attention inside each document, and to others that it sees, whichever ranks hold their tokens.
 
     All ranks of `comm` must call it, and backpropagate through its result, those without tokens too. Methods differ in
     what they communicate (`lsys.parallel.methods`), not in the result; nothing needs to divide anything.
@@ -45,6 +48,8 @@ def softmax_attention(
             "usp": Ulysses inside a node (the comm's `node_of_rank`), a ring across nodes.
         causal: a query sees its document up to its own position; otherwise the whole document.
         window: w limits a causal query at position p to positions p - w + 1 to p.
+        mask: instead of these two; also says which documents a document sees (`lsys.kernels.mask`). Alike on all ranks.
+        select: of what the mask shows, what this call attends to (`lsys.parallel.attention.select`); nothing of it is kept.
         scale: of the scores; default D**-0.5.
         backend: of the local attention, see `lsys.kernels.softmax_attention`.
 
@@ -57,9 +62,10 @@ def softmax_attention(
             then break; a launcher such as torchrun ends the others) or the group's timeout passes. On CUDA, where
             looking for a NaN would wait for the device, this is done in autograd's anomaly mode only.
     """
-    _check(q, k, v, layout, comm, method, causal, window)
+    mask = Mask.of(mask, causal, window)
+    _check(q, k, v, layout, comm, method, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(Mask(causal, window), scale, backend)
+    options = Options(mask, scale, backend, select)
     row, nodes = SOFTMAX[method], (0,) if comm is None else comm.node_of_rank
     return ulysses.attention(q, k, v, layout, comm, row.function(), row.groups(nodes, q.shape[1]), options)
 
@@ -71,13 +77,11 @@ def _check(
     layout: SequenceLayout,
     comm: SequenceComm | None,
     method: str,
-    causal: bool,
-    window: int | None,
+    mask: Mask,
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"attention method {method!r} is not one of: {', '.join(METHODS)}")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"a window is of 1 token or more and causal; got window={window}, causal={causal}")
+    mask.documents.check(len(layout.lengths))
     rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
     if size != layout.ranks:
         remedy = "; comm=None is one rank" if comm is None else ""

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels import softmax_attention as kernel
+from lsys.kernels.mask import Mask
 from lsys.kernels.softmax_attention import Tiles
 from lsys.parallel.attention.route import Gather, Generator, Message, RouteStep, Rows, route_of
-from lsys.parallel.attention.tiles import Mask
+from lsys.parallel.attention.select import Select
+from lsys.parallel.attention.tiles import Queries
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
 
@@ -23,6 +25,7 @@ class Options(NamedTuple):
     mask: Mask
     scale: float
     backend: str
+    select: Select | None = None
 
 
 def attention(
@@ -38,7 +41,7 @@ def attention(
     peers: tuple[int, ...] | None = None,
     heads: tuple[tuple[slice, slice], ...] | None = None,
 ) -> Tensor:
-    """Attention along the schedule that `generator(layout, causal, window)` makes, once for all calls with this layout.
+    """Attention along the schedule that `generator(layout, mask)` makes, once for all calls with this layout and mask.
 
     Args:
         q: [T_r, H, D], this rank's tokens.
@@ -53,11 +56,14 @@ def attention(
     rank = (0 if comm is None else comm.rank) if rank is None else rank
     heads = ((slice(0, q.shape[1]), slice(0, k.shape[1])),) if heads is None else heads
     route = route_of(layout, generator, rank, options.mask, q.device)
-    if route.whole is not None:
+    if route.whole is not None and options.select is None:
         parts = [_on_one_device(q[:, h], k[:, g], v[:, g], route.whole, options) for h, g in heads]
         return parts[0] if len(parts) == 1 else torch.cat([q[:, :0], *parts], 1)
     peers = tuple(range(layout.ranks)) if peers is None else peers
-    return Attention.apply(q, k, v, Program(route.steps, comm, peers, heads, options))
+    steps = route.steps
+    if options.select is not None:
+        steps = route.selected(Queries.of(layout, rank), options.mask, options.select)
+    return Attention.apply(q, k, v, Program(steps, comm, peers, heads, options))
 
 
 def _on_one_device(q: Tensor, k: Tensor, v: Tensor, documents: Tiles, options: Options) -> Tensor:
@@ -130,7 +136,7 @@ class Attention(torch.autograd.Function):
 
 
 def _attend(program: Program, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
-    _, scale, backend = program.options
+    scale, backend = program.options.scale, program.options.backend
     for h, g in program.heads if len(tiles) else ():
         kernel.attend(q[:, h], k[:, g], v[:, g], tiles, o[:, h], lse[:, h], scale=scale, backend=backend)
 
@@ -147,7 +153,7 @@ def _attend_backward(
     dq: Tensor,
     dkv: Tensor,
 ) -> None:
-    _, scale, backend = program.options
+    scale, backend = program.options.scale, program.options.backend
     for h, g in program.heads if len(tiles) else ():
         queries, keys = (do[:, h], q[:, h]), (k[:, g], v[:, g])
         sums = dq[:, h], dkv[:, 0, g], dkv[:, 1, g]

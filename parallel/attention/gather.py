@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import torch
 
+from lsys.kernels.mask import CAUSAL, Mask
+from lsys.parallel.attention.reach import readers
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.schedule import Schedule, Step, Transfer, crossing
 from lsys.parallel.segments import SegmentTable, cut
+from lsys.parallel.sights import as_seen, most
 
 
-def schedule(layout: SequenceLayout, causal: bool = True, window: int | None = None) -> Schedule:
+def schedule(layout: SequenceLayout, mask: Mask = CAUSAL) -> Schedule:
     """One collective step, then one to work on what it brings; only local work if nobody needs anything."""
     local = tuple(layout.table(rank) for rank in range(layout.ranks))
-    offered = _offered(layout, causal, window)
+    offered = _offered(layout, mask)
     if len(offered.begin) == 0:
         return Schedule(layout.ranks, (Step(local=local),))
     offered = offered.take(offered.rank.int().argsort(stable=True))
@@ -29,16 +32,22 @@ def schedule(layout: SequenceLayout, causal: bool = True, window: int | None = N
     return Schedule(layout.ranks, (Step(tuple(transfers), local, collective=True), Step()))
 
 
-def _offered(layout: SequenceLayout, causal: bool, window: int | None) -> SegmentTable:
+def _offered(layout: SequenceLayout, mask: Mask) -> SegmentTable:
     """The tokens that some other rank than their owner needs, in the order of the stream."""
-    parts = crossing(layout)
-    if not causal or len(parts.begin) == 0:
+    parts = crossing(layout, mask)
+    if len(parts.begin) == 0:
         return parts
-    # The first queries of others that see a part are those of the document's next part that another rank holds.
-    number = torch.arange(1, len(parts.begin) + 1)
+    keys, number = as_seen(parts, layout, mask)
+    first, stop = readers(parts, keys, mask, len(layout.lengths))
+    # The first queries of another rank that see a part are those of its first reader, or of the next that is not of its rank.
+    total = len(parts.begin)
     changes = torch.cat([parts.rank.diff() != 0, torch.tensor([True])])
-    following = number.where(changes, len(number)).flip(0).cummin(0).values.flip(0)
-    query = torch.cat([parts.begin, torch.tensor([layout.total])])[following]
-    needed = parts.begin if window is None else (query - window + 1).maximum(parts.begin)
-    is_seen = query < layout.document_offsets[parts.document + 1]
-    return cut(parts, needed, (parts.end - needed).clamp(min=0).where(is_seen, 0))
+    following = torch.arange(1, total + 1).where(changes, total).flip(0).cummin(0).values.flip(0)
+    at = first.clamp(max=total - 1)
+    query = first.where(parts.rank[at] != keys.rank, following[at])
+    length, reach = keys.length, mask.reach()
+    if reach is not None:  # what is seen of a part is its end
+        edge = parts.begin[query.clamp(max=total - 1)] - reach
+        length = (keys.end - edge.maximum(keys.begin)).clamp(min=0)
+    length = most(length.where(query < stop, 0), number, total)
+    return cut(parts, parts.end - length, length)

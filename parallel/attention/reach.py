@@ -5,37 +5,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lsys.kernels.mask import Mask
 from lsys.parallel.segments import SegmentTable
+from lsys.parallel.sights import by_key
 
 _WORD = 48  # ranks in a word of a set of ranks: its bits are exact in a double, which tells the highest
 
 
-def readers(parts: SegmentTable, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
-    """By part, the range [first, stop) of the parts of which some query sees all of it: int64 [parts] each.
+def readers(parts: SegmentTable, keys: SegmentTable, mask: Mask, documents: int) -> tuple[Tensor, Tensor]:
+    """By key, the range [first, stop) of the parts of its document that may see it: int64 [keys] each.
 
-    The parts are all those of some documents, in the order of the stream; a part may be among its own readers.
+    Those behind where it begins, of a causal mask; a window is not looked at.
+
+    Args:
+        parts: all those of some documents, in the order of the stream.
+        keys: parts, `as_seen`; a part may be among its own readers.
+        mask: what a query sees.
+        documents: of the layout.
     """
-    stop = torch.searchsorted(parts.document, parts.document, right=True)
-    if not causal:
-        return torch.searchsorted(parts.document, parts.document), stop
-    if window is not None:  # those that begin less than a window after it does
-        stop = stop.minimum(torch.searchsorted(parts.begin, parts.begin + window))
-    return torch.arange(1, len(stop) + 1), stop
+    bounds = torch.searchsorted(parts.document, torch.arange(documents + 1))
+    stop = bounds.index_select(0, keys.document + 1)
+    if not mask.causal:
+        return bounds.index_select(0, keys.document), stop
+    if keys is parts:
+        return torch.arange(1, len(stop) + 1), stop
+    behind = torch.searchsorted(parts.begin, keys.begin, right=True)
+    return behind.maximum(bounds.index_select(0, keys.document)), stop
 
 
-def farthest(owner: Tensor, first: Tensor, stop: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+def farthest(
+    owner: Tensor, first: Tensor, stop: Tensor, ranks: int, number: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """How many ranks from its owner the farthest owner of parts [first, stop) is: upwards and downwards, 0 if none is.
 
-    int64 [parts] each. Sets of ranks are bits of words: the union over a range is that of two ranges whose length is a
+    int64 [ranges] each. Sets of ranks are bits of words: the union over a range is that of two ranges whose length is a
     power of two, which are made by doubling.
+
+    Args:
+        owner: rank of each part, int64 [parts].
+        first, stop: ranges of parts, int64 [ranges].
+        ranks: how many there are.
+        number: the part that each range belongs to; default one range for each part.
     """
-    up = down = torch.zeros_like(owner)
+    at = by_key(owner, number)
+    up = down = torch.zeros_like(at)
     levels = _levels(stop - first)
     for base in range(0, ranks, _WORD):
-        place = owner - base
+        place = at - base
         above = (place + 1).clamp_(0, _WORD)
-        bit = (1 << above >> 1).masked_fill_(place >= _WORD, 0)
-        seen = _unions(bit, first, stop, levels)
+        bit = _bit(place)
+        seen = _unions(bit if number is None else _bit(owner - base), first, stop, levels)
         higher = seen >> above << above  # owners above the part's own
         lower = seen - higher - (seen & bit)
         # Upwards, any that is lower is farther than those that are higher, and the highest of them is the farthest.
@@ -48,6 +67,11 @@ def farthest(owner: Tensor, first: Tensor, stop: Tensor, ranks: int) -> tuple[Te
     return up, down
 
 
+def _bit(place: Tensor) -> Tensor:
+    """The ranks at these places of a word, each as its set of one; no bits for one that is not in the word."""
+    return (1 << (place + 1).clamp(0, _WORD) >> 1).masked_fill_(place >= _WORD, 0)
+
+
 def _levels(length: Tensor) -> list[Tensor]:
     """Which ranges are covered by two of length 1, by two of length 2, of 4, and so on; empty ones are nowhere."""
     digits = _digits(length.clamp(min=0)).clamp_(min=0)
@@ -57,7 +81,7 @@ def _levels(length: Tensor) -> list[Tensor]:
 
 def _unions(bits: Tensor, first: Tensor, stop: Tensor, levels: list[Tensor]) -> Tensor:
     """Unions of the sets with the numbers of each range [first, stop); no bits for an empty one."""
-    found = torch.zeros_like(bits)
+    found = torch.zeros_like(first)
     for number, chosen in enumerate(levels):
         if number:
             half = 1 << (number - 1)

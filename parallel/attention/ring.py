@@ -1,5 +1,20 @@
 """Ring attention: blocks of keys and values pass from rank to rank (Liu et al., 2023).
 
+In ten lines, forward, where rank r of several holds the tokens r n to (r + 1) n of one causal document, q, k, v [n, H, D]:
+
+    o, lse = empty_result(q)
+    block, whole = torch.stack((k, v), 1), slice(0, n)
+    for step in range(ranks):
+        owner, following = (rank - step) % ranks, torch.empty_like(block)  # whose block is in hand, and the next one
+        under_way = comm.exchange({(rank + 1) % ranks: block}, {(rank - 1) % ranks: following})
+        if owner <= rank:  # what is of higher ranks is not seen; of the own block what is not ahead
+            tile = Tile(whole, whole, last=0 if owner == rank else None)
+            attend(q, *block.unbind(1), [tile], o, lse, scale=q.shape[-1] ** -0.5)
+        under_way.wait()
+        block = following
+
+What follows makes a schedule, which the executor runs, of the same for documents of any length, anywhere, and any mask.
+
 Each rank's block starts at its owner and moves one rank further in every step, to where the last query stands that
 sees any of it: what nobody further on needs is dropped on the way. Of the two directions the one with less traffic is
 taken. With a causal zigzag, on the way to lower ranks the late chunk of a rank is needed by lower ranks only: P ranks
@@ -18,11 +33,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lsys.kernels.mask import CAUSAL, Mask
 from lsys.parallel.attention.reach import farthest, readers
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import ring as messages
 from lsys.parallel.schedule import Schedule, Step, Transfer, crossing
-from lsys.parallel.segments import SegmentTable, cut
+from lsys.parallel.segments import SegmentTable, cut, runs
+from lsys.parallel.sights import as_seen, most, sights
 
 # Documents are taken together up to about so many segments, whose columns fit a cache.
 _CHUNK = 1 << 15
@@ -50,12 +67,10 @@ class Pieces(NamedTuple):
         return int(self.hops @ self.length)
 
 
-def schedule(
-    layout: SequenceLayout, causal: bool = True, window: int | None = None, rounds: int | None = None
-) -> Schedule:
+def schedule(layout: SequenceLayout, mask: Mask = CAUSAL, rounds: int | None = None) -> Schedule:
     """The ring over the layout's ranks, in the direction with less traffic (upwards if equal)."""
-    parts = crossing(layout)
-    up, down = _pieces(parts, layout.ranks, causal, window)
+    parts = crossing(layout, mask)
+    up, down = _pieces(parts, layout, mask)
     direction, pieces = (1, up) if up.traffic <= down.traffic else (-1, down)
     rounds = rounds or (messages.rounds(layout.ranks, layout.total) if len(pieces.hops) else 1)
     steps: list[Step] = []
@@ -104,16 +119,24 @@ def _round(parts: SegmentTable, pieces: Pieces, ranks: int, direction: int) -> I
             yield Step(tuple(transfers))
 
 
-def _pieces(parts: SegmentTable, ranks: int, causal: bool, window: int | None) -> tuple[Pieces, Pieces]:
+def _pieces(parts: SegmentTable, layout: SequenceLayout, mask: Mask) -> tuple[Pieces, Pieces]:
     """All tokens that others than their owners need, and how far they travel, upwards and downwards."""
     up: list[Pieces] = []
     down: list[Pieces] = []
-    for start, some in _chunks(parts):
-        whole = farthest(some.rank, *readers(some, causal, window), ranks)
-        cuts = Cuts(*some.begin.new_empty(3, 0)) if window is None else _cuts(some, window, ranks)
+    reach, ranks = mask.reach(), layout.ranks
+    for start, some in _chunks(parts, layout, mask):
+        keys, number = as_seen(some, layout, mask)
+        first, stop = readers(some, keys, mask, len(layout.lengths))
+        cuts = Cuts(*some.begin.new_empty(3, 0))
+        if reach is not None:
+            cuts = _cuts(some, keys, number, (first, stop), reach, ranks)
+            last = keys.begin + reach  # where the first query of a part may stand that sees all of the key
+            stop = stop.minimum(torch.searchsorted(some.begin, last, right=True))
+        hops = farthest(some.rank, first, stop, ranks, number)
+        whole = [most(far, number, len(some.rank)) for far in hops]
         back = cuts._replace(hops=(ranks - cuts.hops).masked_fill(cuts.hops == 0, 0))
-        for found, hops, at in ((up, whole[0], cuts), (down, whole[1], back)):
-            pieces = _travels(some, hops, at, ranks)
+        for found, needed, at in ((up, whole[0], cuts), (down, whole[1], back)):
+            pieces = _travels(some, needed, at, ranks)
             found.append(pieces._replace(part=pieces.part + start))
     return _joined(up), _joined(down)
 
@@ -122,10 +145,12 @@ def _joined(found: list[Pieces]) -> Pieces:
     return Pieces(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _chunks(parts: SegmentTable) -> Iterator[tuple[int, SegmentTable]]:
-    """Whole documents together, some at a time, and the number of their first part."""
-    total = len(parts.begin)
-    borders = torch.cat([parts.document.diff().nonzero().flatten() + 1, torch.tensor([total])])
+def _chunks(parts: SegmentTable, layout: SequenceLayout, mask: Mask) -> Iterator[tuple[int, SegmentTable]]:
+    """Whole documents together with those that see them, some at a time, and the number of their first part."""
+    total, found = len(parts.begin), sights(layout, mask)
+    last = torch.arange(len(layout.lengths)).scatter_reduce(0, found.document, found.reader, "amax").cummax(0).values
+    ends = (parts.document.diff() != 0) & (last[parts.document[:-1]] < parts.document[1:])
+    borders = torch.cat([ends.nonzero().flatten() + 1, torch.tensor([total])])
     wanted = torch.arange(_CHUNK, max(total, _CHUNK), _CHUNK)
     edges = borders[torch.searchsorted(borders, wanted)].unique().tolist()
     for start, stop in pairwise([0, *edges, total]):
@@ -143,14 +168,34 @@ class Cuts(NamedTuple):
     hops: Tensor
 
 
-def _cuts(parts: SegmentTable, window: int, ranks: int) -> Cuts:
-    """With a sliding window: where the first query of each part stops seeing another part of its document."""
-    edge = parts.begin - window + 1  # the first token that it sees
-    part = (torch.searchsorted(parts.begin, edge, right=True) - 1).clamp(min=0)
-    inside = (edge > parts.begin[part]) & (edge < parts.end[part]) & (parts.document[part] == parts.document)
-    reader = inside.nonzero().flatten()
-    part = part[reader]
-    return Cuts(part, edge[reader], (parts.rank[reader] - parts.rank[part]) % ranks)
+def _cuts(
+    parts: SegmentTable,
+    keys: SegmentTable,
+    number: Tensor | None,
+    ranges: tuple[Tensor, Tensor],
+    reach: int,
+    ranks: int,
+) -> Cuts:
+    """With a sliding window: where the first query of each part stops seeing another part.
+
+    Args:
+        parts: whole documents.
+        keys, number: these, `as_seen`.
+        ranges: of each key the parts [first, stop) that may see it.
+        reach: of the mask.
+        ranks: how many there are.
+    """
+    # The first token that reader i sees, parts.begin[i] - reach, is inside the key.
+    first = torch.searchsorted(parts.begin, keys.begin + reach, right=True).maximum(ranges[0])
+    stop = torch.searchsorted(parts.begin, keys.end + reach).minimum(ranges[1])
+    many = (stop - first).clamp(min=0)
+    key = torch.arange(len(many)).repeat_interleave(many)
+    reader, part = runs(first, many), key if number is None else number[key]
+    begin = parts.begin[reader] - reach - keys.begin[key] + parts.begin[part]
+    if number is not None:  # a part may be cut for several documents
+        order = begin.argsort(stable=True)  # as that of the parts is
+        part, begin, reader = part[order], begin[order], reader[order]
+    return Cuts(part, begin, (parts.rank[reader] - parts.rank[part]) % ranks)
 
 
 def _travels(parts: SegmentTable, whole: Tensor, cuts: Cuts, ranks: int) -> Pieces:
@@ -173,4 +218,5 @@ def _travels(parts: SegmentTable, whole: Tensor, cuts: Cuts, ranks: int) -> Piec
     found = Pieces(part, begin, hops, hops).take(rises)
     end = parts.end.index_select(0, found.part)
     end[:-1] = torch.minimum(end[:-1], found.begin[1:])
-    return found._replace(length=end - found.begin).take(found.hops > 0)
+    found = found._replace(length=end - found.begin)
+    return found.take((found.hops > 0) & (found.length > 0))

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lsys.kernels.mask import Mask
 from lsys.kernels.softmax_attention import Tiles, sequences
-from lsys.parallel.attention.tiles import Mask, Queries, first_rows, seen, tiles
+from lsys.parallel.attention.tiles import Keys, Pairs, Queries, first_rows, seen, tiles
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.schedule import Schedule, Step, returns
 from lsys.parallel.segments import SegmentTable, continued, count, cut, find, is_prefix, joined, runs
@@ -69,6 +70,7 @@ class RouteStep:
         local: tiles of own queries and own keys.
         remote: tiles of own queries and the keys in hand.
         local_backward: as `local`, for backward.
+        keys: those of each of the three, by name.
         returned: for backward, sums over the block that was in hand one step before, by the rank they go to.
         returning: sums that arrive, by rank, and the rows (of the block now in hand, or own) that they belong to.
         scatter: instead of the two, in the second step after a collective one.
@@ -80,6 +82,7 @@ class RouteStep:
     local: Tiles = _NOTHING
     remote: Tiles = _NOTHING
     local_backward: Tiles = _NOTHING
+    keys: dict[str, Keys] = field(default_factory=dict)
     returned: dict[int, Message] = field(default_factory=dict)
     returning: dict[int, Message] = field(default_factory=dict)
     scatter: Gather | None = None
@@ -111,26 +114,40 @@ class Route:
 
     Attributes:
         steps: one more than the schedule has: in the last the last sums return in backward.
-        whole: instead of the steps, where the rank communicates nothing and its documents are whole: a tile for each.
+        whole: of a rank that communicates nothing and whose documents are whole and see themselves alone, a tile for
+            each: for calls that select nothing, instead of the steps.
     """
 
     steps: tuple[RouteStep, ...]
     whole: Tiles | None = None
+
+    def selected(self, queries: Queries, mask: Mask, select: Callable[[Pairs], Tiles]) -> tuple[RouteStep, ...]:
+        """The steps of one call that attends to what it selects: they send the same."""
+
+        def chosen(step: RouteStep) -> RouteStep:
+            made = {id(keys): tiles(queries, keys, mask, select) for keys in step.keys.values()}
+            local, remote, backward = (
+                made[id(step.keys[name])] if name in step.keys else _NOTHING
+                for name in ("local", "remote", "local_backward")
+            )
+            return replace(step, local=local, remote=remote, local_backward=backward)
+
+        return tuple(map(chosen, self.steps))
 
     def to(self, device: torch.device) -> Route:
         """With all rows there."""
         return replace(self, steps=tuple(step.to(device) for step in self.steps))
 
 
-Generator = Callable[[SequenceLayout, bool, int | None], Schedule]
+Generator = Callable[[SequenceLayout, Mask], Schedule]
 
 
 def route_of(
     layout: SequenceLayout, generator: Generator, rank: int, mask: Mask, device: torch.device | None = None
 ) -> Route:
-    """The rank's route along the schedule that `generator(layout, causal, window)` makes: found once for a layout."""
+    """The rank's route along the schedule that `generator(layout, mask)` makes: found once for a layout."""
     name = ("attention route", generator, rank, mask)
-    return layout.derived(name, device, lambda: route(generator(layout, *mask), layout, rank, mask))
+    return layout.derived(name, device, lambda: route(generator(layout, mask), layout, rank, mask))
 
 
 def route(schedule: Schedule, layout: SequenceLayout, rank: int, mask: Mask) -> Route:
@@ -141,7 +158,8 @@ def route(schedule: Schedule, layout: SequenceLayout, rank: int, mask: Mask) -> 
     for number, step in enumerate(schedule.steps):
         here, hand = steps[number], hands[number]
         if step.local:
-            here.local = tiles(queries, step.local[rank], step.local[rank].row, mask)
+            here.keys["local"] = Keys(step.local[rank], step.local[rank].row)
+            here.local = tiles(queries, here.keys["local"], mask)
         if step.collective:
             here.gather, arriving = _gather(step, schedule.ranks, queries, rank, mask)
         else:
@@ -149,7 +167,8 @@ def route(schedule: Schedule, layout: SequenceLayout, rank: int, mask: Mask) -> 
             arriving = schedule.received(number + 1, (rank,)).get(rank, nothing)
         hands.append(arriving)
         if len(hand.begin):
-            here.remote = tiles(queries, hand, first_rows(hand), mask)
+            here.keys["remote"] = Keys(hand, first_rows(hand))
+            here.remote = tiles(queries, here.keys["remote"], mask)
     _spread_local(steps, schedule, rank, queries, mask)
     for number, entry in enumerate(returns(schedule, rank)):
         steps[number].scatter = steps[number - 2].gather if number >= 2 else None
@@ -160,8 +179,8 @@ def route(schedule: Schedule, layout: SequenceLayout, rank: int, mask: Mask) -> 
                 steps[number].returning[transfer.source] = _message(transfer.parts, rank, hands[number])
     held = layout.table(rank)
     is_whole = torch.equal(held.length, layout.document_offsets.diff()[held.document])
-    if is_whole and not any(step.communicates for step in steps):
-        return Route((), sequences(held.length, held.length, *mask))
+    if mask.is_own and is_whole and not any(step.communicates for step in steps):
+        return Route(tuple(steps), sequences(held.length, held.length, mask))
     return Route(tuple(steps))
 
 
@@ -178,12 +197,14 @@ def _spread_local(steps: list[RouteStep], schedule: Schedule, rank: int, queries
     parts = [step.local[rank] for step in schedule.steps if step.local]
     if len(schedule.steps) == 1:
         steps[0].local_backward = steps[0].local
+        steps[0].keys["local_backward"] = steps[0].keys["local"]
         return
     if len(parts) == 1:
         parts = _halves(parts[0], (count(queries.segments) + 1) // 2)
     for number, part in enumerate(parts):
         step = steps[round(number * (len(steps) - 1) / (len(parts) - 1))]
-        step.local_backward = tiles(queries, part, part.row, mask)
+        step.keys["local_backward"] = Keys(part, part.row)
+        step.local_backward = tiles(queries, step.keys["local_backward"], mask)
 
 
 def _halves(table: SegmentTable, row: int) -> list[SegmentTable]:

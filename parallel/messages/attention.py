@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lsys.kernels.mask import CAUSAL, Mask
 from lsys.parallel.messages.heads import Groups, GroupsOf, shares
 from lsys.parallel.messages.placement import Phases, Placement
 
@@ -25,8 +26,8 @@ class Shape:
 
 
 # The messages between groups, of: where tokens are, over groups; the groups; numbers of a token's keys and values of each
-# member; the layer; its window; the backend.
-Between = Callable[[Placement, Groups, Sequence[int], Shape, int | None, str], Phases]
+# member; the layer; its mask; the backend.
+Between = Callable[[Placement, Groups, Sequence[int], Shape, Mask, str], Phases]
 
 
 def phases(
@@ -35,14 +36,15 @@ def phases(
     place: Placement,
     shape: Shape,
     nodes: Sequence[int],
-    window: int | None = None,
+    mask: Mask = CAUSAL,
     backend: str = "gloo",
 ) -> Phases:
-    """The messages of one causal layer.
+    """The messages of one layer.
 
     Args:
         groups_of, between: what makes the method: its groups, and what they send each other.
         nodes: of each rank.
+        mask: what a query sees.
         backend: on "nccl" a reduce-scatter goes around the ring.
     """
     if place.ranks == 1:
@@ -51,8 +53,8 @@ def phases(
     split = shares(shape.heads, shape.kv_heads, len(groups[0]))
     rows = [2 * share.keys * shape.width for share in split]
     if len(groups[0]) == 1:
-        return between(place, groups, rows, shape, window, backend)
-    forward, backward = between(place.pooled(groups), groups, rows, shape, window, backend)
+        return between(place, groups, rows, shape, mask, backend)
+    forward, backward = between(place.pooled(groups), groups, rows, shape, mask, backend)
     sizes, unit = place.sizes, shape.width * shape.itemsize
     pairs = [(i, j, m, n) for group in groups for m, i in enumerate(group) for n, j in enumerate(group) if i != j]
     before = [(i, j, sizes[i] * split[n].width * unit) for i, j, m, n in pairs]

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lsys.kernels.mask import CAUSAL, Mask
 from lsys.parallel.links import HARDWARE, NETWORK, NODE, Links
 from lsys.parallel.messages.attention import Shape
 from lsys.parallel.messages.placement import Phase, Placement
@@ -43,12 +44,12 @@ def choose(
     shape: Shape,
     nodes: Sequence[int],
     links: Links = HARDWARE["h100"],
-    window: int | None = None,
+    mask: Mask = CAUSAL,
 ) -> tuple[Estimate, ...]:
     """All methods, one of them chosen: the least time of those that keep all ranks busy, in doubt the one named first."""
     rows = []
     for method in SOFTMAX.values():
-        forward, backward = method.phases(place, shape, nodes, window)
+        forward, backward = method.phases(place, shape, nodes, mask)
         same, across, by_rank = 0, 0, [0] * place.ranks
         for source, destination, size in (message for phase in (*forward, *backward) for message in phase):
             by_rank[destination] += size

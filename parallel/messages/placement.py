@@ -9,6 +9,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+from lsys.kernels.mask import Mask
+
 Phase = list[tuple[int, int, int]]  # messages under way together: source, destination, bytes
 
 
@@ -30,6 +32,13 @@ class Part(NamedTuple):
     @property
     def length(self) -> int:
         return self.end - self.begin
+
+
+class Seen(NamedTuple):
+    """The parts of a document, and by document those that see it, where they stand for it; each in order of positions."""
+
+    parts: tuple[Part, ...]
+    readers: tuple[tuple[Part, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,22 @@ class Placement:
             found.setdefault(part.document, []).append(part)
         return tuple(tuple(parts) for parts in found.values() if len({part.rank for part in parts}) > 1)
 
+    def crossing(self, mask: Mask) -> list[Seen]:
+        """Documents of which, with those that see them, several ranks hold tokens."""
+        if mask.is_own:
+            return [Seen(parts, (parts,)) for parts in self.documents]
+        parts: list[list[Part]] = [[] for _ in self.lengths]
+        for part in self.parts:
+            parts[part.document].append(part)
+        readers: list[list[tuple[Part, ...]]] = [[] for _ in self.lengths]
+        for document, reader, distance in mask.sights(self.lengths):
+            ahead = self.places[reader] - distance - self.places[document]  # farther than its document sees it
+            readers[document].append(
+                tuple(part._replace(begin=part.begin - ahead, end=part.end - ahead) for part in parts[reader])
+            )
+        every = [Seen(tuple(held), tuple(seen)) for held, seen in zip(parts, readers, strict=True)]
+        return [one for one in every if len({part.rank for some in (one.parts, *one.readers) for part in some}) > 1]
+
     def pooled(self, groups: Sequence[Sequence[int]]) -> Placement:
         """Over groups of ranks: each holds its members' tokens; neighbours in the stream become one part."""
         group_of = {rank: number for number, group in enumerate(groups) for rank in group}
@@ -78,15 +103,6 @@ class Placement:
                 part = merged.pop()._replace(end=part.end)
             merged.append(part)
         return Placement(self.lengths, len(groups), tuple(merged))
-
-    def pairs(self, causal_rank: int) -> int:
-        """Query-key pairs of causal attention for which the rank holds the query."""
-        total = 0
-        for part in self.parts:
-            if part.rank == causal_rank:
-                start = part.begin - self.places[part.document]
-                total += part.length * start + part.length * (part.length + 1) // 2
-        return total
 
 
 # ---- the rules by which documents are laid, which `SequenceLayout` applies to columns

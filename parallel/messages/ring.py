@@ -7,14 +7,15 @@ where a part's way ended, home.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lsys.kernels.mask import Mask
 from lsys.parallel.messages.attention import Shape
 from lsys.parallel.messages.heads import Groups
-from lsys.parallel.messages.placement import Phase, Phases, Placement
+from lsys.parallel.messages.placement import Phase, Phases, Placement, Seen
 
 # Rounds times ranks, at most, while a rank sends no fewer tokens than this in a round: short tiles run slowly.
 _STEPS, _TOKENS = 8, 2048
@@ -35,11 +36,9 @@ class _Piece:
     hops: int
 
 
-def between(
-    place: Placement, groups: Groups, rows: Sequence[int], shape: Shape, window: int | None, backend: str
-) -> Phases:
+def between(place: Placement, groups: Groups, rows: Sequence[int], shape: Shape, mask: Mask, backend: str) -> Phases:
     """The messages; rows: numbers of a token's keys and values that each member of a group passes on."""
-    pieces, direction = travelling(place, window)
+    pieces, direction = travelling(place, mask)
     ranks = place.ranks
     turns = rounds(ranks, sum(place.lengths)) if pieces else 1
     blocks, sums = defaultdict[int, Phase](list), defaultdict[int, Phase](list)
@@ -66,31 +65,38 @@ def between(
     return Phases([blocks[at] for at in sorted(blocks)], [phase for phase in both if phase])
 
 
-def travelling(place: Placement, window: int | None = None) -> tuple[list[_Piece], int]:
+def travelling(place: Placement, mask: Mask) -> tuple[list[_Piece], int]:
     """What ranks send around the ring, and its direction: 1 upwards."""
-    up = [piece for parts in place.documents for piece in _document(parts, place.ranks, window, 1)]
-    down = [piece for parts in place.documents for piece in _document(parts, place.ranks, window, -1)]
+    crossing = place.crossing(mask)
+    up = [piece for seen in crossing for piece in _document(seen, place.ranks, mask, 1)]
+    down = [piece for seen in crossing for piece in _document(seen, place.ranks, mask, -1)]
     if sum(p.tokens * p.hops for p in up) <= sum(p.tokens * p.hops for p in down):
         return up, 1
     return down, -1
 
 
-def _document(parts: Sequence, ranks: int, window: int | None, direction: int) -> list[_Piece]:
+def _document(seen: Seen, ranks: int, mask: Mask, direction: int) -> list[_Piece]:
     """The pieces of one document's parts. A query behind a cut in a part needs what follows it, not what is before."""
+    parts, reach = seen.parts, mask.reach()
     begins = [part.begin for part in parts]
-    found = []
+    whole = [0] * len(parts)  # how far each part is needed from its first token on
     cuts: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    if window is not None:
-        for reader in parts:
-            edge = reader.begin - window + 1
+    for readers in seen.readers:
+        starts = [reader.begin for reader in readers]
+        for number, part in enumerate(parts):
+            first = bisect_right(starts, part.begin) if mask.causal else 0
+            stop = len(readers) if reach is None else bisect_right(starts, part.begin + reach)
+            hops = max(((reader.rank - part.rank) * direction % ranks for reader in readers[first:stop]), default=0)
+            whole[number] = max(whole[number], hops)
+        for reader in readers if reach is not None else ():
+            edge = reader.begin - (reach or 0)
             at = max(bisect_right(begins, edge) - 1, 0)
-            if parts[at].begin < edge < parts[at].end:
+            if at < len(parts) and parts[at].begin < edge < parts[at].end:
                 cuts[at].append((edge, (reader.rank - parts[at].rank) * direction % ranks))
+    found = []
     for number, part in enumerate(parts):
-        stop = len(parts) if window is None else min(len(parts), bisect_left(begins, part.begin + window))
-        hops = max(((parts[r].rank - part.rank) * direction % ranks for r in range(number + 1, stop)), default=0)
-        places = [(part.begin, hops)]
-        for edge, needed in cuts[number]:
+        places = [(part.begin, whole[number])]
+        for edge, needed in sorted(cuts[number]):
             if needed > places[-1][1]:
                 places.append((edge, needed))
         for (begin, hops), (end, _) in zip(places, [*places[1:], (part.end, 0)], strict=True):

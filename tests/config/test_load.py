@@ -165,7 +165,7 @@ def test_variants_of_mixers_by_file_and_command_line(file, tmp_path: Path) -> No
         file(GOOD.replace("vocab: 257}", "vocab: 257, window: 9, mixers: {section: {kind: window}}}")), VARIANTS
     )
     assert config.model.kinds == ("far", "softmax", "lightning", "far")
-    windows = {name: vars(config.model.card(name).exchanges(1)[0])["window"] for name in ("far", "section")}
+    windows = {name: vars(config.model.card(name).exchanges(1)[0])["mask"].window for name in ("far", "section")}
     assert windows == {"far": 3, "section": 9}  # a method of the configuration is called section, too
     (tmp_path / "again.yaml").write_text(dump(config))
     assert dump(load(tmp_path / "again.yaml")) == dump(config)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsys.kernels import softmax_attention as kernel
+from lsys.kernels.mask import Mask
 from lsys.kernels.softmax_attention import (
     Tile,
     Tiles,
@@ -126,7 +127,7 @@ def test_packed_sequences_are_one_launch_without_copies():
     q = torch.zeros(24, 4, 8)
     for window, band in ((None, (-1, 0)), (4, (3, 0))):
         (launch,) = kernel._BACKENDS["cuda"].plan(
-            sequences(torch.tensor([7, 0, 12, 5]), torch.tensor([9, 0, 12, 5]), True, window), q
+            sequences(torch.tensor([7, 0, 12, 5]), torch.tensor([9, 0, 12, 5]), Mask(window=window)), q
         )
         assert (launch.q, launch.k.stop, launch.left, launch.right) == (slice(0, 24), 26, *band)
         assert launch.bounds_q.tolist() == [0, 7, 19, 24] and (launch.max_q, launch.max_k) == (12, 12)
@@ -161,7 +162,7 @@ def test_calls_of_pytorchs_kernel_fit_its_signature():
     """On the meta device, which checks arguments and gives shapes."""
     q, k, v, do = (x.to("meta", torch.bfloat16) for x in inputs(24, 26))
     (launch,) = cuda.ATEN.plan(
-        sequences(torch.tensor([7, 12, 5]), torch.tensor([9, 12, 5]), True, 4), torch.zeros(24, 4, 12)
+        sequences(torch.tensor([7, 12, 5]), torch.tensor([9, 12, 5]), Mask(window=4)), torch.zeros(24, 4, 12)
     )
     launch = launch._replace(bounds_q=launch.bounds_q.to("meta"), bounds_k=launch.bounds_k.to("meta"))
     o, lse = cuda.ATEN.forward(launch, q, k, v, SCALE)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from support.attention import WIDTH, comm_of, tensors
 from support.layouts import layouts
+from support.masks import SHARES, mask_of
 from support.noted import noted
 from support.softmax_traffic import traffic
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -71,14 +72,15 @@ class Watch:
 def _traffic(rank, world_size, cases, dtype):
     """(forward by dtype, backward by dtype), and the bytes beside those that the cost table says."""
     comm, watch, found = comm_of(rank, world_size), Watch(rank), []
-    for layout, mask, (heads, kv_heads), method in cases:
+    for layout, options, (heads, kv_heads), method in cases:
+        mask = mask_of(options, len(layout.lengths))
         q, k, v, do = (layout.shard(x, rank).requires_grad_() for x in tensors(layout.total, heads, kv_heads, dtype))
-        told = traffic(method, layout, Shape(heads, kv_heads, WIDTH, dtype.itemsize), comm.node_of_rank, **mask)
+        told = traffic(method, layout, Shape(heads, kv_heads, WIDTH, dtype.itemsize), comm.node_of_rank, mask=mask)
         phases: list[dict[torch.dtype, int]] = []
         for sums in told.received(comm.node_of_rank).sum(-1)[:, rank].tolist():
             with watch():
                 if not phases:
-                    o = softmax_attention(q, k, v, layout, comm, method=method, **mask)
+                    o = softmax_attention(q, k, v, layout, comm, method=method, mask=mask)
                 else:
                     o.backward(do)
             assert watch.bytes == sums, (layout, mask, method, heads, kv_heads, len(phases))
@@ -90,10 +92,10 @@ def _traffic(rank, world_size, cases, dtype):
 def test_cost_table_is_exact(gloo):
     for world_size in (3, 4):
         cases = [
-            (layout, mask, heads, method)
+            (layout, options, heads, method)
             for lengths in ([0, 1, 7, 13, 0, 23], [64])
             for layout in layouts(lengths, world_size).values()
-            for mask in ({}, {"causal": False}, {"window": 6})
+            for options in ({}, {"causal": False}, {"window": 6}, *SHARES)
             for heads in ((6, 2), (3, 1))
             for method in METHODS
         ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from support import softmax_traffic, state_traffic
+from support.masks import SHARES, mask_of
 
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import Placement, attention, linear
@@ -41,16 +42,17 @@ def counted(phases, ranks):
     return totals
 
 
-@pytest.mark.parametrize("window", [None, 6, 1000])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 6}, {"window": 1000}, *SHARES])
 @pytest.mark.parametrize("method", SOFTMAX)
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_is_counted_alike(kind, method, window):
+def test_attention_is_counted_alike(kind, method, options):
     for lengths in PACKS:
+        mask = mask_of(options, len(lengths))
         for ranks in (2, 3, 4, 8, 12):
             layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)
             nodes = [rank // 2 for rank in range(ranks)]
-            told = softmax_traffic.traffic(method, layout, attention.Shape(6, 2, 8), nodes, window=window)
-            found = SOFTMAX[method].phases(place, attention.Shape(6, 2, 8), nodes, window)
+            told = softmax_traffic.traffic(method, layout, attention.Shape(6, 2, 8), nodes, mask=mask)
+            found = SOFTMAX[method].phases(place, attention.Shape(6, 2, 8), nodes, mask)
             assert counted(found, ranks) == sums(told, nodes), (lengths, ranks)
             assert [len(way) for way in found] == [len(told.forward), len(told.backward)]
             for mine, theirs in zip((*found.forward, *found.backward), (*told.forward, *told.backward), strict=True):

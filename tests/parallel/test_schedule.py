@@ -1,27 +1,29 @@
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layouts import all_on_last, drawn_layouts, layouts, random_schedule
+from support.masks import SHARES, mask_of, sees
 
+from lsys.kernels.mask import Mask
 from lsys.parallel.attention import gather, ring
 from lsys.parallel.attention.reach import farthest
 from lsys.parallel.attention.route import route
-from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.schedule import Schedule, Step, Transfer, check, parts_of, returns
 from lsys.parallel.segments import count, runs
 
 PACKS = [[0, 1, 7, 13, 0, 53], [131], [1, 0, 1], [], [0], [2, 67, 5, 3, 19]]
-MASKS = [(True, None), (False, None), (True, 1), (True, 6), (True, 500)]
+MASKS: list[dict[str, Any]] = [{}, {"causal": False}, {"window": 1}, {"window": 6}, {"window": 500}, *SHARES]
 GENERATORS = [ring.schedule, gather.schedule]
 
 
-def in_rounds(layout, causal=True, window=None):
-    return ring.schedule(layout, causal, window, rounds=3)
+def in_rounds(layout, mask):
+    return ring.schedule(layout, mask, rounds=3)
 
 
 UNHURRIED = settings(deadline=None, max_examples=60, derandomize=True)
@@ -33,14 +35,11 @@ def places(parts):
     return [(document, p) for document, start, n in table for p in range(start, start + n)]
 
 
-def sees(layout, rank, causal, window):
+def needed_by(layout, rank, mask):
     """The tokens that some query of the rank sees, token by token: the definition."""
-    seen = set()
-    for document, start, n in layout.segments[rank]:
-        for query in range(start, start + n):
-            first = 0 if window is None else max(0, query - window + 1)
-            seen |= {(document, p) for p in range(first, query + 1 if causal else layout.lengths[document])}
-    return seen
+    seen = layout.shard(sees(layout.lengths, mask), rank).any(0)
+    everything = [(d, p) for d, n in enumerate(layout.lengths) for p in range(n)]
+    return {everything[place] for place in seen.nonzero().flatten().tolist()}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
@@ -48,28 +47,54 @@ def sees(layout, rank, causal, window):
 def test_schedules_are_right(ranks, generate):
     for lengths in PACKS:
         for layout in layouts(lengths, ranks).values():
-            for mask in MASKS:
-                check(generate(layout, *mask), layout, *mask)
+            for options in MASKS:
+                mask = mask_of(options, len(lengths))
+                check(generate(layout, mask), layout, mask)
 
 
 @UNHURRIED
 @given(st.integers(1, 6).flatmap(drawn_layouts), st.sampled_from(MASKS))
-def test_nothing_goes_further_than_someone_needs_it(layout, mask):
-    needed = [sees(layout, rank, *mask) for rank in range(layout.ranks)]
+def test_nothing_goes_further_than_someone_needs_it(layout, options):
+    mask = mask_of(options, len(layout.lengths))
+    needed = [needed_by(layout, rank, mask) for rank in range(layout.ranks)]
     for generate in GENERATORS:
-        check(generate(layout, *mask), layout, *mask)
-    schedule = ring.schedule(layout, *mask)
+        check(generate(layout, mask), layout, mask)
+    schedule = ring.schedule(layout, mask)
     for number, step in enumerate(schedule.steps):
         following = schedule.steps[number + 1].transfers if number + 1 < len(schedule.steps) else ()
         for transfer in step.transfers:
             passed = {p for t in following if t.source == transfer.destination for p in places(t.parts)}
             assert set(places(transfer.parts)) - passed <= needed[transfer.destination]
-    offered = gather.schedule(layout, *mask).steps[0].transfers
+    offered = gather.schedule(layout, mask).steps[0].transfers
     everything = {(d, p) for d, n in enumerate(layout.lengths) for p in range(n)}
     own = [{(d, p) for d, start, n in held for p in range(start, start + n)} for held in layout.segments]
     foreign = set().union(*(needed[rank] - own[rank] for rank in range(layout.ranks)))
     # A window's bound cuts a part where the next query of others needs it: nothing before that is sent.
     assert {place for t in offered for place in places(t.parts)} == foreign & everything
+
+
+@UNHURRIED
+@given(st.integers(1, 5).flatmap(drawn_layouts), st.sampled_from(MASKS))
+def test_documents_are_planned_a_few_at_a_time_as_at_once(layout, options):
+    mask = mask_of(options, len(layout.lengths))
+
+    def sent():
+        steps = ring.schedule(layout, mask).steps
+        return [[(t.source, t.destination, places(t.parts)) for t in step.transfers] for step in steps]
+
+    with mock.patch.object(ring, "_CHUNK", 1):
+        one_by_one = sent()
+    assert one_by_one == sent()
+
+
+@pytest.mark.parametrize("options", SHARES)
+def test_documents_that_see_others_are_no_sequences_of_their_own(options):
+    """On one device, where documents are whole, too."""
+    layout = SequenceLayout.contiguous([4, 3, 5, 2], 1)
+    mask = mask_of(options, 4)
+    assert route(ring.schedule(layout, mask), layout, 0, mask).whole is None
+    for found in attended(layout, 0, mask, ring.schedule):
+        assert torch.equal(found, sees(layout.lengths, mask).long())
 
 
 def test_few_ranks_have_rounds_if_parts_stay_long():
@@ -105,8 +130,8 @@ def test_traffic_of_a_ring(ranks):
     total = sum(received(ring.schedule(zigzag), ranks))
     assert total == 0.75 * (ranks - 1) * s * ranks
     for layout in (contiguous, zigzag):
-        assert received(ring.schedule(layout, False), ranks) == [(ranks - 1) * s] * ranks
-    window = received(ring.schedule(contiguous, True, 5), ranks)
+        assert received(ring.schedule(layout, Mask(causal=False)), ranks) == [(ranks - 1) * s] * ranks
+    window = received(ring.schedule(contiguous, Mask(window=5)), ranks)
     assert window == [0] + [4] * (ranks - 1)
     # Upwards, what a lower rank needs goes all the way round.
     mirrored = SequenceLayout([ranks * s], contiguous.segments[::-1])
@@ -115,8 +140,9 @@ def test_traffic_of_a_ring(ranks):
 
 @UNHURRIED
 @given(st.integers(1, 5).flatmap(drawn_layouts), st.sampled_from(MASKS))
-def test_each_sum_that_was_begun_reaches_the_owner_once(layout, mask):
-    for schedule in (ring.schedule(layout, *mask), in_rounds(layout, *mask), random_schedule(layout)):
+def test_each_sum_that_was_begun_reaches_the_owner_once(layout, options):
+    mask = mask_of(options, len(layout.lengths))
+    for schedule in (ring.schedule(layout, mask), in_rounds(layout, mask), random_schedule(layout)):
         home = []
         held: dict[int, Any] = {rank: {} for rank in range(layout.ranks)}  # token and the ranks that added to its sum
         for number, entry in enumerate(returns(schedule)):
@@ -205,14 +231,14 @@ def test_parts_lie_inside_one_segment():
 
 def test_fully_visible_keys_of_one_segment_are_one_tile():
     layout = SequenceLayout.zigzag([64, 640], 4)
-    steps = route(gather.schedule(layout), layout, 2, Mask(True, None)).steps
+    steps = route(gather.schedule(layout), layout, 2, Mask()).steps
     assert [len(step.remote) for step in steps] == [0, 4, 0]  # an early and a late chunk of two documents
     assert [len(step.local) for step in steps] == [4, 0, 0]  # the late one with the early one before it
 
 
 def attended(layout, rank, mask, generate):
     """Which of all tokens each of the rank's tokens attends to along its route, how often: [T_r, T]; also backward."""
-    schedule, forward, backward = generate(layout, *mask), *torch.zeros(2, layout.tokens(rank), layout.total).long()
+    schedule, forward, backward = generate(layout, mask), *torch.zeros(2, layout.tokens(rank), layout.total).long()
     found, own = route(schedule, layout, rank, mask), layout.index(rank)
     if found.whole is not None:
         return add(forward, found.whole, own), add(backward, found.whole, own)
@@ -240,15 +266,12 @@ def add(total, tiles, places):
 
 @UNHURRIED
 @given(st.integers(1, 5).flatmap(drawn_layouts), st.sampled_from(MASKS), st.sampled_from([*GENERATORS, in_rounds]))
-def test_tiles_are_the_pairs_of_the_definition(layout, mask, generate):
-    everything = torch.repeat_interleave(torch.tensor(layout.lengths)), torch.cat([*map(torch.arange, layout.lengths)])
+def test_tiles_are_the_pairs_of_the_definition(layout, options, generate):
+    mask = mask_of(options, len(layout.lengths))
+    seen = sees(layout.lengths, mask).long()
     for rank in range(layout.ranks):
-        age = layout.positions(rank)[:, None] - everything[1]
-        sees = layout.documents(rank)[:, None] == everything[0]
-        sees &= (age >= 0) if mask[0] else True
-        sees &= (age < mask[1]) if mask[1] else True
-        for found in attended(layout, rank, Mask(*mask), generate):
-            assert torch.equal(found, sees.long())
+        for found in attended(layout, rank, mask, generate):
+            assert torch.equal(found, layout.shard(seen, rank))
 
 
 @UNHURRIED
@@ -264,15 +287,16 @@ def test_the_farthest_owner_equals_its_definition(ranks, data):
     assert [x.tolist() for x in found] == [up, down]
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", MASKS)
 @pytest.mark.parametrize("generate", GENERATORS)
-def test_thousands_of_documents_are_planned_as_a_few(generate, mask):
+def test_thousands_of_documents_are_planned_as_a_few(generate, options):
     """A pack of copies has the plan of one, so many times: the rows differ, and what sees what of them does not."""
     pack, ranks, copies = [0, 1, 7, 64, 0, 33, 15, 8], 8, 1000  # a multiple of the ranks: each copy is cut alike
     assert sum(pack) % ranks == 0
     once, many = SequenceLayout.zigzag(pack, ranks), SequenceLayout.zigzag(pack * copies, ranks)
     for rank in (0, 3, 7):
-        routes = [route(generate(layout, *mask), layout, rank, Mask(*mask)) for layout in (once, many)]
+        masks = [mask_of(options, len(layout.lengths)) for layout in (once, many)]
+        routes = [route(generate(x, mask), x, rank, mask) for x, mask in zip((once, many), masks, strict=True)]
         for small, large in zip(*(found.steps for found in routes), strict=True):
             for name in ("local", "remote"):
                 tiles, expected = getattr(large, name), getattr(small, name)

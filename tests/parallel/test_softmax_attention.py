@@ -1,5 +1,7 @@
 import contextlib
 from functools import partial
+from textwrap import dedent
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -8,16 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention import WIDTH, comm_of, distributed, expected, largest_error, tensors
 from support.layouts import all_on_last, drawn_layouts, layouts, random_schedule
+from support.masks import SHARES, arguments, mask_of, sees
 
+from lsys.kernels import softmax_attention as kernel
+from lsys.kernels.mask import CAUSAL, Mask
 from lsys.kernels.softmax_attention import cpu
 from lsys.parallel.attention import METHODS, executor, gather, ring, route, softmax_attention, ulysses
-from lsys.parallel.attention.tiles import Mask
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import usp
 
 PACKS = [[0, 1, 7, 13, 0, 23], [31], [1, 0, 1], [], [0], [2, 67, 5, 3, 19]]
-MASKS = [{}, {"causal": False}, {"window": 1}, {"window": 6}, {"window": 500, "scale": 0.2}]
+MASKS = [{}, {"causal": False}, {"window": 1}, {"window": 6}, {"window": 500, "scale": 0.2}, *SHARES]
 HEADS = [(4, 4), (4, 2), (3, 1), (6, 2), (2, 1)]  # also fewer than ranks, and groups cut by the ranks' shares
 # Largest difference from the fp64 definition, relative to 1 + its magnitude.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -26,19 +30,19 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 def _errors(rank, world_size, dtype, cases, methods=METHODS):
     """Largest differences of o, dq, dk, dv from the definition, by case."""
     comm, errors = comm_of(rank, world_size), {}
-    for where, mask, (heads, kv_heads), backend in cases:
+    for where, options, (heads, kv_heads), backend in cases:
         placed = {"drawn": where} if isinstance(where, SequenceLayout) else layouts(where, world_size)
         lengths = next(iter(placed.values())).lengths
-        full = expected(lengths, heads, kv_heads, dtype, mask)
+        full, given = expected(lengths, heads, kv_heads, dtype, options), arguments(options, len(lengths))
         for name, layout in placed.items():
             for method in methods if comm else methods[:1]:
 
                 def attention(q, k, v):
-                    return softmax_attention(q, k, v, layout, comm, method=method, backend=backend, **mask)
+                    return softmax_attention(q, k, v, layout, comm, method=method, backend=backend, **given)
 
                 got = distributed(layout, rank, heads, kv_heads, dtype, attention)
                 error = largest_error(got, full, layout, rank, dtype)
-                errors[f"{method}: {lengths}, {name}, {mask}, {heads}/{kv_heads} heads, {backend}"] = error
+                errors[f"{method}: {lengths}, {name}, {options}, {heads}/{kv_heads} heads, {backend}"] = error
     return errors
 
 
@@ -76,8 +80,8 @@ def test_equals_one_device_for_drawn_layouts(gloo, world_size):
     assert_small(gloo(world_size, _errors, torch.float64, cases), torch.float64)
 
 
-def _three_rounds(layout, causal, window):
-    return ring.schedule(layout, causal, window, rounds=3)
+def _three_rounds(layout, mask):
+    return ring.schedule(layout, mask, rounds=3)
 
 
 def _headwise(layout, comm, groups, options, q, k, v):
@@ -87,7 +91,7 @@ def _headwise(layout, comm, groups, options, q, k, v):
 def _by_detours(rank, world_size):
     """The executor with schedules that are no rings, and groups of other sizes than the nodes give."""
     comm, errors, heads, kv_heads = SequenceComm(None), {}, 6, 2
-    options = executor.Options(Mask(True, None), WIDTH**-0.5, "auto")
+    options = executor.Options(Mask(), WIDTH**-0.5, "auto")
     for lengths in (PACKS[0], PACKS[-1]):
         full = expected(lengths, heads, kv_heads, torch.float64, {})
         for name, layout in layouts(lengths, world_size).items():
@@ -113,27 +117,44 @@ def test_any_schedule_and_any_groups_run(gloo, world_size):
     assert_small(gloo(world_size, _by_detours), torch.float64)
 
 
+def _plain_ring(rank, world_size):
+    """Largest error of the lines in the docstring of the ring, which run as they stand."""
+    lines = [line for line in (ring.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert len(lines) == 10
+    n, total = 7, 7 * world_size
+    data, comm = tensors(total, 4, 2, torch.float64), SequenceComm(None)
+    q, k, v = (x[rank * n : (rank + 1) * n] for x in data[:3])
+    names = dict(vars(kernel), torch=torch, q=q, k=k, v=v, n=n, rank=rank, ranks=world_size, comm=comm)
+    exec(dedent("\n".join(lines)), names)
+    return float((names["o"] - expected([total], 4, 2, torch.float64, {})[0][rank * n : (rank + 1) * n]).abs().max())
+
+
+def test_the_plain_ring_of_the_docstring_is_attention(gloo):
+    for world_size in (2, 3):
+        assert max(gloo(world_size, _plain_ring)) < 1e-12
+
+
 def _perturbed(rank, world_size, dtype):
     """Whether any change reached the tokens that may see the perturbed one; others are checked to be bitwise equal."""
-    comm, lengths, document, at = comm_of(rank, world_size), [11, 40, 17], 1, 23
+    comm, lengths = comm_of(rank, world_size), [11, 40, 17]
     q, k, v, _ = tensors(sum(lengths), 4, 2, dtype)
     reached = []
-    for mask in ({}, {"window": 5}, {"causal": False}):
+    shared: list[dict[str, Any]] = [{"shares": True}, {"shares": True, "window": 30}]
+    cases = [(each, 34) for each in ({}, {"window": 5}, {"causal": False}, *shared)]
+    for options, at in (*cases, *((each, 7) for each in shared)):  # the latter in the prefix
+        seen = sees(lengths, mask_of(options, len(lengths)))[:, at]
         for layout in layouts(lengths, world_size).values():
             for method in METHODS:
                 outputs = []
                 for shift in (0, 2):
                     changed = [x.clone() for x in (q, k, v)]
                     for x in changed:
-                        x[lengths[0] + at] += shift
+                        x[at] += shift
                     a, b, c = (layout.shard(x, rank) for x in changed)
-                    outputs.append(softmax_attention(a, b, c, layout, comm, method=method, **mask))
-                age = layout.positions(rank) - at
-                sees = layout.documents(rank) == document
-                if mask.get("causal", True):
-                    sees &= (age >= 0) & (age < mask.get("window", 500))
-                assert torch.equal(outputs[0][~sees], outputs[1][~sees]), (mask, layout, method)
-                reached.append(bool((outputs[0][sees] != outputs[1][sees]).flatten(1).any(1).all()))
+                    outputs.append(softmax_attention(a, b, c, layout, comm, method=method, **arguments(options, 3)))
+                here = layout.shard(seen, rank)
+                assert torch.equal(outputs[0][~here], outputs[1][~here]), (options, layout, method)
+                reached.append(bool((outputs[0][here] != outputs[1][here]).flatten(1).any(1).all()))
     return all(reached)
 
 
@@ -216,6 +237,8 @@ def test_layout_and_comm_must_agree(gloo):
         ((2, 2), 6, {"window": 0}, "a window is of 1 token or more"),
         ((2, 2), 6, {"window": 3, "causal": False}, "a window is of 1 token or more and causal"),
         ((2, 2), 6, {"backend": "cuda"}, "'cuda' cannot run here"),
+        ((2, 2), 6, {"mask": mask_of({"shares": True}, 3)}, "1 groups have 3 documents and the pack 1"),
+        ((2, 2), 6, {"mask": CAUSAL, "window": 3}, "window=3 beside Mask"),
         ((4, 3), 6, {}, "3 key heads do not divide 4 query heads"),
         ((2, 2), 5, {}, "the layout gives rank 0 6 tokens; q has 5 and k has 5"),
     ],

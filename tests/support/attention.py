@@ -4,25 +4,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lsys.parallel.comm import SequenceComm
+from support.masks import mask_of, sees
 
 WIDTH = 8
 
 
-def dense(q, k, v, lengths, causal=True, window=None, scale=None):
-    """All tokens on one device, document by document: the definition."""
-    outputs = [q[:0]]
+def dense(q, k, v, seen, scale=None):
+    """All tokens on one device, each with those that it sees, bool [T, T]: the definition. One that sees none has 0."""
     group = q.shape[1] // k.shape[1]
-    for qd, kd, vd in zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True):
-        kd, vd = kd.repeat_interleave(group, 1), vd.repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", qd, kd) * (WIDTH**-0.5 if scale is None else scale)
-        age = torch.arange(len(qd))[:, None] - torch.arange(len(qd))
-        hidden = torch.zeros_like(age, dtype=torch.bool)
-        if causal:
-            hidden |= age < 0
-        if window is not None:
-            hidden |= age >= window
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), vd))
-    return torch.cat(outputs)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (WIDTH**-0.5 if scale is None else scale)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+    return torch.einsum("hqk,khd->qhd", weights, v)
 
 
 def tensors(total, heads, kv_heads, dtype) -> list[torch.Tensor]:
@@ -31,11 +24,13 @@ def tensors(total, heads, kv_heads, dtype) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def expected(lengths, heads, kv_heads, dtype, mask):
-    """o, dq, dk, dv by the definition in fp64."""
+def expected(lengths, heads, kv_heads, dtype, options, chosen=None):
+    """o, dq, dk, dv by the definition in fp64; options as `support.masks` has them; chosen: bool [T, T], of what is seen."""
+    seen = sees(lengths, mask_of(options, len(lengths)))
+    seen = seen if chosen is None else seen & chosen
     q, k, v, do = tensors(sum(lengths), heads, kv_heads, dtype)
     q, k, v = leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    o = dense(q, k, v, lengths, **mask)
+    o = dense(q, k, v, seen, options.get("scale"))
     return [o.detach(), *torch.autograd.grad(o, leaves, do.double(), materialize_grads=True)]
 
 

@@ -53,7 +53,7 @@ def drawn_layouts(draw, ranks):
     return SequenceLayout(lengths, placed)
 
 
-def random_schedule(layout, causal=True, window=None):
+def random_schedule(layout, mask=None):
     """Everything reaches everyone by detours: parts of segments, several senders and receivers, passed on or sent anew."""
     draw = random.Random(layout.total)
     parts: dict[int, list[Piece]] = {rank: [] for rank in range(layout.ranks)}  # each rank's own, cut at random

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lsys.kernels.mask import CAUSAL, Mask
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages.attention import Shape
 from lsys.parallel.messages.heads import Share, shares
@@ -51,8 +52,7 @@ def traffic(
     shape: Shape,
     node_of_rank: Sequence[int],
     *,
-    causal: bool = True,
-    window: int | None = None,
+    mask: Mask = CAUSAL,
 ) -> Traffic:
     """What `softmax_attention(..., method=method)` communicates.
 
@@ -60,10 +60,10 @@ def traffic(
     """
     row = SOFTMAX[method]
     if row.collective:
-        return _gather(row.function()(layout, causal, window), layout.ranks, shape)
+        return _gather(row.function()(layout, mask), layout.ranks, shape)
     groups = row.groups(node_of_rank, shape.heads)
     split = shares(shape.heads, shape.kv_heads, len(groups[0]))
-    forward, backward = _ring(row.function()(layout.pooled(groups), causal, window), groups, split, shape)
+    forward, backward = _ring(row.function()(layout.pooled(groups), mask), groups, split, shape)
     if len(groups[0]) > 1:
         sizes, unit = layout.sizes, shape.width * shape.itemsize
         everything, queries = [share.width for share in split], [share.queries for share in split]

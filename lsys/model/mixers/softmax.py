@@ -33,7 +33,7 @@ class SoftmaxMixer(Mixer):
         super().__init__(config, layer_number, pg_collection, options)
         card, model = options.card, self.model
         assert isinstance(card, AttentionCard)
-        self.window = card.window  # tokens that a query sees, itself included; None: all before it
+        self.mask = card.mask
         self.head_dim, self.queries_per_group = model.head_width, model.heads // model.kv_heads
         if model.qk_norm:
             self.q_layernorm = RMSNorm(config, self.head_dim, model.norm_eps)
@@ -52,16 +52,16 @@ class SoftmaxMixer(Mixer):
         if kept is not None:
             return self._go_on(q, k, v, kept).reshape(tokens, -1)
         method = self.options.method
-        o = softmax_attention(q, k, v, packed.layout, packed.comm, method=method, window=self.window)
+        o = softmax_attention(q, k, v, packed.layout, packed.comm, method=method, mask=self.mask)
         return o.reshape(tokens, -1)
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, kept: dict[str, Tensor]) -> Tensor:
         """Attention of the next tokens of a document to those before them, whose keys and values are kept, and to each other."""
         if kept:
             k, v = torch.cat((kept["k"], k)), torch.cat((kept["v"], v))
-        needed = len(k) if self.window is None else self.window - 1  # by the tokens that follow
-        first = max(len(k) - needed, 0)
+        reach = self.mask.reach()  # of the tokens that follow
+        first = 0 if reach is None else max(len(k) - reach, 0)
         # Copies: views would hold on to all keys and values.
         kept["k"], kept["v"] = (k, v) if first == 0 else (k[first:].clone(), v[first:].clone())
         bounds = (torch.tensor([0, len(x)]) for x in (q, k))
-        return kernel(q, k, v, cu_seqlens_q=next(bounds), cu_seqlens_k=next(bounds), window=self.window)[0]
+        return kernel(q, k, v, cu_seqlens_q=next(bounds), cu_seqlens_k=next(bounds), mask=self.mask)[0]
