@@ -36,6 +36,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
+        "matplotlib",
         "megatron-core==0.16.1",
         "numpy",
         "pydantic>=2",
@@ -49,13 +50,11 @@ setup(
     ],
     extras_require={
         "data": ["pyarrow"],
-        "bench": ["matplotlib"],
         "trace": ["HolisticTraceAnalysis>=0.5", "pandas<3"],  # it breaks with pandas 3
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "dev": [
             "hypothesis",
             "import-linter",
-            "matplotlib",
             "mypy",
             "pip>=23.3",  # its dry runs fetch no wheels
             "pyarrow",

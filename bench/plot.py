@@ -1,4 +1,4 @@
-"""Draws the figures of `bench/attention.py`: python bench/plot.py docs/benchmarks/attention.json. Needs matplotlib (extra `bench`)."""
+"""Draws the figures of `bench/attention.py`: python bench/plot.py docs/benchmarks/attention.json."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Draws the figures of `bench/attention.py` and `bench/scaling.py`. Needs matplotlib (extra `bench`)."""
+"""Draws the figures of `bench/attention.py` and `bench/scaling.py`."""
 
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,8 +138,6 @@ def main(options: ScalingOptions, overrides: Sequence[Override]) -> int:
     sweep = points(config, options)
     _require_sound(options, overrides, sweep)
     predictions = [_predicted(options, overrides, point) for point in sweep]
-    if find_spec("matplotlib") is None:
-        raise ScalingError("matplotlib draws the picture and is not installed: pip install 'lsys[bench]'")
     options.out.mkdir(parents=True, exist_ok=True)
     if any(options.out.iterdir()):
         raise ScalingError(f"--out {options.out} is not empty; name another folder, or remove it")

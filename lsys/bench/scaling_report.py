@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lsys.observe.picture import colours
+from lsys.observe.stack import bars, canvas, pixels
 
 STYLES = {"measured": "o-", "replay": "s--", "predicted": "^:"}
 
@@ -27,19 +27,11 @@ def report(summary: Mapping[str, Any], out: Path) -> None:
 
 def draw(summary: Mapping[str, Any], path: Path) -> np.ndarray:
     """Efficiency over ranks, and beside it where the time of a step goes; uint8 [height, width, 3]."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = canvas(12, 4.5, plots=2)
     _efficiency(left, summary)
     _waterfalls(right, summary["points"])
     figure.savefig(path, dpi=120)
-    figure.canvas.draw()
-    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
-    pyplot.close(figure)
-    return picture
+    return pixels(figure)
 
 
 def _efficiency(axes: Any, summary: Mapping[str, Any]) -> None:
@@ -57,7 +49,8 @@ def _efficiency(axes: Any, summary: Mapping[str, Any]) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(n) for n in ranks])
-    axes.set_ylim(0, 110)
+    highest = max(100 * value for point in points for value in point["efficiency"].values())
+    axes.set_ylim(0, 1.1 * max(100.0, highest))
     axes.set_xlabel("ranks")
     axes.set_ylabel("FLOP/s of a rank, % of the first point's")
     axes.set_title(f"{options['scaling']} scaling over {options['axis']}")
@@ -65,17 +58,13 @@ def _efficiency(axes: Any, summary: Mapping[str, Any]) -> None:
 
 
 def _waterfalls(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
-    falls = [point["measured"]["waterfall"] for point in points]
-    parts = [part for part in (falls[-1] or {}) if any(fall.get(part, 0.0) > 0 for fall in falls)]
-    colour, bottom = colours(list(falls[-1])), np.zeros(len(points))
-    places = range(len(points))
-    for part in parts:
-        share = np.array([100 * fall.get(part, 0.0) / (sum(fall.values()) or 1.0) for fall in falls])
-        axes.bar(places, share, bottom=bottom, label=part, color=[c / 255 for c in colour[part]])
-        bottom += share
-    axes.set_xticks(places, [f"{p['ranks']} on {p['nodes']}" for p in points])
+    falls = [point["measured"]["waterfall"] or {} for point in points]
+    parts = dict.fromkeys(part for fall in falls for part in fall)
+    whole = [sum(fall.values()) or 1.0 for fall in falls]
+    shares = {
+        part: np.array([100 * fall.get(part, 0.0) / all_of for fall, all_of in zip(falls, whole, strict=True)])
+        for part in parts
+    }
+    bars(axes, [f"{p['ranks']} on {p['nodes']}" for p in points], shares)
     axes.set_xlabel("ranks on nodes")
-    axes.set_ylabel("% of a step, mean of the ranks")
     axes.set_title("where the time goes (measured)")
-    if parts:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

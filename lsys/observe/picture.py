@@ -5,9 +5,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Of the parts of the waterfall; the axes of communication take theirs in turn.
+# Of the parts of the waterfall, in the order in which they lie upon each other.
 COLOURS = {
     "compute": (46, 125, 50),
+    "exposed_tensor": (13, 71, 161),
+    "exposed_context": (33, 150, 243),
+    "exposed_pipeline": (92, 107, 192),
+    "exposed_expert": (206, 147, 216),
+    "exposed_data": (0, 172, 193),
+    "exposed_model": (0, 105, 92),
+    "exposed_world": (144, 202, 249),
+    "exposed_other": (128, 203, 196),
     "imbalance": (198, 40, 40),
     "bubble": (239, 108, 0),
     "data": (106, 27, 154),
@@ -16,17 +24,15 @@ COLOURS = {
     "report": (255, 202, 40),
     "other": (189, 189, 189),
 }
-EXPOSED = ((21, 101, 192), (0, 151, 167), (92, 107, 192), (0, 121, 107), (100, 181, 246), (128, 203, 196))
 COLUMNS = 4  # of the legend
 BARS = 64  # ranks up to which each has a bar
 WIDTH, ROW, LABEL, EDGE = 560, 16, 96, 10  # pixels; TensorBoard shows about half of 1,000
 INK, PAPER = (33, 33, 33), (255, 255, 255)
 
 
-def colours(parts: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """A colour for each part."""
-    axes = [part for part in parts if part not in COLOURS]
-    return {**{axis: EXPOSED[i % len(EXPOSED)] for i, axis in enumerate(axes)}, **COLOURS}
+def colour(part: str) -> str:
+    """The part's own colour in every picture, as #rrggbb; of an axis without one, that of `exposed_other`."""
+    return "#{:02x}{:02x}{:02x}".format(*COLOURS.get(part, COLOURS["exposed_other"]))
 
 
 def ranks_picture(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], title: str) -> np.ndarray:
@@ -51,9 +57,9 @@ def _canvas(height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 def _bars(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], title: str) -> np.ndarray:
     parts = [part for part in ranks[0] if any(rank[part] > 0 for rank in ranks)]
-    colour, top = colours(list(ranks[0])), EDGE + ROW * (2 + -(-len(parts) // COLUMNS))
+    top = EDGE + ROW * (2 + -(-len(parts) // COLUMNS))
     image, draw = _canvas(top + (ROW + 4) * len(ranks) + EDGE, title)
-    _legend(draw, parts, colour)
+    _legend(draw, parts)
     longest = max(sum(rank.values()) for rank in ranks) or 1.0
     scale = (WIDTH - LABEL - 2 * EDGE - 70) / longest
     slowest = max(range(len(ranks)), key=lambda rank: ranks[rank]["compute"])
@@ -64,16 +70,16 @@ def _bars(ranks: Sequence[Mapping[str, float]], nodes: Sequence[int], title: str
         for part in parts:
             end = x + max(0.0, rank[part]) * scale
             if round(end) > round(x):  # both edges of a rectangle are drawn
-                draw.rectangle((round(x), y, round(end) - 1, y + ROW - 1), fill=colour[part])
+                draw.rectangle((round(x), y, round(end) - 1, y + ROW - 1), fill=colour(part))
             x = end
         draw.text((x + 4, y + 1), f"{1e3 * rank['compute']:,.0f} ms", INK)
     return np.asarray(image)
 
 
-def _legend(draw: ImageDraw.ImageDraw, parts: Sequence[str], colour: Mapping[str, tuple[int, int, int]]) -> None:
+def _legend(draw: ImageDraw.ImageDraw, parts: Sequence[str]) -> None:
     for number, part in enumerate(parts):
         x, y = EDGE + number % COLUMNS * (WIDTH // COLUMNS), EDGE + ROW * (1 + number // COLUMNS) + 4
-        draw.rectangle((x, y, x + 10, y + 10), fill=colour[part])
+        draw.rectangle((x, y, x + 10, y + 10), fill=colour(part))
         draw.text((x + 14, y - 2), part, INK)
 
 

@@ -1,20 +1,24 @@
 """What a run tells of itself: the console line, TensorBoard, and its record. Only rank 0 writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from lsys.config import Config
 from lsys.config.reports import LOSS, Metric, declared
+from lsys.data.corpus import Corpus
 from lsys.observe.efficiency import Efficiency, History, hardware_name
 from lsys.observe.meter import Interval, memory
 from lsys.observe.tensorboard import Board
+from lsys.observe.texts import corpora_table, rank_grid, versions_table
 from lsys.observe.waterfall import Waterfall
 from lsys.parallel.mesh import Mesh
 
 RECORD = "scaling.json"  # in the run's folder
+CURVES, PICTURE, WRITING = "writing to TensorBoard", "drawing the waterfall", f"writing {RECORD}"
 
 
 class Reporter:
@@ -32,6 +36,7 @@ class Reporter:
         efficiency: against a baseline, if there is one.
         first_step: points of an earlier part of the run from this step on are dropped, so the curve of a resumed run is one.
         text: the resolved configuration.
+        corpora: that the run reads, with their weights.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Reporter:
         efficiency: Efficiency | None,
         first_step: int,
         text: str,
+        corpora: Sequence[tuple[Corpus, float]],
     ) -> None:
         self.settings, self.ranks, self.device = settings, mesh.world_size, device
         self.peak, self.efficiency = peak, efficiency
@@ -54,10 +60,27 @@ class Reporter:
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
         self.board: Board | None = None
         if active and settings.metrics.tensorboard:
-            self.board = Board(settings, mesh=mesh, nodes=nodes, first_step=first_step, text=text)
+            texts = {
+                "config": f"```yaml\n{text}```",
+                "ranks": rank_grid(mesh, nodes),
+                "versions": versions_table(device),
+                "corpora": corpora_table(corpora),
+            }
+            self.board = Board(settings, ranks=self.ranks, nodes=nodes, first_step=first_step, texts=texts)
+        self.failed: set[str] = set()
 
     def say(self, message: str) -> None:
         self.console.print(message)
+
+    def _show(self, what: str, call: Callable[..., None], *args: Any) -> None:
+        """Do what is optional: its failure is told once, and it is left out from then on."""
+        if what in self.failed:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # a full disk, no fonts
+            self.failed.add(what)
+            self.say(f"{what} failed and is left out from now on: {type(error).__name__}: {error}")
 
     def training(
         self, step: int, interval: Interval, values: Mapping[str, float], waterfall: Waterfall | None = None
@@ -88,9 +111,10 @@ class Reporter:
         for note in waterfall.notes if waterfall else ():
             self.say(f"waterfall: {note}")
         if self.board:
-            self.board.scalars(step, values)
+            self._show(CURVES, self.board.scalars, step, values)
             if waterfall:
-                self.board.waterfall(step, waterfall)
+                self._show(CURVES, self.board.waterfall, step, waterfall)
+                self._show(PICTURE, self.board.draw)
         mfu = f" | mfu {values['mfu(%)']:.1f}%" if self.peak else ""
         total = self.settings.train.steps
         left = timedelta(seconds=round((total - step) * interval.step_seconds))
@@ -114,14 +138,15 @@ class Reporter:
         """Held-out loss, beside the corpus's bigram entropy where that is known; and what else was reported, as `validation/NAME`."""
         if self.board:
             others = {f"validation/{tag}": value for tag, value in (values or {}).items() if tag != LOSS}
-            self.board.scalars(step, {"loss_metrics/validation_loss": loss, **others})
+            self._show(CURVES, self.board.scalars, step, {"loss_metrics/validation_loss": loss, **others})
         beside = f" (bigram entropy of the corpus: {entropy:.4f})" if entropy is not None else ""
         self.say(f"step {step} | validation loss {loss:.4f} nats per token{beside}")
 
     def close(self) -> None:
         """End the curves, and write what the run achieved, for later runs to compare themselves with."""
         if self.board:
-            self.board.close()
+            self._show(PICTURE, self.board.draw, True)
+            self._show(CURVES, self.board.close)
         record = self.history.record(self.settings, self.ranks, hardware_name(self.device)) if self.active else None
         if record:
-            record.save(self.settings.train.folder / RECORD)
+            self._show(WRITING, record.save, self.settings.train.folder / RECORD)

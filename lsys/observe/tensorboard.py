@@ -1,236 +1,179 @@
-"""How TensorBoard shows a run: groups of charts on one page, hyperparameters, texts."""
+"""How TensorBoard shows a run: curves, pictures, hyperparameters, texts, all as one TensorBoard run.
 
+Of the Time Series page TensorBoard makes a group of each first part of the tags' names, in alphabetical order; the first two groups are
+open. Custom scalars are for what belongs into one chart. They draw no tag with a parenthesis, as names with units have: those are curves
+of Time Series only.
+"""
+
+import json
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lsys.config.reports import LOSS, Metric, declared
+from lsys.config.reports import Metric, declared
 from lsys.config.schema import Config
 from lsys.observe.folder import mark_folder, tensorboard_folder
-from lsys.observe.waterfall import COMPUTE, Waterfall
-from lsys.parallel.mesh import AXES, Mesh
+from lsys.observe.waterfall import COMPUTE, TAGS, Waterfall
+from lsys.observe.waterfall_history import read_history
 
-# The borders of a part in the stack of the waterfall. TensorBoard has one colour for each run, not for each tag: so each part
-# is a run of its own, in a folder of this name.
-STACK = "waterfall"
-# Its custom scalars take what follows the first parenthesis of a tag for the name of the run, and draw nothing. So what has
-# one, as names with units do, is written once more without, in a run of this name.
-PAGE = "page"
-LEAST = 0.1  # %; a part is shown from when it first takes as much
-LOWER, UPPER = "waterfall_stack/lower", "waterfall_stack/upper"
+PICTURE = f"{TAGS}all_parts"  # before the parts' own curves
+SECTIONS = ("model", "parallel", "data", "optimizer", "train")  # of the configuration, with hyperparameters
+COMPARED = ("tensor", "pipeline", "context", "attention", "linear")  # of `parallel`, in every run
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A chart of lines.
+class Chart:
+    """A chart of several lines, in a group of charts.
 
     Attributes:
-        tags: regular expressions; TensorBoard draws every tag that matches one. Of tags with units, see `page_tag`.
+        tag: a regular expression; TensorBoard draws every tag that matches it.
     """
 
+    group: str
     title: str
-    tags: tuple[str, ...]
+    tag: str
 
 
-@dataclass(frozen=True)
-class Bands:
-    """A chart of areas: of each run that between two tags."""
-
-    title: str
-    lower: str
-    upper: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """A section of the page of custom scalars; it is shown where the run has what it is about."""
-
-    title: str
-    charts: tuple[Lines | Bands, ...]
+def charts(metrics: Sequence[Metric] = ()) -> list[Chart]:
+    """What Custom scalars show: training beside validation, one axis beside another, and a vector's numbers, of each that is reported."""
+    known = [
+        Chart("training", "loss", r"loss_metrics/(global_avg|validation)_loss"),
+        Chart("communication", "bytes that a rank sends in a step", r"comm/.*/bytes"),
+    ]
+    vectors = [metric for metric in metrics if metric.shown and metric.size > 1 and "(" not in metric.name]
+    names = [(metric.name, *metric.name.partition("/")) for metric in vectors]
+    return known + [Chart(group, rest or group, re.escape(name) + r"/\d+") for name, group, _, rest in names]
 
 
-def groups(waterfall: bool, metrics: Sequence[Metric] = ()) -> list[Group]:
-    """The sections of a run, with or without a waterfall; of what layers and losses report, one for each first name."""
-    training = Group(
-        "training",
-        (
-            Lines("loss", (r"loss_metrics/global_avg_loss", r"loss_metrics/validation_loss")),
-            *_reported(metrics).pop("loss_metrics", ()),
-            Lines("gradient norm", ("grad_norm",)),
-            Lines("learning rate", ("lr",)),
-        ),
-    )
-    speed = Group(
-        "speed",
-        (
-            Lines("scaling efficiency, %", (r"scaling/.*efficiency %",)),
-            Lines("tokens/s of a rank", ("throughput tps",)),
-            Lines("s of a step", ("time_metrics/end_to_end s",)),
-            Lines("MFU, %", ("mfu %",)),
-        ),
-    )
-    title = "where a step's time goes, % (mean of the ranks), one part upon the other"
-    time = Group("scaling waterfall", (Bands(title, LOWER, UPPER),))
-    ranks = Group(
-        "parts and ranks",
-        (
-            Lines("all parts but compute, %", (r"waterfall/(?!compute).* %",)),
-            Lines("own work of the quickest rank, the mean and the slowest, ms", (r"ranks/compute_.* ms",)),
-            Lines("which rank is the slowest", (r"ranks/slowest",)),
-        ),
-    )
-    communication = Group(
-        "communication",
-        (
-            Lines("exposed, ms of a step", (r"comm/.*/exposed ms",)),
-            Lines("total, ms of a step", (r"comm/.*/total ms",)),
-            Lines("bytes that a rank sends in a step", (r"comm/.*/bytes",)),
-        ),
-    )
-    memory = Group("memory", (Lines("GiB", (r"memory/.* GiB",)),))
-    reported = [Group(name, charts) for name, charts in _reported(metrics).items() if name != "loss_metrics"]
-    return [training, *reported, speed, *([time, ranks, communication] if waterfall else []), memory]
-
-
-def _reported(metrics: Sequence[Metric]) -> dict[str, tuple[Lines, ...]]:
-    """A chart for each metric but the loss, by the first part of their names; a vector's numbers are lines of one."""
-    charts: dict[str, tuple[Lines, ...]] = {}
-    for metric in metrics:
-        if metric.shown and metric.name != LOSS:
-            first, _, rest = metric.name.partition("/")
-            expression = re.escape(page_tag(metric.name)) + r"/\d+" * (metric.size > 1)
-            charts[first] = (*charts.get(first, ()), Lines(rest or first, (expression,)))
-    return charts
-
-
-def page_tag(tag: str) -> str:
-    """`mfu(%)` as the page of custom scalars can draw it: `mfu %`."""
-    return tag.replace("(", " ").replace(")", "")
-
-
-def layout(chosen: Sequence[Group]) -> Any:
-    """The summary that tells TensorBoard's custom scalars about the groups."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+def layout(chosen: Sequence[Chart]) -> Any:
+    """The summary that tells TensorBoard's custom scalars about the charts."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
+    def chart(one: Chart) -> Any:
+        return layout_pb2.Chart(title=one.title, multiline=layout_pb2.MultilineChartContent(tag=[one.tag]))
+
+    groups: dict[str, list[Any]] = {}
+    for one in chosen:
+        groups.setdefault(one.group, []).append(chart(one))
     page = layout_pb2.Layout(
-        category=[
-            layout_pb2.Category(title=group.title, chart=[_chart(chart, layout_pb2) for chart in group.charts])
-            for group in chosen
-        ]
+        category=[layout_pb2.Category(title=group, chart=found) for group, found in groups.items()]
     )
-    kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME))
     tensor = TensorProto(dtype="DT_STRING", string_val=[page.SerializeToString()])
+    kind = metadata.create_summary_metadata()
     return Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=kind)])
 
 
-def _chart(chart: Lines | Bands, proto: Any) -> Any:
-    if isinstance(chart, Lines):
-        return proto.Chart(title=chart.title, multiline=proto.MultilineChartContent(tag=chart.tags))
-    series = proto.MarginChartContent.Series(value=chart.upper, lower=chart.lower, upper=chart.upper)
-    return proto.Chart(title=chart.title, margin=proto.MarginChartContent(series=[series]))
-
-
-def stacked(percent: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Scalars of each part's lower and upper border, %, one part upon the other."""
-    borders, upper = {}, 0.0
-    for part, value in percent.items():
-        lower, upper = upper, upper + value
-        borders[part] = {LOWER: lower, UPPER: upper}
-    return borders
-
-
 def hyperparameters(config: Config, ranks: int) -> dict[str, bool | float | str]:
-    """What the HParams page compares runs by: degrees, sizes, methods."""
-    chosen: dict[str, bool | float | str] = {"ranks": ranks}
-    for section in ("model", "parallel", "optimizer", "train"):
-        for key, value in getattr(config, section).model_dump(mode="json").items():
-            if isinstance(value, (bool, int, float, str)):
-                chosen[f"{section}.{key}"] = value
-    return chosen
+    """What runs are compared by: ranks, degrees and methods of all, and of the rest only what is not the default.
+
+    TensorBoard finds out what differs among the runs that it shows. A run that lacks a key has its default.
+    """
+    parallel = config.parallel.model_dump(mode="json", include=set(COMPARED))
+    chosen: dict[str, Any] = {"ranks": ranks}
+    for section in SECTIONS:
+        chosen[section] = getattr(config, section).model_dump(mode="json", exclude_defaults=True)
+    chosen["parallel"] |= parallel
+    del chosen["train"]["folder"]  # is the run's name
+    chosen["data"]["corpora"] = ", ".join(str(corpus.path) for corpus in config.data.corpora)
+    return dict(_flat(chosen))
 
 
-def hyperparameter_summaries(config: Config, ranks: int) -> tuple[Any, ...]:
-    """The summaries of one session of the HParams page, which takes the run's own curves for its metrics."""
-    from torch.utils.tensorboard.summary import hparams
-
-    metrics = (
-        "loss_metrics/global_avg_loss",
-        "loss_metrics/validation_loss",
-        "throughput(tps)",
-        "scaling/efficiency(%)",
-    )
-    return hparams(hyperparameters(config, ranks), dict.fromkeys(metrics, 0.0))
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
-def rank_grid(mesh: Mesh, nodes: Sequence[int], limit: int = 256) -> str:
-    """A Markdown table: node and coordinates of each rank."""
-    axes = [axis for axis in AXES if mesh.degree(axis) > 1]
-    heads = ["rank", "node", *axes]
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    for rank in range(min(mesh.world_size, limit)):
-        place = mesh.coordinates(rank)
-        lines.append(" | ".join(map(str, (rank, nodes[rank], *(place[axis] for axis in axes)))))
-    if mesh.world_size > limit:
-        lines.append(f"... and {mesh.world_size - limit} more ranks")
-    return "\n".join(lines)
+class Pace:
+    """When to draw a picture of a whole run: so seldom that it costs at most 1% of the time, so often that it lacks at most 2% of the run.
+
+    Args:
+        clock: gives seconds.
+    """
+
+    COST, MISSING = 0.01, 0.02
+    FIRST = 1.0  # s that the first picture is taken to cost, with the library's import
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.cost = clock, self.FIRST
+        self.began = self.last = clock()
+
+    @property
+    def is_due(self) -> bool:
+        now = self.clock()
+        return now - self.last >= max(self.cost / self.COST, self.MISSING * (now - self.began))
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Around drawing."""
+        began = self.clock()
+        yield
+        self.last = self.clock()
+        self.cost = self.last - began
 
 
 class Board:
-    """TensorBoard's files of a run; the first rank has one.
+    """TensorBoard's files of a run, one TensorBoard run; the first rank has one.
 
     Args:
-        first_step: points of an earlier part of the run from this step on are dropped, so the curve of a resumed run is one.
-        nodes: of each rank. text: the resolved configuration.
+        nodes: of each rank.
+        first_step: points of an earlier part of the run from this step on are dropped, so the curve of a resumed run is one, and the
+            picture of the waterfall begins where the run did.
+        texts: Markdown, by name.
     """
 
-    def __init__(self, config: Config, *, mesh: Mesh, nodes: Sequence[int], first_step: int, text: str) -> None:
+    def __init__(
+        self, config: Config, *, ranks: int, nodes: Sequence[int], first_step: int, texts: Mapping[str, str]
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         mark_folder(config)
-        self.nodes, self.first_step = nodes, first_step
-        self.folder = tensorboard_folder(config)
-        self.writer = SummaryWriter(str(self.folder), purge_step=first_step)
-        self.page = SummaryWriter(str(self.folder / PAGE), purge_step=first_step)
-        self.parts: dict[str, Any] = {}  # a writer for each part of the waterfall
-        self.writer.add_text("config", f"```yaml\n{text}```", first_step)
-        self.writer.add_text("ranks", rank_grid(mesh, nodes), first_step)
-        summaries = (
-            layout(groups(config.metrics.waterfall_every > 0, declared(config))),
-            *hyperparameter_summaries(config, mesh.world_size),
-        )
-        for summary in summaries:
+        self.nodes, self.pace = nodes, Pace()
+        folder = tensorboard_folder(config)
+        self.history = read_history(folder, first_step)
+        self.drawn = len(self.history.steps)  # reports that the newest picture shows
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+        for name, text in texts.items():
+            self.writer.add_text(name, text, first_step)
+        # Without the summary of an experiment, which says what hyperparameters there are: TensorBoard would take one run's for all.
+        _, *session = hparams(hyperparameters(config, ranks), {})
+        for summary in (layout(charts(declared(config))), *session):
             self.writer._get_file_writer().add_summary(summary)  # what add_custom_scalars does
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
-            if page_tag(tag) != tag:
-                self.page.add_scalar(page_tag(tag), value, step)
 
     def waterfall(self, step: int, waterfall: Waterfall) -> None:
-        """Curves of the parts, their stack, and the picture of the ranks."""
-        from torch.utils.tensorboard import SummaryWriter
-
+        """Curves of the parts, and the picture of the ranks."""
         from lsys.observe.picture import ranks_picture
 
         self.scalars(step, waterfall.scalars | _of_ranks(waterfall))
-        for part, borders in stacked(waterfall.percent).items():
-            if part not in self.parts:
-                if borders[UPPER] - borders[LOWER] < LEAST:
-                    continue
-                self.parts[part] = SummaryWriter(str(self.folder / STACK / part), purge_step=self.first_step)
-            for tag, value in borders.items():
-                self.parts[part].add_scalar(tag, value, step)
+        self.history.add(step, waterfall.percent)
         title = f"step {step}: {1e3 * waterfall.seconds:,.0f} ms, and each rank's own work in it"
         picture = ranks_picture(waterfall.per_rank, self.nodes, title)
         self.writer.add_image("ranks/time", picture, step, dataformats="HWC")
 
+    def draw(self, last: bool = False) -> None:
+        """The waterfall of the whole run, if it is time for a new picture, or the `last` one."""
+        if len(self.history.steps) == self.drawn or not (last or self.pace.is_due):
+            return
+        with self.pace.drawing():
+            from lsys.observe.stack import history_picture
+
+            self.writer.add_image(PICTURE, history_picture(self.history), self.history.steps[-1], dataformats="HWC")
+        self.drawn = len(self.history.steps)
+
     def close(self) -> None:
-        for writer in (self.writer, self.page, *self.parts.values()):
-            writer.close()
+        self.writer.close()
 
 
 def _of_ranks(waterfall: Waterfall) -> dict[str, float]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 COMPUTE, IMBALANCE, BUBBLE, DATA, CHECKPOINT = "compute", "imbalance", "bubble", "data", "checkpoint"
 CORE, REPORT, REST = "core", "report", "other"
 EXPOSED = "exposed_"  # and the axis
+TAGS, UNIT = "waterfall/", "(%)"  # around the part, in its tag
 
 
 def part_names(axes: Iterable[str], *, ranks: int, stages: int, cores: bool) -> tuple[str, ...]:
@@ -39,6 +40,16 @@ def part_names(axes: Iterable[str], *, ranks: int, stages: int, cores: bool) -> 
 
 def exposed(axis: str) -> str:
     return EXPOSED + axis
+
+
+def share_tag(part: str) -> str:
+    """TensorBoard's tag of a part's share of the step, %."""
+    return f"{TAGS}{part}{UNIT}"
+
+
+def part_of(tag: str) -> str | None:
+    """The part whose share a tag is; None for other tags."""
+    return tag[len(TAGS) : -len(UNIT)] if tag.startswith(TAGS) and tag.endswith(UNIT) else None
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Waterfall:
     @property
     def scalars(self) -> dict[str, float]:
         """TensorBoard's tags and values."""
-        values = {f"waterfall/{part}(%)": share for part, share in self.percent.items()}
+        values = {share_tag(part): share for part, share in self.percent.items()}
         for axis, moved in self.moved.items():
             values[f"comm/{axis}/bytes"] = moved.bytes
             values[f"comm/{axis}/total(ms)"] = 1e3 * moved.total

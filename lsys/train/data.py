@@ -1,6 +1,6 @@
 """The data of a run: corpora opened and checked, training and validation plans, one step at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ class RunData:
         train: plans of training steps. held_out: plans of validation steps, or None.
         validation_steps: how many steps one validation has; 0: none.
         bigram_entropy: conditional entropy of the corpora's byte bigrams, nats per token, or None where it was not counted.
+        corpora: that are read, with their weights.
     """
 
     settings: Config
@@ -31,6 +32,7 @@ class RunData:
     held_out: Planner | None
     validation_steps: int
     bigram_entropy: float | None
+    corpora: Sequence[tuple[Corpus, float]] = ()
 
     def training(self, step: int) -> tuple[list[RankBatch], float]:
         """The rank's micro-batches of a step, and the FLOPs of the step on this data replica."""
@@ -78,7 +80,8 @@ def open_data(settings: Config, groups: Groups) -> RunData:
         wanted = min(settings.train.validate_tokens, whole)
         steps = -(-wanted // settings.train.batch_tokens)
         held_out = planner("validation", limit=whole)  # the last batch may go beyond: each document counts once
-    return RunData(settings, groups, planner("train"), held_out, steps, _bigram_entropy(corpora, weights))
+    weighted = tuple(zip(corpora, weights, strict=True))
+    return RunData(settings, groups, planner("train"), held_out, steps, _bigram_entropy(corpora, weights), weighted)
 
 
 def _verify(corpora: list[Corpus], settings: Config, groups: Groups) -> None:

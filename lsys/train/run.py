@@ -80,6 +80,7 @@ class Run:
             efficiency=efficiency,
             first_step=self.step + 1,
             text=dump(settings),
+            corpora=self.data.corpora,
         )
 
     def _resume(self) -> int:

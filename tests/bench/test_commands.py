@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NEEDED = {"kernels_sm90": "triton", "plot": "matplotlib", "scaling": "matplotlib"}  # of optional packages
+NEEDED = {"kernels_sm90": "triton"}  # of optional packages
 COMMANDS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem != "__init__")
 # Each command in a fork of one process, for torch takes seconds to start, and without what shows an editable lsys to Python.
 DRIVER = """

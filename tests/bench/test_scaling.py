@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 
-from lsys.bench import scaling
+from lsys.bench import scaling, scaling_report
 from lsys.bench.scaling import Point, ScalingError, ScalingOptions, points
 from lsys.config.load import load
 from lsys.config.messages import ConfigError
 from lsys.config.overrides import Override
 from lsys.config.rules import check
+from lsys.observe import picture, stack
 
 LARGE = Path(__file__).parents[2] / "configs" / "hybrid_7b_256k.yaml"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -79,9 +82,32 @@ def test_a_launcher_gets_the_numbers():
     ]  # fmt: skip
 
 
+def test_the_picture_of_a_sweep_shows_all_of_it_in_the_colours_of_a_run(tmp_path):
+    def point(ranks, efficiency, **waterfall):
+        measured = {"waterfall": waterfall, "step_seconds": 1.0}
+        return dict(ranks=ranks, nodes=1, shares_cores=False, measured=measured, efficiency={"measured": efficiency})
+
+    summary: dict[str, Any] = {
+        "options": {"scaling": "weak", "axis": "data"},
+        "points": [point(1, 1.0, compute=3.0, other=1.0), point(2, 1.36, compute=1.0, bubble=0.0, exposed_data=1.0)],
+    }
+    plots: list[Any] = stack.canvas(8, 4, plots=2)[1]
+    left, right = plots
+    scaling_report._efficiency(left, summary)
+    assert left.get_ylim()[1] > 136
+    scaling_report._waterfalls(right, summary["points"])
+    pieces = [(bar.get_x(), bar.get_y(), bar.get_height(), to_hex(bar.get_facecolor())) for bar in right.patches]
+    assert [(y, height, paint) for x, y, height, paint in pieces if x > 0 and height] == [
+        (0, 50, picture.colour("compute")), (50, 50, picture.colour("exposed_data"))
+    ]  # fmt: skip
+    assert [(y, height) for x, y, height, _ in pieces if x < 0 and height] == [(0, 75), (75, 25)]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["other", "exposed_data", "compute"]
+    drawn = scaling_report.draw(summary, tmp_path / "scaling.png")
+    assert drawn.shape == (450, 1200, 3) and (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_a_sweep_leaves_figures_curves_and_a_picture(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     corpus = tmp_path / "corpus"
     from lsys.data.prepare import PrepareArgs, prepare
 

@@ -45,6 +45,14 @@ def test_the_run_goes_on_with_the_same_losses_beside_its_own_record(folder: Path
     printed = lsys(folder, "train", "run.yaml", "--metrics.baseline", Path(record).name, ranks=2)
     assert "resumed after step 4 of 8" in printed and "| efficiency " in printed
     assert curves(folder / "run") == {tag: pytest.approx(SEEN[tag], rel=2e-6) for tag in CURVES}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    assert [image.step for image in events.Images("waterfall/all_parts")] == [8]
+    assert [point.step for point in events.Scalars("waterfall/compute(%)")] == list(range(1, 9))
+    (text,) = events.Tensors("corpora/text_summary")[-1].tensor_proto.string_val
+    assert b"corpus | 1 | 2,976 | 12 | bytes | 1d5a2d3b" in text
 
 
 def logits(rank: int, world_size: int, run: str, prompt: bytes) -> list[float]:

@@ -78,7 +78,7 @@ def test_only_the_rank_that_writes_keeps_reports():
     for active in (True, False):
         reporter = Reporter(
             make(), active=False, mesh=mesh, nodes=(0, 0), device=torch.device("cpu"), peak=None, efficiency=None,
-            first_step=1, text="",
+            first_step=1, text="", corpora=(),
         )  # fmt: skip
         reporter.active = active
         values = {"loss_metrics/global_avg_loss": 1.0, "grad_norm": 1.0, "lr": 0.1}

@@ -40,7 +40,7 @@ class Now:
 class StubData:
     """Stands in for `lsys.train.data.RunData`: the same few steps of random documents, again and again."""
 
-    validation_steps, bigram_entropy = 0, None
+    validation_steps, bigram_entropy, corpora = 0, None, ()
 
     def __init__(self, settings: Any, groups: Any) -> None:
         from lsys.data.plan import Planner

@@ -69,13 +69,19 @@ def finish(process: subprocess.Popen) -> str:
 
 def losses(folder: Path, tag: str = "loss_metrics/global_avg_loss") -> dict[int, float]:
     """The curve in TensorBoard; a step that is there twice fails."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "run" / "tensorboard"))
-    events.Reload()
-    points = [(event.step, event.value) for event in events.Scalars(tag)]
+    points = [(event.step, event.value) for event in curves(folder).Scalars(tag)]
     assert len(dict(points)) == len(points), points
     return dict(points)
+
+
+def curves(folder: Path) -> Any:
+    """What TensorBoard reads of the run, which is one run for it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (where,) = {path.parent for path in folder.rglob("*tfevents*")}
+    events = EventAccumulator(str(where))
+    events.Reload()
+    return events
 
 
 def one_node(ranks: int) -> list[str]:
@@ -131,6 +137,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, corpus: Path
     assert saved and "partial" not in "".join(saved)
     assert "resumed after step" in finish(torchrun(one_node(2), config))
     assert losses(parts) == losses(whole) and len(losses(whole)) == 60
+    pictures = [image.step for image in curves(parts).Images("waterfall/all_parts")]
+    assert pictures[0] < 60 == pictures[-1]  # at the first run's end, and at the second's
     assert "nothing to do" in finish(torchrun(one_node(2), config))
 
 
