@@ -25,10 +25,11 @@ import tyro
 
 from bench.common.tools import launch, run_sections, show
 from bench.workers.linear import MEMBERS, Case, attend
+from lsys.parallel.gpus import GPUS
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import Placement, attention, linear
 from lsys.parallel.methods import SOFTMAX, STATE
-from lsys.parallel.replay import HARDWARE, Compute, Issue, Program, SoloComm, fastest, simulate
+from lsys.parallel.replay import Compute, Issue, Program, SoloComm, fastest, simulate
 
 WORKER = "linear.py"
 STATE_METHODS = tuple(STATE)
@@ -124,21 +125,9 @@ def methods(options: Options) -> dict[str, Any]:
 # ---- many ranks
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Published figures of a GPU, and what share of them is taken to be reached.
-
-    flops: bf16, dense, /s; memory: bytes/s of HBM. Data sheets of A100 SXM 80 GB and H100 SXM.
-    """
-
-    links: str
-    flops: float
-    memory: float
-    matrix_share: float = 0.5
-    linear_share: float = 0.10  # of HBM's bound: published kernels of linear attention reach 7 to 16%
-
-
-GPUS = {"a100": Gpu("a100", 312e12, 2.039e12), "h100": Gpu("h100", 989e12, 3.35e12)}
+# Shares of data sheets' peaks that are taken to be reached: of products; of memory's bound, which published kernels of linear attention
+# reach 7 to 16% of.
+MATRIX_SHARE, LINEAR_SHARE = 0.5, 0.10
 HEADS, WIDTH, HIDDEN, FFN, BYTES = 16, 128, 2048, 5504, 2  # a 1B model's layer, in bf16
 
 
@@ -157,18 +146,18 @@ class Setting:
     def dense_seconds(self) -> float:
         """Projections and MLP of this rank's tokens, forward and backward."""
         weights = 5 * HIDDEN * HEADS * WIDTH + 3 * HIDDEN * FFN
-        gpu = GPUS[self.gpu]
-        return 3 * 2 * weights * self.own / (gpu.flops * gpu.matrix_share)
+        gpu = GPUS[self.gpu.upper()]
+        return 3 * 2 * weights * self.own / (gpu.bf16 * MATRIX_SHARE)
 
     def linear_seconds(self) -> float:
         """Linear attention of this rank's tokens, all heads: HBM's bound, q, k, v and o once, thrice for both passes."""
-        gpu = GPUS[self.gpu]
-        return 3 * 4 * WIDTH * BYTES * HEADS * self.own / (gpu.memory * gpu.linear_share)
+        gpu = GPUS[self.gpu.upper()]
+        return 3 * 4 * WIDTH * BYTES * HEADS * self.own / (gpu.bandwidth * LINEAR_SHARE)
 
     def softmax_seconds(self) -> float:
         """Causal softmax attention of this rank's share: 4 T^2 D / 2 forward, 2.5 times that backward."""
-        gpu = GPUS[self.gpu]
-        return 3.5 * 2 * self.tokens * self.own * HEADS * WIDTH / (gpu.flops * gpu.matrix_share)
+        gpu = GPUS[self.gpu.upper()]
+        return 3.5 * 2 * self.tokens * self.own * HEADS * WIDTH / (gpu.bf16 * MATRIX_SHARE)
 
 
 SETTINGS = (
@@ -255,7 +244,7 @@ def steps_of(method: str, ranks: int) -> int:
 def replay(options: Options) -> dict[str, Any]:
     rows: list[list[Any]] = []
     for setting in SETTINGS:
-        ranks, links, found = setting.ranks, HARDWARE[GPUS[setting.gpu].links], {}
+        ranks, links, found = setting.ranks, GPUS[setting.gpu.upper()].links, {}
         names = [name for name in STATE if ranks <= HEADS or not STATE[name].whole]
         for method in (*names, "ring") if ranks <= 64 else names:
             found[method] = simulate(programs(setting, method), links).seconds

@@ -1,21 +1,17 @@
 """Peak arithmetic of the machine: what MFU divides by."""
 
-import re
 import time
 
 import torch
 import torch.distributed as dist
 
-from lsys.observe.gpus import GPUS
+from lsys.parallel.gpus import of_device
 
 
 def gpu_peak(name: str, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of the GPU that torch calls `name`, or None if it or the dtype is not in the table."""
-    column = {torch.bfloat16: 0, torch.float32: 1}.get(dtype)
-    if column is None:
-        return None
-    found = (peaks[column] for key, peaks in GPUS.items() if re.search(rf"\b{key}\b", name, re.IGNORECASE))
-    return next(found, None)
+    gpu, precision = of_device(name), {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
+    return gpu.peaks[precision] if gpu and precision else None
 
 
 def cpu_peak(dtype: torch.dtype, size: int = 768, seconds: float = 0.25) -> float:

@@ -1,4 +1,4 @@
-"""What machines do: GPUs by their data sheets, or a machine by its calibration (`bench/predict.py`).
+"""What machines do: GPUs by their data sheets (`lsys.parallel.gpus`), or a machine by its calibration (`bench/predict.py`).
 
 Data sheets say peaks; what code reaches of them is assumed, below, and not measured here: calibrate where you can.
 """
@@ -15,15 +15,8 @@ from typing import Any
 from lsys.config.messages import ConfigError, Mistake
 from lsys.mixers.card import Card
 from lsys.mixers.registry import CARDS
-from lsys.parallel.links import HARDWARE, NETWORK, NODE, Link, Links
-
-# Peaks: `lsys.observe.gpus`. HBM bytes and bytes/s from the same data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 / 8.
-MEMORY: dict[str, tuple[float, float]] = {
-    "a100": (80e9, 2.039e12),
-    "h100": (80e9, 3.35e12),
-    "h200": (141e9, 4.8e12),
-    "b200": (180e9, 7.7e12),
-}
+from lsys.parallel.gpus import Gpu, of_word
+from lsys.parallel.links import NETWORK, NODE, Link, Links
 
 # Parts of the peaks that are assumed. Products: large ones on tensor cores reach 60 to 75%. Attention: FlashAttention-2 35 to 50% on
 # H100 (Dao, 2023), FlashAttention-3 up to 75% (Shah et al., 2024). Linear attention is bound by memory: published kernels reach 7 to
@@ -97,15 +90,12 @@ def hardware(name: str, precision: str, default_ranks: int = 8) -> Hardware:
     if not found:
         fix = "name a GPU and how many a node has, such as h100x8, or the JSON of a calibration"
         raise ConfigError([Mistake("", f"--hardware {name!r} is no hardware", fix)])
-    gpu, ranks = found[1], int(found[2] or default_ranks)
-    return _data_sheet(name, gpu, ranks, precision) if gpu in MEMORY else Hardware(name, ranks, True)
+    gpu, ranks = of_word(found[1]), int(found[2] or default_ranks)
+    return _data_sheet(name, gpu, ranks, precision) if gpu else Hardware(name, ranks, True)
 
 
-def _data_sheet(name: str, gpu: str, ranks: int, precision: str) -> Hardware:
-    from lsys.observe.gpus import GPUS
-
-    peaks = dict(zip(("bf16", "fp32"), GPUS[gpu.upper()], strict=True))
-    size, bandwidth = MEMORY[gpu]
+def _data_sheet(name: str, gpu: Gpu, ranks: int, precision: str) -> Hardware:
+    peaks, size, bandwidth = gpu.peaks, gpu.memory, gpu.bandwidth
     moved = 1 / (MEMORY_SHARE * bandwidth)  # s a byte
     matmul, attention = 1 / (MATMUL * peaks[precision]), 1 / (ATTENTION * peaks[precision])
     costs = {
@@ -132,7 +122,7 @@ def _data_sheet(name: str, gpu: str, ranks: int, precision: str) -> Hardware:
         costs |= {f"{name}{way}:{kind}": s for name in ("kernel", "linked") for way, s in chunked.items()}
     for kind in (card.symbol for card in CARDS if not card.has_state):
         costs |= {f"kernel:{kind}": costs["bytes"], f"kernel_backward:{kind}": costs["bytes_backward"]}
-    links = {k: Link(link.latency, LINK * link.bandwidth) for k, link in HARDWARE[gpu].items()}
+    links = {k: Link(link.latency, LINK * link.bandwidth) for k, link in gpu.links.items()}
     return Hardware(name, ranks, True, USABLE * size, peaks, costs, links, call=5e-6, overlap=1.0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from lsys.config.notices import notices
+from lsys.parallel.gpus import words
 from lsys.parallel.links import NETWORK, NODE
 from lsys.predict.plan import Plan
 from lsys.predict.search import Changes, nearest, overrides, search
@@ -24,7 +25,7 @@ def report(plan: Plan, wants_search: bool = False) -> Iterator[Table | str]:
         yield _waterfall(plan)
         yield _run(plan)
     else:
-        yield f"hardware {plan.hardware.name} is unknown: no times and no MFU"
+        yield f"hardware {plan.hardware.name} is unknown: no times and no MFU; known are {', '.join(words())}"
     if wants_search:
         yield from _search(plan)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lsys.kernels.mask import CAUSAL, Mask
-from lsys.parallel.links import HARDWARE, NETWORK, NODE, Links
+from lsys.parallel.gpus import GPUS
+from lsys.parallel.links import NETWORK, NODE, Links
 from lsys.parallel.messages.attention import Shape
 from lsys.parallel.messages.placement import Phase, Placement
 from lsys.parallel.methods import SOFTMAX, Method
@@ -43,7 +44,7 @@ def choose(
     place: Placement,
     shape: Shape,
     nodes: Sequence[int],
-    links: Links = HARDWARE["h100"],
+    links: Links = GPUS["H100"].links,
     mask: Mask = CAUSAL,
 ) -> tuple[Estimate, ...]:
     """All methods, one of them chosen: the least time of those that keep all ranks busy, in doubt the one named first."""

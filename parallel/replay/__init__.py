@@ -15,10 +15,10 @@ or, for more ranks than a machine can run, from one rank after the other, alone:
         softmax_attention(q, k, v, layout, comm)  # that rank's part
     programs = [comm.program for comm in comms]
 
-and `simulate(programs, HARDWARE["h100"])` gives their timeline.
+and `simulate(programs, GPUS["H100"].links)` gives their timeline.
 """
 
-from lsys.parallel.replay.links import HARDWARE, Link, Links
+from lsys.parallel.replay.links import Link, Links
 from lsys.parallel.replay.program import (
     Compute,
     Issue,
@@ -34,7 +34,6 @@ from lsys.parallel.replay.solo import SoloComm
 from lsys.parallel.replay.timeline import Share, Timeline
 
 __all__ = [
-    "HARDWARE",
     "Compute",
     "Issue",
     "Link",

@@ -1,5 +1,5 @@
 """Links between ranks: see `lsys.parallel.links`."""
 
-from lsys.parallel.links import HARDWARE, Link, Links
+from lsys.parallel.links import Link, Links
 
-__all__ = ["HARDWARE", "Link", "Links"]
+__all__ = ["Link", "Links"]

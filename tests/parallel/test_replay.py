@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from lsys.parallel.attention import softmax_attention
 from lsys.parallel.comm import SequenceComm
+from lsys.parallel.gpus import GPUS
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import NETWORK, NODE, Operation, label, record
 from lsys.parallel.linear import linear_attention
 from lsys.parallel.replay import (
-    HARDWARE,
     Compute,
     Issue,
     Link,
@@ -224,7 +224,7 @@ def test_the_fastest_of_several_runs():
 
 
 def test_published_hardware_is_in_bounds():
-    for links in HARDWARE.values():
+    for links in (gpu.links for gpu in GPUS.values()):
         assert links[NODE].bandwidth > links[NETWORK].bandwidth and links[NODE].latency < links[NETWORK].latency
 
 
@@ -345,5 +345,5 @@ def test_many_ranks_on_one_core(ranks, method):
         q, k, v = (torch.zeros(layout.tokens(rank), 64, 4, requires_grad=True) for _ in range(3))
         softmax_attention(q, k[:, :2], v[:, :2], layout, comm, method=method).sum().backward()
         found.append(comm.program)
-    timeline = simulate(found, HARDWARE["h100"])
+    timeline = simulate(found, GPUS["H100"].links)
     assert 0 < timeline.efficiency <= 1 and set(timeline.shares[5].exposed) <= {"context"}
