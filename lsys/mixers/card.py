@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from lsys.config.model import Model
     from lsys.mixers.exchange import Exchange
 
-NORM, PRODUCT, VECTOR = "norm", "product", "vector"
+Kind = Literal["norm", "product", "vector"]
+NORM: Kind = "norm"
+PRODUCT: Kind = "product"
+VECTOR: Kind = "vector"
 
 
 class Weight(NamedTuple):
@@ -34,7 +37,7 @@ class Weight(NamedTuple):
 
     name: str
     numel: int
-    kind: str
+    kind: Kind
     is_cut: bool = True
     is_summed: bool = False
     is_trained: bool = True
@@ -210,8 +213,8 @@ class Card(MixerCard):
 
     @property
     def is_first_apart(self) -> bool:
-        """Whether the first of its layers in a model is not as the others."""
-        return False
+        """Whether the first of its layers in a model is not as the others: whether it exchanges something else."""
+        return self.exchanges(1, is_first=True) != self.exchanges(1)
 
     @abstractmethod
     def mixing_flops(self, lengths: Sequence[int], is_first: bool = False) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lsys.kernels.mask import CAUSAL, Mask
 from lsys.parallel.messages import Phases, Placement, attention, linear
 from lsys.parallel.methods import Method
+
+Decay = Literal["none", "head", "token", "channel"]  # what has a log-decay of its own
 
 
 class Ranks(NamedTuple):
@@ -63,7 +65,7 @@ class States:
     key_heads: int
     key_width: int
     value_width: int
-    decay: str
+    decay: Decay
     delta: bool
 
     def phases(self, method: Method, ranks: Ranks) -> Phases:

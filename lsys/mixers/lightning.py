@@ -40,12 +40,8 @@ class Lightning(StateCard):
         if self.own.norm == "head":
             yield self.out_norm()
 
-    @property
-    def is_first_apart(self) -> bool:
-        return self.own.lrpe == "first"
-
     def widened(self, is_first: bool) -> int:
-        return self.key_width * (2 if self.own.lrpe == "all" or is_first and self.is_first_apart else 1)
+        return self.key_width * (2 if self.own.lrpe == "all" or is_first and self.own.lrpe == "first" else 1)
 
     def kept(self, place: Place) -> Kept:
         sizes = Sizes(self, place)

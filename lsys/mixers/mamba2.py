@@ -35,5 +35,6 @@ class Mamba2(StateCard):
         b, values = sizes.b, sizes.values
         taken = sizes.taken(2 * sizes.keys) if sizes.is_sent else 0.0
         before = sizes.convolution + sizes.clone + 12 * sizes.heads + b * (sizes.channels + values) + taken
-        normed = sizes.normed - sizes.output - b * values  # the norm is of what is gated
+        # The norm is of what is gated, over the channels of a group.
+        normed = sizes.normed - sizes.output - b * values - 4 * (sizes.heads - sizes.key_heads)
         return Kept(before, b * values * (3 if b == 4 else 2) + normed, "gate")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
 from lsys.mixers.card import NORM, VECTOR, Card, Place, Refusal, Weight
-from lsys.mixers.exchange import Exchange, Halo, States
+from lsys.mixers.exchange import Decay, Exchange, Halo, States
 from lsys.section import Section
 
 CHUNK = 64  # tokens of one chunk of linear attention, as FLOPs are counted
-
-Decay = Literal["none", "head", "token", "channel"]
 
 
 class StateOptions(Section):

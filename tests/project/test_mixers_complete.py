@@ -1,21 +1,29 @@
 """Every mixer of the registry is whole: counted, planned, documented, tested against its paper; one that nothing knows is refused everywhere.
 
 What a card says is held against something other than the card: the built module, the ledger, live tensors, torch's FLOP counter. Changing
-any one fact of any card turns a test red; `FACTS` plants such changes.
+any one fact of any card turns one of the checks red: test_planted_facts.py.
 """
 
 import ast
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from support import parity, published, steps
+from support.kept import KERNELS, Watch
 
 from lsys.config.rules import check
 from lsys.config.schema import Config
 from lsys.mixers.card import NORM
+from lsys.mixers.exchange import States
 from lsys.mixers.registry import CARDS, CHANNEL_CARDS, LETTERS, MIXERS
 from lsys.observe.flops import flops_per_token, parameters
 from lsys.predict.activations import Activations
@@ -83,29 +91,31 @@ def seen(rank: int, world_size: int, changed: dict[str, Any]) -> dict[str, Any]:
             for name, p in layer.named_parameters()
         ]
         if world_size == 1:
-            spied = spy(layer)
             layout, tokens = SequenceLayout.contiguous((TOKENS,), 1), torch.zeros(TOKENS, dtype=torch.int64)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
+            with spied_kernels() as spied, FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(tokens, tokens, PackedMicroBatch(layout=layout, positions=layout.positions(0)))
             counts = counter.get_flop_counts()["Global"]
             products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    return {"held": held, "products": products, "spied": spied}
+    convolution = tuple(layer.conv.weight.shape) if hasattr(layer, "conv") else None
+    return {"held": held, "products": products, "spied": spied, "convolution": convolution}
 
 
-def spy(layer: Any) -> list[Any]:
-    """What the kernel of a state mixer is given: the shapes of log-decay and beta, filled when the layer runs."""
-    found: list[Any] = []
-    if hasattr(layer, "attend"):
-        attend = layer.attend
+@contextmanager
+def spied_kernels() -> Iterator[list[dict[str, Any]]]:
+    """What the kernel of each layer is given: its name, the shapes of tensors, and other options."""
+    found: list[dict[str, Any]] = []
 
-        def watched(q: Any, k: Any, v: Any, packed: Any, **options: Any) -> Any:
-            found.extend(
-                None if options.get(key) is None else tuple(options[key].shape) for key in ("log_decay", "beta")
-            )
-            return attend(q, k, v, packed, **options)
+    def watched(name: str, real: Any, q: Any, k: Any, v: Any, *ranks: Any, **options: Any) -> Any:
+        given = {"q": q, "k": k, "v": v, **options}
+        found.append({"kernel": name} | {key: tuple(x.shape) if hasattr(x, "shape") else x for key, x in given.items()})
+        return real(q, k, v, *ranks, **options)
 
-        layer.attend = watched
-    return found
+    with ExitStack() as stack:
+        for path in KERNELS:
+            module, _, name = path.rpartition(".")
+            real = getattr(import_module(module), name)
+            stack.enter_context(mock.patch(path, partial(watched, name, real)))
+        yield found
 
 
 TOKENS = 64
@@ -124,31 +134,56 @@ def check_parameters(gloo: Any, name: str) -> None:
             norms = {weight.name for weight in config.model.cards[name].weights() if weight.kind == NORM}
             assert norms == {key for key in built if "norm" in key}
             assert {key: told.get(key) for key in built} == built
+            assert [key for key in told if key in built] == list(built)
             assert not told.keys() - built.keys() - OUTSIDE
             if tensor == 1:
                 forward = flops_per_token(config.model, TOKENS)
                 expected = TOKENS * sum(v for part, v in forward.items() if not part.endswith("attention"))
                 assert found["products"] == expected
-                check_gates(config, name, found["spied"])
                 card: Any = config.model.cards[name]
-                convolution = card.channels * card.conv_width if card.has_state and card.convolved else None
-                assert built.get("conv", (None,))[0] == convolution
+                check_gates(card, found["spied"][-1])
+                told_flops, layers = forward[f"{name} attention"], len(found["spied"])
+                convolved = layers * 2 * built["conv"][0] if "conv" in built else 0
+                assert told_flops * TOKENS == sum(map(mixing_flops, found["spied"])) + TOKENS * convolved
+                if card.has_state:
+                    convolution = (card.channels, card.conv_width) if card.convolved else None
+                    assert found["convolution"] == convolution
+                    assert convolution or (card.channels, card.conv_width) == (0, 1)
 
 
-def check_gates(config: Config, name: str, spied: list[Any]) -> None:
-    """Decay form and delta rule, by the shapes that the kernel is given."""
-    card: Any = config.model.cards[name]
+def check_gates(card: Any, spied: dict[str, Any]) -> None:
+    """Family, decay form and delta rule, by what the kernel is given."""
+    assert card.has_state == (spied["kernel"] == "linear_attention")
     if not card.has_state:
+        assert card.window == spied["window"]
         return
-    log_decay, beta = spied
-    sizes = {
-        "none": None,
-        "head": (card.heads,),
-        "token": (TOKENS, card.heads),
-        "channel": (TOKENS, card.heads, card.key_width),
-    }
-    assert log_decay == sizes[card.decay] and card.delta == (beta is not None)
-    assert beta is None or beta == (TOKENS, card.heads)
+    heads, width = spied["v"][1], spied["k"][2]
+    log_decay, beta = spied.get("log_decay"), spied.get("beta")
+    forms = {"none": None, "head": (heads,), "token": (TOKENS, heads), "channel": (TOKENS, heads, width)}
+    assert log_decay == forms[card.decay] and card.delta == (beta is not None)
+    assert beta is None or beta == (TOKENS, heads)
+    for one in card.exchanges(1):
+        if isinstance(one, States):  # where decays are fixed, none and one a head send the same
+            assert log_decay == forms[one.decay] and one.delta == (beta is not None)
+    of_tokens = [prod(shape) for shape in (log_decay, beta) if shape and shape[0] == TOKENS]
+    assert card.gates(1) * TOKENS == sum(of_tokens)
+
+
+def mixing_flops(spied: dict[str, Any]) -> float:
+    """FLOPs of a kernel that is given such tensors: of softmax attention pair by pair, of a state in one chunk of all TOKENS."""
+    heads, key_heads, k, v = spied["q"][1], spied["k"][1], spied["k"][2], spied["v"][2]
+    if spied["kernel"] == "softmax_attention":
+        pairs = sum(min(query + 1, spied["window"] or TOKENS) for query in range(TOKENS))
+        return 2.0 * pairs * heads * (k + v)
+    heads, chunk = spied["v"][1], TOKENS
+    own = len(spied.get("log_decay") or ()) == 3 or spied.get("beta") is not None  # scores of a head, not of a key head
+    state, scores, values = 2 * chunk * k * v, 2 * chunk * chunk * k, 2 * chunk * chunk * v
+    flops = heads * (2 * state + values) + (heads if own else key_heads) * scores
+    if (
+        spied.get("beta") is not None
+    ):  # what the state says of keys, scores of keys, their corrections times keys and values
+        flops += heads * (state + scores + scores + values)
+    return flops
 
 
 OUTSIDE = {
@@ -164,10 +199,15 @@ def peak(rank: int, world_size: int, *arguments: Any) -> int:
     return steps.peak(rank, world_size, *arguments)
 
 
-def check_bytes(gloo: Any, name: str, method: str = "auto") -> None:
-    """Every byte of a step on two context and on two tensor ranks, as the ledger counts them."""
-    for degrees in ({"context": 2}, {"tensor": 2}):
-        changed = changes(name, **degrees)
+def check_bytes(gloo: Any, name: str) -> None:
+    """Every byte of a step on two context ranks, by states or keys and by heads, and on two tensor ranks, as the ledger counts them."""
+    ways: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
+        ({"context": 2}, {}),
+        ({"context": 2}, SENT),
+        ({"tensor": 2}, {}),
+    )
+    for degrees, more in ways:
+        changed = changes(name, **degrees) | more
         config = parity.settings(**changed)
         for rank, found in enumerate(gloo(2, operations, changed)):
             told: Counter[Any] = Counter()
@@ -192,6 +232,67 @@ CP2, BF16 = {"parallel__context": 2}, {"train__precision": "bf16"}
 SENT = {"parallel__linear": "ulysses", "parallel__attention": "ulysses"}
 
 
+# Heads that share keys, more than one group on each of two ranks. Where heads are sent, the exchange keeps buffers for a time of its own.
+KEPT = dict(
+    model__layers=2, model__hidden=64, model__heads=8, model__head_dim=16, model__groups=4, model__ffn=16, model__vocab=8,
+    model__linear={"heads": 8, "key_heads": 4, "key_dim": 12, "head_dim": 20},
+)  # fmt: skip
+LENGTHS = 256, 512
+PLACES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (1, {}), (1, BF16), (2, {"parallel__tensor": 2})
+)  # fmt: skip
+
+
+def kept(rank: int, world_size: int, changed: dict[str, Any]) -> dict[str, int]:
+    """What one rank's last layer keeps, by moment, for each token by which a micro-batch is longer."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.data.plan import Planner
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    found = []
+    for tokens in LENGTHS:
+        config = parity.settings(**changed, train__micro_batch_tokens=tokens, train__batch_tokens=tokens)
+        parallel = config.parallel
+        with process_groups(parallel, Launch(rank=rank, world_size=world_size)) as groups:
+            stream: Any = steps.SameDocuments(config.model.vocab, (tokens,))
+            planner = Planner(stream, tokens, tokens, parallel.context, parallel.tensor, parallel.layout)
+            plan = planner.step(0, groups.data_rank, groups.data_size)
+            batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
+            layers = Watch(Engine(config, groups)).run(batches)
+            found.append(layers[max(layers)])
+    return {moment: found[1][moment] - found[0][moment] for moment in found[0]}
+
+
+def check_kept(gloo: Any, name: str) -> None:
+    """What autograd keeps, to the byte: after the forward pass, and of that what lives when the kernel's backward pass begins."""
+    for ranks, more in PLACES:
+        changed = changes(name) | KEPT | more
+        told: dict[str, float] = dict.fromkeys(("forward", "kernel", "tables"), 0.0)
+        for tokens, sign in zip(LENGTHS, (-1, 1), strict=True):
+            config = parity.settings(**changed, train__micro_batch_tokens=tokens, train__batch_tokens=tokens)
+            activations = Activations(Shape(config, ranks, gpu=False))
+            layer = activations.layers[config.model.layer_kinds[-1]]
+            needed = (
+                layer.projected
+                + layer.before
+                + layer.entry
+                - activations.slots / activations.tensor * activations.norm(64)
+            )
+            tables = activations._tables(config.model.kinds)
+            for moment, size in (
+                ("kernel", needed),
+                ("forward", needed + layer.after + layer.mixed),
+                ("tables", tables),
+            ):
+                told[moment] += sign * size
+        for found in gloo(ranks, kept, changed):
+            assert told == found, more
+
+
 def check_memory(gloo: Any, name: str) -> None:
     """Peaks of live tensors, to 10%, and what each further layer adds to them, which is what autograd keeps of it, to 1%.
 
@@ -210,18 +311,23 @@ def check_memory(gloo: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_its_parameters_and_products_are_those_of_the_built_module(gloo: Any, name: str) -> None:
-    check_parameters(gloo, name)
+def test_its_parameters_and_products_are_those_of_the_built_module(measured: Any, name: str) -> None:
+    check_parameters(measured, name)
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_its_bytes_are_exact(gloo: Any, name: str) -> None:
-    check_bytes(gloo, name)
+def test_its_bytes_are_exact(measured: Any, name: str) -> None:
+    check_bytes(measured, name)
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_its_peak_memory_is_known(gloo: Any, name: str) -> None:
-    check_memory(gloo, name)
+def test_what_autograd_keeps_of_it_is_exact(measured: Any, name: str) -> None:
+    check_kept(measured, name)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_its_peak_memory_is_known(measured: Any, name: str) -> None:
+    check_memory(measured, name)
 
 
 # ---- documented, tested
