@@ -4,19 +4,22 @@ State layers (linear attention) keep a state of constant size, softmax layers th
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from lsys.checkpoint.manifest import Manifest
 from lsys.config import Config
 from lsys.config.load import loads
+from lsys.config.messages import ConfigError
+from lsys.config.mixers import CARD
 from lsys.config.schema import Parallel
+from lsys.config.user_code import UserCode
 from lsys.data.corpus import Corpus
 from lsys.data.tokenizer import Tokenizer, load_tokenizer
 from lsys.runtime import install_megatron
@@ -45,6 +48,8 @@ class GenerateOptions:
     """Of the draws."""
     tokenizer: str | None = None
     """`bytes`, or the path of a tokenizer.json; that of the run's corpus if empty."""
+    trust: UseAppendAction[tuple[str, ...]] = ()
+    """A path such as my_package.cards:Mine that the checkpoint's configuration names, once for each: only what is repeated here is imported."""
 
 
 class GenerateError(ValueError):
@@ -56,10 +61,12 @@ def main(options: GenerateOptions) -> int:
     check(options)
     install_megatron()
     from lsys.checkpoint.weights import find_checkpoint
+    from lsys.model.own import require_modules
 
     path = find_checkpoint(options.checkpoint)
     manifest = Manifest.read(path)
-    settings = one_device(loads(manifest.cursor.config))
+    settings = one_device(configuration(manifest, options.trust))
+    require_modules(settings)
     tokenizer = run_tokenizer(settings, options.tokenizer)
     prompt = torch.from_numpy(tokenizer.encode(options.prompt).astype("int64"))
     if len(prompt) and prompt.max() >= settings.model.vocab:
@@ -100,6 +107,24 @@ def check(options: GenerateOptions) -> None:
         wrong.append("generation runs in one process; start it without torchrun")
     if wrong:
         raise GenerateError("\n".join(wrong))
+
+
+def configuration(manifest: Manifest, trusted: Sequence[str] = ()) -> Config:
+    """The configuration of a checkpoint. Of what it names, cards that are among `trusted` are imported; the rest takes no part.
+
+    Raises:
+        GenerateError: it names code that is not among `trusted`, which has not run.
+    """
+    code = UserCode(trusted, needed=(CARD,))
+    try:
+        return loads(manifest.cursor.config, code)
+    except ConfigError:
+        if not code.refused:
+            raise
+        options = " ".join(f"--trust {path}" for path in code.refused)
+        raise GenerateError(
+            f"the checkpoint's configuration names code that would run, {', '.join(code.refused)}; if you trust it, repeat it: {options}"
+        ) from None
 
 
 def one_device(settings: Config) -> Config:

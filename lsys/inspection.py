@@ -29,7 +29,10 @@ def print_check(
     Raises:
         ConfigError: `hardware` is neither.
     """
-    machine = find_hardware(hardware, config.train.precision, ranks_per_node) if hardware else None
+    machine = None
+    if hardware:
+        cards = config.model.cards.values()
+        machine = find_hardware(hardware, config.train.precision, ranks_per_node, cards)
     ranks_per_node = machine.ranks_per_node if machine else ranks_per_node
     console = _console()
     mesh = Mesh.of(config.parallel, world_size)

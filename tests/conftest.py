@@ -35,6 +35,8 @@ def measured(gloo: Pool) -> Callable[..., Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", choices=["all", "sample"], default="all", help="cases of slow tests: every one, or some")
+    card = "path of a card of your own, package.module:Card, for tests/project/test_own_card.py; may be repeated"
+    parser.addoption("--card", action="append", default=[], help=card)
     parser.addoption("--seed", default=None, help="what the sample is drawn by; if left out, the commit")
 
 

@@ -133,7 +133,9 @@ def _start_server(context: Any) -> None:
     """Start the server that workers are forked from, unless it runs. It imports gloo_worker, and so the slow packages."""
     context.set_forkserver_preload(["gloo_worker"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before]))  # all that the server can see of us
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(TESTS), str(TESTS.parent / "examples"), before])
+    )  # all that the server can see of us
     try:
         forkserver.ensure_running()
     finally:

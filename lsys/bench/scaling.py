@@ -244,7 +244,8 @@ def _predicted(options: ScalingOptions, overrides: Sequence[Override], point: Po
     if not options.hardware:
         return None
     config = load(options.config, [*overrides, *point.overrides])
-    machine = replace(hardware(options.hardware, config.train.precision), ranks_per_node=point.ranks_per_node)
+    machine = hardware(options.hardware, config.train.precision, cards=config.model.cards.values())
+    machine = replace(machine, ranks_per_node=point.ranks_per_node)
     if not machine.is_known:
         raise ScalingError(f"--hardware {options.hardware} is not known well enough to predict times; leave it out")
     plan = Plan(config, point.ranks, machine)

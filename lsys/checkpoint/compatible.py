@@ -10,6 +10,8 @@ from lsys.config import Config
 from lsys.config.load import model_keys
 from lsys.config.messages import from_validation
 from lsys.config.model import Model
+from lsys.config.schema import ADAMW
+from lsys.config.user_code import OWN, UserCode, is_path
 
 # Fields of the model that change no stored tensor; the rest must be equal.
 FREE = frozenset({"vocab", "vocab_multiple", "init_std"})  # of the vocabulary only the padded size counts
@@ -19,9 +21,13 @@ FUNCTION = frozenset({"rope_base", "norm_eps"})  # what the model computes chang
 def differences(stored: str, settings: Config) -> list[str]:
     """Every reason why a checkpoint with the configuration `stored` (YAML) cannot be loaded into a run with `settings`."""
     tree = yaml.safe_load(stored)
+    # Of what the checkpoint names, what the configuration names too is imported; the rest does not run.
+    code = UserCode(settings.model.mixers.paths)
     try:
-        old, new = model_keys(tree["model"]), model_keys(settings.model)
+        old, new = model_keys(tree["model"], code), model_keys(settings.model)
     except ValidationError as error:
+        if code.refused:
+            return [f"the model in the checkpoint would run code that {OWN}: {', '.join(code.refused)}"]
         return [
             f"the model in the checkpoint is none that this lsys knows ({mistake})"
             for mistake in from_validation(error, Model)
@@ -36,6 +42,13 @@ def differences(stored: str, settings: Config) -> list[str]:
             logging.getLogger(__name__).warning(
                 "model.%s was %s when the checkpoint was written and is %s now", name, old.get(name), new.get(name)
             )
+    schedule = tree["optimizer"]["schedule"]
+    if is_path(schedule) and schedule != settings.optimizer.schedule:
+        logging.getLogger(__name__).warning(
+            "optimizer.schedule was %s when the checkpoint was written and is %s now",
+            schedule,
+            settings.optimizer.schedule,
+        )
     return found + _vocabulary(old, new) + _optimizer(tree, settings)
 
 
@@ -54,6 +67,8 @@ def _vocabulary(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _optimizer(tree: dict[str, Any], settings: Config) -> list[str]:
     """The two optimizers of Megatron store different tensors; the plain one also with and without master weights."""
     found, distributed = [], tree["optimizer"]["distributed"]
+    if (kind := tree["optimizer"].get("kind", ADAMW)) != settings.optimizer.kind:
+        found.append(f"optimizer.kind {kind} in the checkpoint, {settings.optimizer.kind} in the config")
     if distributed != settings.optimizer.distributed:
         found.append(
             f"optimizer.distributed {_text(distributed)} in the checkpoint, {_text(settings.optimizer.distributed)} in the config"

@@ -12,9 +12,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def _members(optimizer: Any) -> list[Any]:
-    """The Megatron optimizers of a chain that hold parameters and drive torch's Adam."""
+    """The Megatron optimizers of a chain that hold parameters and drive torch's Adam, of Megatron's making."""
     members = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [each for each in members if isinstance(each.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
+    kinds = (torch.optim.Adam, torch.optim.AdamW)
+    return [each for each in members if isinstance(each.optimizer, kinds) and not getattr(each, "is_own", False)]
 
 
 def allocate(optimizer: Any) -> None:

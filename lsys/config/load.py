@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lsys.config.messages import ConfigError, Mistake, from_validation
+from lsys.config.messages import ConfigError, FilesError, Mistake, from_validation
 from lsys.config.model import Model
 from lsys.config.overrides import Override
 from lsys.config.schema import Config
+from lsys.config.user_code import REFUSED, UserCode
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,7 +43,7 @@ Rules = Callable[[Config], list[Mistake]]
 
 
 def load(path: str | Path, overrides: Iterable[Override] = (), rules: Rules | None = None) -> Config:
-    """Read a configuration.
+    """Read a configuration of the user's own: what code it names by a path is imported (`lsys.config.user_code`).
 
     Args:
         path: the YAML file.
@@ -54,17 +55,19 @@ def load(path: str | Path, overrides: Iterable[Override] = (), rules: Rules | No
     """
     tree = _read(Path(path))
     mistakes = override(tree, overrides)
-    config = None
+    config, code, kind = None, UserCode(None), ConfigError
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(tree, context=code)
     except ValidationError as error:
         mistakes += from_validation(error, Config)
+        if any(found["type"] == REFUSED for found in error.errors(include_url=False)):
+            kind = FilesError  # another node may have the module
         with contextlib.suppress(ValidationError):
-            config = Config.model_validate(_without_unknown_keys(tree, error))
+            config = Config.model_validate(_without_unknown_keys(tree, error), context=code)
     if config is not None and rules is not None:
         mistakes += rules(config)
     if mistakes or config is None:
-        raise ConfigError(mistakes)
+        raise kind(mistakes)
     return config
 
 
@@ -155,15 +158,18 @@ def resolved(config: Config) -> dict[str, Any]:
     return tree
 
 
-def model_keys(model: Model | dict[str, Any]) -> dict[str, Any]:
+def model_keys(model: Model | dict[str, Any], code: UserCode | None = None) -> dict[str, Any]:
     """What a model is, by dotted keys, whatever version wrote it and in whatever form: with the values that follow from others.
 
     Of mixers, those that it has; the patterns are the kinds of its layers.
 
+    Args:
+        code: what it may import; nothing, if None.
+
     Raises:
-        ValidationError: it is no model that this version knows.
+        ValidationError: it is no model that this version knows, or names code that must not be imported.
     """
-    model = model if isinstance(model, Model) else Model.model_validate(model)
+    model = model if isinstance(model, Model) else Model.model_validate(model, context=code)
     tree = _resolved_model(model) | {
         "pattern": model.shortened(model.kinds),
         "channels": model.shortened_channels(model.channel_kinds),
@@ -201,14 +207,17 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
 
 
-def loads(text: str) -> Config:
+def loads(text: str, code: UserCode | None = None) -> Config:
     """The configuration of which `dump` made the text, such as a checkpoint's.
 
+    Args:
+        code: what it may import, such as what the user has repeated; nothing, if None.
+
     Raises:
-        ConfigError: it has keys or values that this version does not know; it names all of them.
+        ConfigError: it has keys or values that this version does not know, or names code that must not be imported; it names all of them.
     """
     try:
-        return Config.model_validate(yaml.load(text, _Loader))  # noqa: S506 (a SafeLoader)
+        return Config.model_validate(yaml.load(text, _Loader), context=code)  # noqa: S506 (a SafeLoader)
     except ValidationError as error:
         raise ConfigError(from_validation(error, Config)) from None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lsys.config.user_code import REFUSED
 from lsys.section import held_section
 
 # What pydantic's words leave open, by its names of mistakes.
@@ -41,7 +42,7 @@ class ConfigError(ValueError):
 
 
 class FilesError(ConfigError):
-    """Files that the configuration names are missing or do not fit; another node may have them."""
+    """Files or modules that the configuration names are missing or do not fit; another node may have them."""
 
     everywhere = False
 
@@ -72,7 +73,8 @@ def _mistake(found: Any, names: list[str | int], section: type[BaseModel] | None
     if found["type"] == "missing":
         return Mistake(key, "missing", f"give it a value ({meaning})" if meaning else "give it a value")
     rule = RULES.get(found["type"]) or found["msg"].replace("Input should", "it should")
-    return Mistake(key, f"{_short(found['input'])} does not do: {rule}" + (f" ({meaning})" if meaning else ""))
+    is_told = not meaning or found["type"] == REFUSED
+    return Mistake(key, f"{_short(found['input'])} does not do: {rule}" + ("" if is_told else f" ({meaning})"))
 
 
 def _place(schema: type[BaseModel], loc: Iterable[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:

@@ -1,14 +1,21 @@
-"""The section `model.mixers`: one section for each mixer of the registry, and variants under names of the user's own."""
+"""The section `model.mixers`: one section for each mixer of the registry; variants, and mixers of the user's own, under names of theirs."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from lsys.config import user_code
+from lsys.config.user_code import PATH, Role, UserCode, is_path
+from lsys.mixers.attention import AttentionCard
+from lsys.mixers.card import MixerCard
+from lsys.mixers.channel import ChannelCard
 from lsys.mixers.registry import ALL
+from lsys.mixers.state import StateCard
 from lsys.section import Section
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -24,8 +31,34 @@ MOVED = {
 }
 
 
+def _wrong_card(found: Any) -> str:
+    """What keeps an object from being a card; "" where it is one."""
+    families = (StateCard, AttentionCard, ChannelCard)
+    if not (isinstance(found, type) and issubclass(found, families)):
+        return f"it has to be a subclass of {', '.join(family.__name__ for family in families)} (lsys.mixers)"
+    missing = [name for name in ("name", "title", "module") if not isinstance(getattr(found, name, None), str)]
+    if missing := [*missing, *sorted(found.__abstractmethods__)]:
+        return f"it lacks {', '.join(missing)}"
+    if not NAME.fullmatch(found.name) or found.name in ALL:
+        return f"its name {found.name!r} has to be of small letters, digits and _, and none of {', '.join(ALL)}"
+    if found.letter:
+        return (
+            f"its letter is {found.letter!r}; only lsys's own have one: lists in a pattern have the name of its section"
+        )
+    if not PATH.fullmatch(found.module):
+        return f"its module is {found.module!r}; it has to be package.module:Class"
+    if not (isinstance(found.Options, type) and issubclass(found.Options, Section)):
+        return "its Options have to be a subclass of lsys.section.Section"
+    return "its Options have a key `kind`, which names the mixer" if "kind" in found.Options.model_fields else ""
+
+
+CARD = Role("a mixer's card", _wrong_card, is_torch_free=True)
+
+
 class Variants(Section):
-    """Own keys of each mixer. A name of your own with `kind: NAME` is a variant of that mixer, for lists in `model.pattern`."""
+    """Own keys of each mixer. A name of your own with `kind: NAME` is a variant of that mixer, with `kind: package.module:Card` a mixer of your
+    own, for lists in `model.pattern` and `model.channels`.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -35,7 +68,7 @@ class Variants(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _variants(cls, data: Any) -> Any:
+    def _variants(cls, data: Any, info: ValidationInfo) -> Any:
         """The sections of variants, each checked as its mixer's own section is."""
         if not isinstance(data, dict):
             return data
@@ -45,14 +78,16 @@ class Variants(Section):
             if name in cls.model_fields or isinstance(data[name], Section):
                 continue
             try:
-                found[name] = _variant(name, data[name])
+                found[name] = _variant(name, data[name], user_code.of(info))
             except ValidationError as error:
                 wrong += [
-                    {"type": e["type"], "loc": (name, *e["loc"]), "input": e["input"], "ctx": e.get("ctx", {})}
+                    {"type": _again(e["type"], e["msg"]), "loc": (name, *e["loc"]), "input": e["input"]}
                     for e in error.errors()
-                ]  # type: ignore[typeddict-item]
+                ]
             except PydanticCustomError as error:
-                wrong.append({"type": error, "loc": (name,), "input": data[name]})
+                is_path = error.type == user_code.REFUSED
+                place = ((name, "kind"), data[name]["kind"]) if is_path else ((name,), data[name])
+                wrong.append({"type": error, "loc": place[0], "input": place[1]})
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
         return found
@@ -63,10 +98,14 @@ class Variants(Section):
             return getattr(self, key)
         return (self.model_extra or {}).get(key)  # not by its attribute: a variant may be called as a method is
 
-    def kind(self, key: str) -> str | None:
-        """The mixer of which a name is, or is a variant; None where the name is unknown."""
-        section = self.section(key)
-        return key if key in ALL else getattr(section, "kind", None)
+    def card(self, key: str) -> type[MixerCard] | None:
+        """The card of which a name is, or is a variant; None where the name is unknown."""
+        return ALL.get(key) or _CARDS.get(type(self.section(key)))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the user's own cards."""
+        return paths(self.model_extra or {})
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -74,31 +113,48 @@ class Variants(Section):
         return (*ALL, *(self.model_extra or {}))
 
 
-def _variant(name: Any, data: Any) -> Section:
+def paths(sections: Mapping[str, Any]) -> tuple[str, ...]:
+    """The paths that sections of `model.mixers`, or what they were read from, give as their kinds."""
+    kinds = (each.get("kind") if isinstance(each, dict) else getattr(each, "kind", None) for each in sections.values())
+    return tuple(dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and is_path(kind)))
+
+
+def _again(kind: str, message: str) -> PydanticCustomError:
+    """A mistake that has been told, as one that another section tells."""
+    return PydanticCustomError(kind, "{said}", {"said": message})  # type: ignore[arg-type]
+
+
+def _variant(name: Any, data: Any, code: UserCode) -> Section:
     if not (isinstance(name, str) and NAME.fullmatch(name)):
         raise PydanticCustomError(
             "mixer_name", "a name of a variant is of small letters, digits and _, such as far_window"
         )
     kind = data.get("kind") if isinstance(data, dict) else None
+    if isinstance(kind, str) and is_path(kind):
+        return _variant_section(code.find(kind, CARD), kind).model_validate(data)
     if kind not in ALL:
         said = f"kind {kind!r} is no mixer" if kind else "unknown key"
         known = ", ".join(ALL)
         raise PydanticCustomError(
-            "mixer_kind", "{said}; a variant says kind: NAME, of {known}", {"said": said, "known": known}
+            "mixer_kind",
+            "{said}; a variant says kind: NAME, of {known}, or kind: package.module:Card",
+            {"said": said, "known": known},
         )
-    return _variant_section(kind).model_validate(data)
+    return _variant_section(ALL[kind], kind).model_validate(data)
 
 
-_SECTIONS: dict[str, type[Section]] = {}
+# The sections of variants, by card, and the cards by section.
+_SECTIONS: dict[tuple[type[MixerCard], str], type[Section]] = {}
+_CARDS: dict[type, type[MixerCard]] = {}
 
 
-def _variant_section(kind: str) -> type[Section]:
-    if kind not in _SECTIONS:
-        options = ALL[kind].Options
+def _variant_section(card: type[MixerCard], kind: str) -> type[Section]:
+    if (card, kind) not in _SECTIONS:
         field = Field(description="The mixer that this is a variant of.")
         own: Any = {"kind": (Literal[kind], field)}
-        _SECTIONS[kind] = create_model(f"{options.__name__}Variant", __base__=options, **own)
-    return _SECTIONS[kind]
+        _SECTIONS[card, kind] = create_model(f"{card.Options.__name__}Variant", __base__=card.Options, **own)
+        _CARDS[_SECTIONS[card, kind]] = card
+    return _SECTIONS[card, kind]
 
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The model's section of the YAML: the layers, their sizes, and the cards of their mixers."""
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -9,8 +9,10 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from lsys.config.mixers import MOVED, Mixers
 from lsys.mixers.card import Card, Layer, MixerCard
 from lsys.mixers.channel import ChannelCard
-from lsys.mixers.registry import ALL, CARDS, CHANNEL_CARDS, CHANNEL_LETTERS, CHANNELS, LETTERS, MIXERS, listed
+from lsys.mixers.registry import ALL, CARDS, CHANNEL_CARDS, CHANNEL_LETTERS, LETTERS, listed
 from lsys.section import Section
+
+Made = TypeVar("Made", bound=MixerCard)
 
 
 def _moved(key: str) -> Any:
@@ -197,7 +199,7 @@ class Model(Section):
         Raises:
             KeyError: a layer is of a kind that nothing knows; `lsys.config.rules` refuses it.
         """
-        if unknown := {kind for kind in self.kinds if self.mixers.kind(kind) not in MIXERS}:
+        if unknown := {*self.kinds} - self.known_cards.keys():
             raise KeyError(f"no token mixer is called {', '.join(sorted(unknown))}; there are {listed()}")
         return self.known_cards
 
@@ -208,7 +210,7 @@ class Model(Section):
         Raises:
             KeyError: a layer is of a kind that nothing knows; `lsys.config.rules` refuses it.
         """
-        if unknown := {kind for kind in self.channel_kinds if self.mixers.kind(kind) not in CHANNELS}:
+        if unknown := {*self.channel_kinds} - self.known_channel_cards.keys():
             known = listed(CHANNEL_CARDS)
             raise KeyError(f"no channel mixer is called {', '.join(sorted(unknown))}; there are {known}")
         return self.known_channel_cards
@@ -217,18 +219,24 @@ class Model(Section):
     def known_cards(self) -> dict[str, Card]:
         """As `cards`, without the kinds that nothing knows."""
         kinds = {*self.kinds}
-        return {key: self.card(key) for key in self.mixers.keys if key in kinds and self.mixers.kind(key) in MIXERS}
+        found = ((key, self.mixers.card(key)) for key in self.mixers.keys if key in kinds)
+        return {key: self._made(card, key) for key, card in found if card is not None and issubclass(card, Card)}
 
     @property
     def known_channel_cards(self) -> dict[str, ChannelCard]:
         """As `channel_cards`, without the kinds that nothing knows."""
         kinds = {*self.channel_kinds}
-        keys = [key for key in self.mixers.keys if key in kinds and self.mixers.kind(key) in CHANNELS]
-        return {key: CHANNELS[self.mixers.kind(key) or key](key, self, self.mixers.section(key)) for key in keys}
+        found = ((key, self.mixers.card(key)) for key in self.mixers.keys if key in kinds)
+        return {key: self._made(card, key) for key, card in found if card is not None and issubclass(card, ChannelCard)}
 
     def card(self, key: str) -> Card:
         """The card of a token mixer or variant in this model."""
-        return MIXERS[self.mixers.kind(key) or key](key, self, self.mixers.section(key))
+        card = self.mixers.card(key)
+        assert card is not None and issubclass(card, Card)
+        return self._made(card, key)
+
+    def _made(self, card: type[Made], key: str) -> Made:
+        return card(key, self, self.mixers.section(key))
 
 
 def pattern_text(pattern: str | list[str]) -> str:

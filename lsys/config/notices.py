@@ -1,11 +1,13 @@
 """What a configuration says without effect, or at a price."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from lsys.config.mixers import MOVED
 from lsys.config.model import Model, pattern_text
 from lsys.config.schema import Config
-from lsys.mixers.card import MixerCard
+from lsys.config.user_code import is_path
+from lsys.mixers.card import Card, MixerCard
+from lsys.mixers.channel import ChannelCard
 from lsys.mixers.registry import ALL, CARDS, CHANNEL_LETTERS, CHANNELS, LETTERS
 from lsys.section import Section
 
@@ -58,11 +60,11 @@ def _listed(cards: Iterable[type[MixerCard]]) -> str:
     return " or ".join(", ".join(card.symbol for card in cards).rsplit(", ", 1))
 
 
-def _idle(model: Model, key: str, users: Iterable[type[MixerCard]]) -> list[str]:
+def _idle(model: Model, key: str, is_user: Callable[[type[MixerCard]], bool]) -> list[str]:
     """A sentence about a key of `model` whose mixers the model lacks."""
-    users = tuple(users)
-    if any(isinstance(card, users) for card in (*model.cards.values(), *model.channel_cards.values())):
+    if any(is_user(type(card)) for card in (*model.cards.values(), *model.channel_cards.values())):
         return []
+    users = tuple(filter(is_user, ALL.values()))
     return [f"model.{key} has no effect: {_lacks(model, users[0] in CHANNELS.values(), _listed(users))}"]
 
 
@@ -79,16 +81,16 @@ def _model(config: Config) -> list[str]:
                 there = " and ".join(f"model.mixers.{name}.{key}" for name in MOVED[key])
                 found.append(f"model.linear.{key} is now {there}; it is read as before")
         elif _changed(model.linear, key):
-            found += _idle(model, f"linear.{key}", (card for card in CARDS if card.has_state))
+            found += _idle(model, f"linear.{key}", lambda card: issubclass(card, Card) and card.has_state)
     for key in dict.fromkeys(key for card in ALL.values() for key in card.model_keys):
         if _changed(model, key):
-            found += _idle(model, key, (card for card in ALL.values() if key in card.model_keys))
+            found += _idle(model, key, lambda card, key=key: key in card.model_keys)  # type: ignore[misc]
     for key in model.mixers.keys:
         section = model.mixers.section(key)
         changed = [name for name in type(section).model_fields if _changed(section, name)] if section else []
         if key not in {*model.kinds, *model.channel_kinds}:
             layer = _listed(card for card in ALL.values() if card.name == key) or key
-            why = _lacks(model, model.mixers.kind(key) in CHANNELS, layer)
+            why = _lacks(model, issubclass(model.mixers.card(key) or object, ChannelCard), layer)
             found += [f"model.mixers.{key}.{name} has no effect: {why}" for name in changed]
     for key, letters, kinds in (
         ("pattern", LETTERS, model.kinds),
@@ -107,6 +109,12 @@ def _run(config: Config) -> list[str]:
     train, optimizer, checkpoint, found = config.train, config.optimizer, config.checkpoint, []
     if optimizer.decay_steps is not None and optimizer.schedule != "wsd":
         found.append(f"optimizer.decay_steps has no effect: schedule is {optimizer.schedule}, not wsd")
+    if is_path(optimizer.schedule):
+        found += [
+            f"optimizer.{key} has no effect: {optimizer.schedule} gives the factor of every step"
+            for key in ("warmup_steps", "min_lr")
+            if _changed(optimizer, key)
+        ]
     if optimizer.min_lr and optimizer.schedule == "constant":
         found.append("optimizer.min_lr has no effect: schedule is constant")
     if train.validate_every and not train.validate_tokens:

@@ -63,8 +63,8 @@ def kind_in_words(field: dict, schema: dict) -> str:
         return " or ".join(kind_in_words(each, schema) for each in field["anyOf"])
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
-    if field.get("format") == "path":
-        return "path"
+    if field.get("format") in ("path", "python-path"):
+        return {"path": "path", "python-path": "Python path"}[field["format"]]
     if field.get("type") == "array":
         return f"list of {kind_in_words(field['items'], schema)}"
     kind = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text", "null": "empty"}[

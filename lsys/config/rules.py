@@ -7,8 +7,10 @@ from pathlib import Path
 
 from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
 from lsys.config.model import Model, pattern_text
-from lsys.config.schema import Config
-from lsys.mixers.card import MixerCard
+from lsys.config.schema import ADAMW, Config
+from lsys.config.user_code import imported, is_path
+from lsys.mixers.card import Card, MixerCard
+from lsys.mixers.channel import ChannelCard
 from lsys.mixers.registry import CARDS, CHANNEL_CARDS, CHANNEL_LETTERS, LETTERS, listed
 
 
@@ -27,17 +29,18 @@ def require(config: Config, world_size: int) -> None:
 
 def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
     mixers = config.model.mixers
-    for key, cards, letters, what in (
-        ("pattern", CARDS, LETTERS, "token mixer"),
-        ("channels", CHANNEL_CARDS, CHANNEL_LETTERS, "channel mixer"),
+    for key, family, cards, letters, what in (
+        ("pattern", Card, CARDS, LETTERS, "token mixer"),
+        ("channels", ChannelCard, CHANNEL_CARDS, CHANNEL_LETTERS, "channel mixer"),
     ):
-        pattern, names = getattr(config.model, key), {card.name for card in cards}
-        variants = [name for name in mixers.model_extra or {} if mixers.kind(name) in names]
+        pattern = getattr(config.model, key)
+        names = [name for name in mixers.keys if issubclass(mixers.card(name) or object, family)]
+        variants = [name for name in names if name in (mixers.model_extra or {})]
         known = ", ".join([listed(cards), *variants])
         if not pattern:
             yield Mistake(f"model.{key}", "it is empty", f"name at least one layer: {known}")
         for name in dict.fromkeys(pattern):
-            if mixers.kind(letters.get(name, name)) not in names:
+            if letters.get(name, name) not in names:
                 problem = f"{name!r} in {pattern_text(pattern)!r} is no {what}"
                 yield Mistake(f"model.{key}", problem, f"there are {known}")
 
@@ -195,6 +198,37 @@ def _schedule(config: Config, world_size: int) -> Iterator[Mistake]:
         )
 
 
+def _own_schedule(config: Config, world_size: int) -> Iterator[Mistake]:
+    """A schedule of the user's own, asked for its first, middle and last factor, twice each."""
+    path, last, key = config.optimizer.schedule, config.train.steps - 1, "optimizer.schedule"
+    for step in sorted({0, last // 2, last}) if is_path(path) else ():
+        try:
+            first, second = (imported(path)(step) for _ in range(2))
+        except Exception as error:
+            problem = f"{path}({step}) raised {type(error).__name__}: {error}"
+            yield Mistake(key, problem, f"it takes each step from 0 to {last} and gives a factor of optimizer.lr")
+            return
+        if not is_factor(first):
+            yield Mistake(key, f"{path}({step}) is {first!r}", "a factor of optimizer.lr is a number of 0 or more")
+            return
+        if first != second:
+            problem = f"{path}({step}) is {first!r}, then {second!r}"
+            yield Mistake(key, problem, "a factor follows from the step alone, so that a run goes on as it would have")
+            return
+
+
+def is_factor(value: object) -> bool:
+    """Whether a schedule may give this."""
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+
+
+def _optimizer(config: Config, world_size: int) -> Iterator[Mistake]:
+    optimizer = config.optimizer
+    if optimizer.distributed and optimizer.kind != ADAMW:
+        problem = f"true shards the states of {ADAMW}; those of {optimizer.kind} are whole on each rank"
+        yield Mistake("optimizer.distributed", problem, "false does")
+
+
 def _profile(config: Config, world_size: int) -> Iterator[Mistake]:
     profile, steps = config.train.profile, config.train.steps
     if not profile.first:
@@ -209,7 +243,7 @@ def _profile(config: Config, world_size: int) -> Iterator[Mistake]:
 
 
 RULES: tuple[Callable[[Config, int], Iterable[Mistake]], ...] = (
-    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule, _profile
+    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule, _own_schedule, _optimizer, _profile
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Units: tokens unless said otherwise. Rules that tie several keys to each other, 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
     Field,
@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from lsys.config.model import Model
+from lsys.config.user_code import OBSERVER, OPTIMIZER, SCHEDULE, Named, imported
 from lsys.parallel.methods import SOFTMAX, STATE, described
 from lsys.section import Section
 
@@ -79,13 +80,23 @@ class Data(Section):
     )
 
 
-class Optimizer(Section):
-    """AdamW and its learning-rate schedule."""
+ADAMW = "adamw"
 
+
+class Optimizer(Section):
+    """AdamW, or an optimizer of your own, and its learning-rate schedule."""
+
+    kind: Annotated[str, Named(OPTIMIZER, (ADAMW,))] = Field(
+        ADAMW,
+        description="The optimizer, or `package.module:name` of your own, which is called with groups of parameters and these keys; "
+        "with `distributed` false.",
+    )
     lr: PositiveFloat = Field(3e-4, description="Peak learning rate.")
     min_lr: NonNegativeFloat = Field(0.0, description="Learning rate at the end of the decay.")
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="After warm-up: cosine decay; warm-up-stable-decay; or constant."
+    schedule: Annotated[str, Named(SCHEDULE, ("cosine", "wsd", "constant"))] = Field(
+        "cosine",
+        description="After warm-up: cosine decay; warm-up-stable-decay; or constant. Or `package.module:name` of your own, a function of the steps "
+        "done (0 in the first step) to the factor of `lr`, which takes the place of warm-up and decay.",
     )
     warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warm-up.")
     decay_steps: PositiveInt | None = Field(
@@ -99,6 +110,11 @@ class Optimizer(Section):
     distributed: bool = Field(
         True, description="Shard optimizer states over the data and context ranks (Megatron's distributed optimizer)."
     )
+
+    @property
+    def moments(self) -> int:
+        """Numbers of optimizer states that each number of a parameter has; one's own optimizer may say so by an attribute `states`."""
+        return 2 if self.kind == ADAMW else int(getattr(imported(self.kind), "states", 2))
 
 
 class Profile(Section):
@@ -138,6 +154,9 @@ class Train(Section):
     )
     timeout_minutes: PositiveFloat = Field(
         10.0, description="How long a collective may wait before the run is declared dead."
+    )
+    observers: list[Annotated[str, Named(OBSERVER)]] = Field(
+        [], description="Observers of your own, `package.module:Class` each, which are told of every step."
     )
     profile: Profile = Field(Profile(), description="Traces of chosen steps.")
 

@@ -33,7 +33,9 @@ from pydantic import ValidationError
 from lsys.config import Config
 from lsys.config.load import model_keys, resolved
 from lsys.config.messages import from_validation
+from lsys.config.mixers import paths
 from lsys.config.model import Model
+from lsys.config.user_code import UserCode
 from lsys.runtime.environment import Launch
 from lsys.runtime.groups import device_of
 
@@ -127,7 +129,8 @@ def _differences(then: Work, now: Work) -> Iterator[str]:
         "train.recompute": (then.recompute, now.recompute),
     }
     try:
-        before, after = (model_keys(work.model) for work in (then, now))
+        code = UserCode(paths(now.model["mixers"]))  # a baseline's model may name no other code than this run's
+        before, after = (model_keys(work.model, code) for work in (then, now))
     except ValidationError as error:
         said = "; ".join(map(str, from_validation(error, Model)))
         raise BaselineError(f"the baseline's model is none that this lsys knows: {said}") from None

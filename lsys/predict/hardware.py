@@ -68,18 +68,24 @@ class Hardware:
         Raises:
             ConfigError: names them.
         """
-        lacking = [card.key for card in cards if f"layer:{card.symbol}" not in self.costs]
+        lacking = [card for card in cards if f"layer:{card.symbol}" not in self.costs]
         if lacking:
-            problem = f"--hardware {self.name} has no rates for {', '.join(lacking)} layers"
-            raise ConfigError([Mistake("", problem, "bench/predict.py makes a calibration that has them")])
+            problem = f"--hardware {self.name} has no rates for {', '.join(card.key for card in lacking)} layers"
+            fix = "bench/predict.py makes a calibration that has them"
+            if not any(isinstance(card, CARDS) for card in lacking):
+                fix = "for mixers of your own there are only those of data sheets: name a GPU, such as h100x8"
+            raise ConfigError([Mistake("", problem, fix)])
 
     def to_json(self) -> dict[str, Any]:
         links = {name: [link.latency, link.bandwidth] for name, link in self.links.items()}
         return {**vars(self), "peak": dict(self.peak), "costs": dict(self.costs), "links": links}
 
 
-def hardware(name: str, precision: str, default_ranks: int = 8) -> Hardware:
+def hardware(name: str, precision: str, default_ranks: int = 8, cards: Iterable[Card] = ()) -> Hardware:
     """By a name such as h100x8 (GPU, GPUs of a node), or the path of a calibration. Unknown GPUs are known by name only.
+
+    Args:
+        cards: of the model; data sheets have rates for mixers of the user's own too, those of their family.
 
     Raises:
         ConfigError: it is no such name, or the file is no calibration.
@@ -91,10 +97,13 @@ def hardware(name: str, precision: str, default_ranks: int = 8) -> Hardware:
         fix = "name a GPU and how many a node has, such as h100x8, or the JSON of a calibration"
         raise ConfigError([Mistake("", f"--hardware {name!r} is no hardware", fix)])
     gpu, ranks = of_word(found[1]), int(found[2] or default_ranks)
-    return _data_sheet(name, gpu, ranks, precision) if gpu else Hardware(name, ranks, True)
+    if not gpu:
+        return Hardware(name, ranks, True)
+    families = {card.symbol: card.has_state for card in CARDS} | {card.symbol: card.has_state for card in cards}
+    return _data_sheet(name, gpu, ranks, precision, families)
 
 
-def _data_sheet(name: str, gpu: Gpu, ranks: int, precision: str) -> Hardware:
+def _data_sheet(name: str, gpu: Gpu, ranks: int, precision: str, has_state: Mapping[str, bool]) -> Hardware:
     peaks, size, bandwidth = gpu.peaks, gpu.memory, gpu.bandwidth
     moved = 1 / (MEMORY_SHARE * bandwidth)  # s a byte
     matmul, attention = 1 / (MATMUL * peaks[precision]), 1 / (ATTENTION * peaks[precision])
@@ -112,16 +121,15 @@ def _data_sheet(name: str, gpu: Gpu, ranks: int, precision: str) -> Hardware:
         "step": 1e-3,
     }
     costs["weights_backward"] = 10 * moved  # the gradient, and its fp32 sum read and written
-    for card in CARDS:
-        costs |= {f"layer:{card.symbol}": 3 * LAUNCH, f"layer_backward:{card.symbol}": 3 * LAUNCH}
     fused = 1 / (KERNEL * bandwidth)
     chunked = {"": costs["bytes"] / CHUNKED, "_backward": costs["bytes_backward"] / CHUNKED}
-    for kind in (card.symbol for card in CARDS if card.has_state):
-        # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
-        costs |= {f"fused:{kind}": fused, f"fused_backward:{kind}": 1.75 * fused}
-        costs |= {f"{name}{way}:{kind}": s for name in ("kernel", "linked") for way, s in chunked.items()}
-    for kind in (card.symbol for card in CARDS if not card.has_state):
-        costs |= {f"kernel:{kind}": costs["bytes"], f"kernel_backward:{kind}": costs["bytes_backward"]}
+    for kind in has_state:
+        costs |= {f"layer:{kind}": 3 * LAUNCH, f"layer_backward:{kind}": 3 * LAUNCH}
+        if has_state[kind]:  # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
+            costs |= {f"fused:{kind}": fused, f"fused_backward:{kind}": 1.75 * fused}
+            costs |= {f"{name}{way}:{kind}": s for name in ("kernel", "linked") for way, s in chunked.items()}
+        else:
+            costs |= {f"kernel:{kind}": costs["bytes"], f"kernel_backward:{kind}": costs["bytes_backward"]}
     links = {k: Link(link.latency, LINK * link.bandwidth) for k, link in gpu.links.items()}
     return Hardware(name, ranks, True, USABLE * size, peaks, costs, links, call=5e-6, overlap=1.0)
 

@@ -119,7 +119,7 @@ def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
             tensors += sum(n > 0 for n in held)
     count = sum(parameter.numbers for parameter in every)
     fixed = sum(parameter.numbers for parameter in every if not parameter.is_trained)
-    states = (8 + (4 if itemsize == 2 else 0)) * updated + 4 * tensors
+    states = (4 * config.optimizer.moments + (4 if itemsize == 2 else 0)) * updated + 4 * tensors
     return Weights(
         parameters=itemsize * (placed + fixed if distributed else count),
         gradients=4 * placed,

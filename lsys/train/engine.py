@@ -23,6 +23,7 @@ from lsys.model.parameters import initialise
 from lsys.observe.values import Collector, Values
 from lsys.runtime.groups import Groups
 from lsys.train.errors import RunError
+from lsys.train.own import scheduler_class, take_over
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Engine:
         self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(self._build_chunks())]
         self._check_layers()
         self.optimizer = get_megatron_optimizer(_optimizer_config(settings, self._gathers_late), self.chunks)
+        take_over(self.optimizer, settings.optimizer)
         self.scheduler = _scheduler(settings, self.optimizer)
         self._install_hooks()
 
@@ -220,7 +222,7 @@ def _optimizer_config(settings: Config, gathers_late: bool) -> OptimizerConfig:
 
 def _scheduler(settings: Config, optimizer: object) -> OptimizerParamScheduler:
     options, steps = settings.optimizer, settings.train.steps
-    return OptimizerParamScheduler(
+    return scheduler_class(settings)(
         optimizer,
         init_lr=0.0,
         max_lr=options.lr,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lsys.config.reports import LOSS, TOKENS
+from lsys.config.user_code import imported
 from lsys.observe.meter import Meter
 from lsys.observe.profiler import Profiler
 from lsys.observe.reporter import Reporter
@@ -119,6 +120,20 @@ class Observers:
             name = f"{type(observer).__module__}:{type(observer).__qualname__}"
             self.tell(f"{name} failed and is left out from now on: {type(error).__name__}: {error}")
             return None
+
+
+def own_observers(run: Run, tell: Callable[[str], None]) -> list[StepObserver]:
+    """The observers of `train.observers`, each made with the run. An optional one that cannot be made is told, and left out."""
+    found: list[StepObserver] = []
+    for path in run.settings.train.observers:
+        kind = imported(path)
+        try:
+            found.append(kind(run))
+        except Exception as error:
+            if kind.required:
+                raise
+            tell(f"{path} could not be made and is left out: {type(error).__name__}: {error}")
+    return found
 
 
 # ---- those of every run, in their order

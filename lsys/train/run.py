@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lsys.config import Config
 from lsys.config.load import dump
 from lsys.config.rules import check_files, require
+from lsys.config.schema import ADAMW
 from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.folder import require_own_folder
 from lsys.parallel.mesh import Mesh
@@ -36,8 +37,22 @@ def open_run(settings: Config) -> "Iterator[Run]":
     check_files(settings)
     require_own_folder(settings)
     efficiency = open_baseline(settings, launch)
+    if settings.model.mixers.paths or settings.optimizer.kind != ADAMW:
+        _require_own(settings)
     with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
         yield Run(settings, groups, efficiency)
+
+
+def _require_own(settings: Config) -> None:
+    """Refuse code of the user's own that cannot be what it is for, before a process group starts."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.model.own import require_modules
+    from lsys.train.own import require_optimizer
+
+    require_modules(settings)
+    require_optimizer(settings.optimizer)
 
 
 class Run:
@@ -133,17 +148,22 @@ class Run:
         from lsys.train import observers as known
 
         meter, rank = self.meter, self.groups.launch.rank
+
+        def tell(text: str) -> None:
+            print(f"rank {rank}: {text}", flush=True)
+
         return known.Observers(
             [
                 known.Saving(self),
                 known.Stopping(self),
                 known.Validation(self),
+                *known.own_observers(self, tell),
                 known.Tracing(self, self.profiler),
                 known.Reporting(self, self.reporter, meter, self.waterfall),
                 known.Metering(meter, self.settings.train.batch_tokens),
                 known.Splitting(self.waterfall, self.step + 1),
             ],
-            tell=lambda text: print(f"rank {rank}: {text}", flush=True),
+            tell,
         )
 
     def _train_step(self, batches: list, flops: float) -> "StepDone":

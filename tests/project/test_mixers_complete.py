@@ -22,6 +22,7 @@ from support.kept import KERNELS, Watch
 
 from lsys.config.rules import check
 from lsys.config.schema import Config
+from lsys.config.user_code import is_path
 from lsys.mixers.card import NORM
 from lsys.mixers.exchange import States
 from lsys.mixers.registry import CARDS, CHANNEL_CARDS, LETTERS, MIXERS
@@ -39,8 +40,22 @@ STATES = [card.name for card in CARDS if card.has_state]
 
 
 def changes(name: str, **degrees: int) -> dict[str, Any]:
+    """A model of this mixer: of the registry, or from the path of a card of one's own."""
     axes = {f"parallel__{axis}": degree for axis, degree in degrees.items()}
-    return {**axes, "model__pattern": [name], "model__layers": 2, "model__window": 9, "model__linear": LINEAR}
+    own = {"model__mixers": {key(name): {"kind": name}}} if is_path(name) else {}
+    return {
+        **axes,
+        **own,
+        "model__pattern": [key(name)],
+        "model__layers": 2,
+        "model__window": 9,
+        "model__linear": LINEAR,
+    }
+
+
+def key(name: str) -> str:
+    """What the model calls it."""
+    return "mine" if is_path(name) else name
 
 
 def settings(name: str, **degrees: int) -> Config:
@@ -53,15 +68,20 @@ def settings(name: str, **degrees: int) -> Config:
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_run_of_it_is_planned(name: str) -> None:
+    check_plan(name)
+
+
+def check_plan(name: str) -> None:
+    """Rules, memory, traffic, rates, times, parameters and FLOPs."""
     config = settings(name, context=2)
     assert not check(config, 2)
-    plan = Plan(config, 2, hardware("h100x2", config.train.precision))
+    (card,) = config.model.cards.values()
+    plan = Plan(config, 2, hardware("h100x2", config.train.precision, cards=[card]))
     assert max(plan.memory) > 0 and plan.traffic()["context"].moved("context") > 0
-    symbol = MIXERS[name].symbol
-    assert {f"{way}:{symbol}" for way in ("layer", "layer_backward")} <= plan.hardware.costs.keys()
+    assert {f"{way}:{card.symbol}" for way in ("layer", "layer_backward")} <= plan.hardware.costs.keys()
     assert plan.prediction.seconds > 0 and plan.mfu
-    assert f"{name} mixer" in parameters(config.model)
-    assert {f"{name} projections", f"{name} attention"} <= flops_per_token(config.model, 64).keys()
+    assert f"{card.key} mixer" in parameters(config.model)
+    assert {f"{card.key} projections", f"{card.key} attention"} <= flops_per_token(config.model, 64).keys()
 
 
 # ---- held against what is built and run
@@ -131,7 +151,7 @@ def check_parameters(gloo: Any, name: str) -> None:
         }
         for found in gloo(tensor, seen, changes(name, tensor=tensor)):
             built = {key.removesuffix(".weight"): tuple(rest) for key, *rest in found["held"]}
-            norms = {weight.name for weight in config.model.cards[name].weights() if weight.kind == NORM}
+            norms = {weight.name for weight in config.model.cards[key(name)].weights() if weight.kind == NORM}
             assert norms == {key for key in built if "norm" in key}
             assert {key: told.get(key) for key in built} == built
             assert [key for key in told if key in built] == list(built)
@@ -140,9 +160,9 @@ def check_parameters(gloo: Any, name: str) -> None:
                 forward = flops_per_token(config.model, TOKENS)
                 expected = TOKENS * sum(v for part, v in forward.items() if not part.endswith("attention"))
                 assert found["products"] == expected
-                card: Any = config.model.cards[name]
+                card: Any = config.model.cards[key(name)]
                 check_gates(card, found["spied"][-1])
-                told_flops, layers = forward[f"{name} attention"], len(found["spied"])
+                told_flops, layers = forward[f"{key(name)} attention"], len(found["spied"])
                 convolved = layers * 2 * built["conv"][0] if "conv" in built else 0
                 assert told_flops * TOKENS == sum(map(mixing_flops, found["spied"])) + TOKENS * convolved
                 if card.has_state:

@@ -15,6 +15,7 @@ STEPS = 5
 def settings(**changes: Any) -> Any:
     """A configuration; `changes` are dotted keys with __ for the dot."""
     from lsys.config import Config
+    from lsys.config.user_code import UserCode
 
     tree: dict[str, dict[str, Any]] = {
         "model": dict(
@@ -30,7 +31,7 @@ def settings(**changes: Any) -> Any:
     for key, value in changes.items():
         section, name = key.split("__", 1)
         tree[section][name] = value
-    return Config.model_validate(tree)
+    return Config.model_validate(tree, context=UserCode(None))
 
 
 class RandomDocuments:

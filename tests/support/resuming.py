@@ -69,7 +69,9 @@ def look(engine: Any, seen: Seen) -> Seen:
         seen.pieces = [
             (p.key, p.shape, p.offset, p.data.clone()) for chunk in engine.chunks for p in pieces(chunk.module)
         ]
-    seen.counts = [float(s["step"]) for o in engine.optimizer.chained_optimizers for s in o.optimizer.state.values()]
+    seen.counts = [
+        float(s["step"]) for o in engine.optimizer.chained_optimizers for s in o.optimizer.state.values() if "step" in s
+    ]
     return seen
 
 

@@ -1,0 +1,1 @@
+"""Parts of one's own for lsys, each named by a path in own_parts.yaml; docs/extending.md walks through them."""
