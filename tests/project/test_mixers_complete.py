@@ -42,18 +42,18 @@ STATES = [card.name for card in CARDS if card.has_state]
 def changes(name: str, **degrees: int) -> dict[str, Any]:
     """A model of this mixer: of the registry, or from the path of a card of one's own."""
     axes = {f"parallel__{axis}": degree for axis, degree in degrees.items()}
-    own = {"model__mixers": {key(name): {"kind": name}}} if is_path(name) else {}
+    own = {"model__mixers": {called(name): {"kind": name}}} if is_path(name) else {}
     return {
         **axes,
         **own,
-        "model__pattern": [key(name)],
+        "model__pattern": [called(name)],
         "model__layers": 2,
         "model__window": 9,
         "model__linear": LINEAR,
     }
 
 
-def key(name: str) -> str:
+def called(name: str) -> str:
     """What the model calls it."""
     return "mine" if is_path(name) else name
 
@@ -151,7 +151,7 @@ def check_parameters(gloo: Any, name: str) -> None:
         }
         for found in gloo(tensor, seen, changes(name, tensor=tensor)):
             built = {key.removesuffix(".weight"): tuple(rest) for key, *rest in found["held"]}
-            norms = {weight.name for weight in config.model.cards[key(name)].weights() if weight.kind == NORM}
+            norms = {weight.name for weight in config.model.cards[called(name)].weights() if weight.kind == NORM}
             assert norms == {key for key in built if "norm" in key}
             assert {key: told.get(key) for key in built} == built
             assert [key for key in told if key in built] == list(built)
@@ -160,9 +160,9 @@ def check_parameters(gloo: Any, name: str) -> None:
                 forward = flops_per_token(config.model, TOKENS)
                 expected = TOKENS * sum(v for part, v in forward.items() if not part.endswith("attention"))
                 assert found["products"] == expected
-                card: Any = config.model.cards[key(name)]
+                card: Any = config.model.cards[called(name)]
                 check_gates(card, found["spied"][-1])
-                told_flops, layers = forward[f"{key(name)} attention"], len(found["spied"])
+                told_flops, layers = forward[f"{called(name)} attention"], len(found["spied"])
                 convolved = layers * 2 * built["conv"][0] if "conv" in built else 0
                 assert told_flops * TOKENS == sum(map(mixing_flops, found["spied"])) + TOKENS * convolved
                 if card.has_state:

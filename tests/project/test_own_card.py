@@ -6,7 +6,7 @@ PYTHONPATH=FOLDER .venv/bin/python -m pytest tests/project/test_own_card.py --ca
 from typing import Any
 
 import pytest
-from project.test_mixers_complete import changes, check_bytes, check_memory, check_parameters, check_plan
+from project.test_mixers_complete import changes, check_bytes, check_kept, check_memory, check_parameters, check_plan
 from support import parity
 
 EXAMPLE = "my_parts.cards:FeatureAttention"
@@ -31,6 +31,10 @@ def test_its_parameters_and_products_are_those_of_the_built_module(gloo: Any, ca
 
 def test_its_bytes_are_exact(gloo: Any, card: str) -> None:
     check_bytes(gloo, card)
+
+
+def test_what_autograd_keeps_of_it_is_exact(gloo: Any, card: str) -> None:
+    check_kept(gloo, card)
 
 
 def test_its_peak_memory_is_known(gloo: Any, card: str) -> None:
