@@ -1,4 +1,4 @@
-"""The hybrid decoder: embedding, Megatron's transformer block over per-layer specs, output layer, loss per token."""
+"""The hybrid decoder: embedding, Megatron's transformer block over per-layer specs, output layer, loss."""
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
@@ -11,8 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lsys.config import Config
+from lsys.config.reports import LOSS
 from lsys.model.layers import block_spec
-from lsys.model.loss import token_losses
+from lsys.model.loss import Output, final_loss
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.comm import SequenceComm
 
@@ -44,7 +45,6 @@ class HybridModel(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = settings.model.tied
-        self.z_loss = settings.train.z_loss
         vocab = settings.model.padded_vocab
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -68,6 +68,7 @@ class HybridModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and settings.model.tied,
                 tp_group=pg_collection.tp,
             )
+            self.loss = final_loss(settings)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -75,23 +76,41 @@ class HybridModel(LanguageModule):
         """Megatron's schedules hand over what the stage before sent: a list of one."""
         self.decoder.set_input_tensor(input_tensor[0])
 
-    def forward(self, tokens: Tensor, targets: Tensor, packed: PackedMicroBatch) -> Tensor:
-        """tokens, targets int64 [slots] -> losses fp32 [2, slots] (cross-entropy, z-loss) on the last stage, else [slots / tensor, 1, hidden]."""
-        output = self.logits(tokens, packed)
-        return (
-            token_losses(output, targets[:, None], self.z_loss, self.pg_collection.tp) if self.post_process else output
-        )
+    def forward(self, tokens: Tensor, targets: Tensor, mask: Tensor, packed: PackedMicroBatch) -> Tensor:
+        """On the last stage the loss, a scalar: the total over the rank's tokens; its parts are reported. Else [slots / tensor, 1, hidden].
+
+        Args:
+            tokens, targets: int64 [slots]. mask: fp32 [T_r], 1 where the target counts.
+        """
+        hidden = self._hidden(tokens, packed)
+        if not self.post_process:
+            return hidden
+        weight = self.output_layer.weight if self._output_weight is None else self._output_weight
+        output = Output(hidden, weight, targets[: len(mask)], mask, self.pg_collection.tp, packed, self._project)
+        losses = self.loss(output)
+        for name, total in losses.items():
+            packed.report(name, total)
+        return sum(list(losses.values())[1:], losses[LOSS])
 
     def logits(self, tokens: Tensor, packed: PackedMicroBatch) -> Tensor:
         """tokens int64 [slots] -> logits [slots, 1, vocab / tensor] on the last stage, else [slots / tensor, 1, hidden]."""
+        hidden = self._hidden(tokens, packed)
+        return self._project(hidden) if self.post_process else hidden
+
+    def _hidden(self, tokens: Tensor, packed: PackedMicroBatch) -> Tensor:
+        """[slots] -> [slots / tensor, 1, hidden]."""
         hidden = (
             self.embedding(tokens[None], None) if self.pre_process else None
         )  # [1, slots] -> [slots / tensor, 1, hidden]
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
-        if not self.post_process:
-            return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden, weight=weight)[0]  # gathers the slots
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
+
+    @property
+    def _output_weight(self) -> Tensor | None:
+        """The embedding's, where it is the output layer's too."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return self.output_layer(hidden, weight=self._output_weight)[0]  # gathers the slots
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

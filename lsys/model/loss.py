@@ -1,10 +1,95 @@
-"""Loss per token over a vocabulary that is sharded over the tensor ranks."""
+"""The final loss: what the last stage hands to it, and cross-entropy over a vocabulary that is sharded over the tensor ranks."""
 
-from typing import Any
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from torch import Tensor
+
+from lsys.config import Config
+from lsys.config.losses import final
+from lsys.config.reports import LOSS, Z_LOSS
+from lsys.model.packed import PackedMicroBatch
+
+
+@dataclass(frozen=True)
+class Output:
+    """The end of the last stage, for one micro-batch on one context rank.
+
+    Attributes:
+        hidden: [slots / tensor, 1, hidden], behind the last norm; this tensor rank's slots.
+        weight: [vocab / tensor, hidden] of the output layer (the embedding's, where tied); this tensor rank's part of the vocabulary.
+        targets: int64 [T_r], ids of the whole vocabulary. mask: fp32 [T_r], 1 where the target counts.
+        tp_group: the tensor ranks. packed: documents, and where to report.
+        project: hidden -> logits, by the output layer.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    mask: Tensor
+    tp_group: Any
+    packed: PackedMicroBatch
+    project: Callable[[Tensor], Tensor]
+
+    @property
+    def slots(self) -> int:
+        """Token slots of this context rank, slack included; the same in every step."""
+        return len(self.hidden) * self.tp_group.size()
+
+    def states(self) -> Tensor:
+        """[T_r, hidden]: the hidden states of all of this context rank's tokens, gathered over the tensor ranks.
+
+        Their gradient is summed over the tensor ranks, as that of parts of the vocabulary has to be.
+        """
+        whole = self.hidden
+        if self.tp_group.size() > 1:
+            whole = gather_from_sequence_parallel_region(whole, tensor_parallel_output_grad=True, group=self.tp_group)
+        return whole[: len(self.mask), 0]
+
+    def logits(self) -> Tensor:
+        """[slots, 1, vocab / tensor], made when asked for; the first T_r rows are tokens, what is behind them is slack."""
+        return self.project(self.hidden)
+
+
+class FinalLoss(Protocol):
+    """A loss: sums over those of the rank's tokens that count, by the names that they are reported under; at least LOSS.
+
+    What is differentiated is the total of all. The engine divides it by the number of tokens that count in the whole step, over all ranks.
+    Tensor ranks give the same sums; context ranks and data replicas those of their own tokens.
+    """
+
+    def __call__(self, output: Output) -> Mapping[str, Tensor]: ...
+
+
+def final_loss(settings: Config) -> FinalLoss:
+    """The loss that `train.loss` names."""
+    module, name = final(settings).source.split(":")
+    made: FinalLoss = getattr(importlib.import_module(module), name)(settings)
+    return made
+
+
+class CrossEntropy:
+    """Cross-entropy of the next token, and z-loss."""
+
+    def __init__(self, settings: Config) -> None:
+        self.z_loss = settings.train.z_loss
+
+    def __call__(self, output: Output) -> dict[str, Tensor]:
+        logits = output.logits()
+        # Slack is cut off, not multiplied by zero: whatever its slots hold cannot reach the loss.
+        slack = len(logits) - len(output.targets)
+        targets = torch.nn.functional.pad(output.targets, (0, slack))
+        held = token_losses(logits, targets[:, None], self.z_loss, output.tp_group)[:, : len(output.mask)]
+        entropy, z_loss = (held * output.mask).sum(1)
+        return {LOSS: entropy, Z_LOSS: z_loss}
 
 
 def token_losses(logits: Tensor, targets: Tensor, z_loss: float, tp_group: Any) -> Tensor:

@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from lsys.config.losses import final
 from lsys.mixers.card import Layer
 from lsys.predict.kernels import linear_saved, workspace
 from lsys.predict.schedule import in_flight
@@ -199,10 +200,7 @@ class Activations:
         return whole - gone - layer.after + layer.workspace + self._recomputed
 
     def _output(self) -> float:
-        """Last norm, logits and what the loss makes of them (fp32 copies of bf16 logits; the z-loss's gradient)."""
+        """Last norm, and what the final loss holds."""
         part, vocab = self.slots / self.tensor, self.model.padded_vocab / self.tensor
-        gathered = self.slots * self.b * self.model.hidden
-        logits = self.slots * vocab
-        most = 6 * logits if self.b == 2 else (12 if self.config.train.z_loss else 4) * logits
-        back = self.b * logits + gathered + self._vocabulary
-        return part * self.norm(self.model.hidden) + max(most, back)
+        loss = final(self.config).workspace(self.slots, self.model.hidden, vocab, self.b, self.config.train.z_loss)
+        return part * self.norm(self.model.hidden) + loss

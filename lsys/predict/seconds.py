@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lsys.config.losses import final
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed, part_names
 from lsys.parallel import mesh
 from lsys.parallel.traffic import Operation
@@ -145,8 +146,9 @@ class StepTime:
         if shape.is_first(stage, chunk):
             there, back = there + scatter, back + gather
         if shape.is_last(stage, chunk):
-            there += gather + (4 if self.config.train.z_loss else 3) * sums
-            back += gather + scatter
+            loss = final(self.config)
+            there += gather + sum(loss.reductions(self.config.train.z_loss)) / 4 * sums
+            back += (loss.gathers - 1) * gather + scatter
         return there, back
 
     def _widest(self, stage: int) -> Sequence[int]:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lsys.config.losses import final
 from lsys.config.reports import Slots, declared
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phases
@@ -119,7 +120,8 @@ class StepTraffic:
     def _tensor(self, rank: int, stage: int) -> Iterator[Issued]:
         shape = self.shape
         whole = shape.slots * self.config.model.hidden * shape.itemsize
-        gathers = scatters = sums = 0
+        gathers = scatters = 0
+        sums: tuple[int, ...] = ()
         low_ranks: list[int] = []
         for chunk in range(shape.chunks):
             kinds = shape.kinds(stage, chunk)
@@ -131,12 +133,13 @@ class StepTraffic:
             if shape.is_first(stage, chunk):
                 gathers, scatters = gathers + 1, scatters + 1
             if shape.is_last(stage, chunk):
-                gathers, scatters = gathers + 2, scatters + 1
-                sums += 4 if self.config.train.z_loss else 3
+                gathers, scatters = gathers + final(self.config).gathers, scatters + 1
+                sums += final(self.config).reductions(self.config.train.z_loss)
         times, part = shape.micro_batches, whole // shape.mesh.tensor
         yield self._issued("tensor", rank, Operation("all_gather", part), gathers * times)
         yield self._issued("tensor", rank, Operation("reduce_scatter", whole), scatters * times)
-        yield self._issued("tensor", rank, Operation("all_reduce", 4 * shape.slots), sums * times)
+        for size, each in Counter(sums).items():
+            yield self._issued("tensor", rank, Operation("all_reduce", size * shape.slots), each * times)
         for rank_, layers in Counter(low_ranks).items():  # gathered between their two products
             rows = shape.slots * rank_ * shape.itemsize
             again = 3 if self.config.train.recompute == "full" else 2

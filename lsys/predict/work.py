@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lsys.config.losses import final
 from lsys.mixers.card import Layer
 from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages.heads import shares
@@ -138,6 +139,8 @@ class StageWork:
                 again += self.mixer(kind, methods, most)
         if self.shape.is_last(stage, chunk):
             forward += self.output()
+            if final(self.config).is_recomputed:
+                again += self.output()
         return forward, backward(forward) + again
 
     def update(self, stage: int) -> Work:

@@ -187,18 +187,14 @@ def _forward_step(
 ) -> tuple[Tensor, object]:
     batch, collector = next(batches)
 
-    def loss(losses: Tensor) -> tuple[Tensor, Tensor, None]:
-        """[2, slots] -> (sum to differentiate, its tokens, nothing for Megatron to keep). Megatron divides by the tokens of all ranks."""
-        # Slack is cut off, not multiplied by zero: whatever its slots hold cannot reach the loss.
-        held = losses[:, : len(batch.loss_mask)]
-        entropy, z_loss = (held * batch.loss_mask).sum(1)
+    def loss(total: Tensor) -> tuple[Tensor, Tensor, None]:
+        """(sum to differentiate, its tokens, nothing for Megatron to keep). Megatron divides by the tokens of all ranks."""
         tokens = batch.loss_mask.sum()
-        for name, total in ((LOSS, entropy), (Z_LOSS, z_loss), (TOKENS, tokens)):
-            collector.add(name, total)
-        return entropy + z_loss, tokens.int(), None
+        collector.add(TOKENS, tokens)
+        return total, tokens.int(), None
 
     with collector.forward() as values:
-        return chunk(batch.tokens, batch.targets, batch.packed.anew(values)), loss
+        return chunk(batch.tokens, batch.targets, batch.loss_mask, batch.packed.anew(values)), loss
 
 
 def _optimizer_config(settings: Config, gathers_late: bool) -> OptimizerConfig:

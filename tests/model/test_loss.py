@@ -1,5 +1,7 @@
 """The vocabulary-parallel losses against plain PyTorch, with gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,3 +49,54 @@ def test_losses_equal_plain_pytorch(gloo, ranks: int, dtype: torch.dtype, tolera
     gradient = torch.cat([g for _, g in outcomes], -1).double()
     assert exact.grad is not None
     assert (gradient - exact.grad).norm() / exact.grad.norm() < tolerance
+
+
+def chunked(rank: int, world_size: int, z_loss: float, chunk: int) -> tuple[torch.Tensor, ...]:
+    """Sums of the chunked loss over 9 slots, 2 of them slack, in fp64; the gradients of this rank's states and vocabulary."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from lsys.config.schema import Parallel
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+
+    states, weight, targets, mask = hidden_problem()
+    with process_groups(Parallel(tensor=world_size), Launch(rank=rank, world_size=world_size)) as groups:
+        from lsys.model import chunked_loss
+        from lsys.model.loss import Output
+
+        part = states.chunk(world_size)[rank].clone().requires_grad_()
+        shard = weight.chunk(world_size)[rank].clone().requires_grad_()
+        settings: Any = SimpleNamespace(train=SimpleNamespace(z_loss=z_loss))
+        unused: Any = None
+        with mock.patch.object(chunked_loss, "CHUNK", chunk):
+            output = Output(part[:, None], shard, targets, mask, groups.collection.tp, unused, unused)
+            found = list(chunked_loss.ChunkedCrossEntropy(settings)(output).values())
+            (1.5 * (found[0] + found[1])).backward()
+    assert part.grad is not None and shard.grad is not None
+    return torch.stack(found).detach(), part.grad, shard.grad
+
+
+def hidden_problem() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(10, 6, generator=generator, dtype=torch.float64)
+    weight = 3 * torch.randn(VOCAB, 6, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([1.0, 1, 0, 1, 1, 1, 0, 1, 1])  # the tenth slot is slack
+    return states, weight, torch.randint(0, VOCAB, (9,), generator=generator), mask
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_the_chunked_loss_equals_plain_pytorch_in_fp64(gloo: Any, ranks: int, chunk: int) -> None:
+    states, weight, targets, mask = hidden_problem()
+    outcomes = gloo(ranks, chunked, 1e-2, chunk)
+    states.requires_grad_()
+    weight.requires_grad_()
+    logits = (states @ weight.T)[:9]
+    entropy = (F.cross_entropy(logits, targets, reduction="none") * mask).sum()
+    z_loss = 1e-2 * (logits.logsumexp(-1).square() * mask).sum()
+    (1.5 * (entropy + z_loss)).backward()
+    for found, _, _ in outcomes:
+        torch.testing.assert_close(found, torch.stack((entropy, z_loss)).detach(), rtol=1e-12, atol=0)
+    for found, exact in ((1, states.grad), (2, weight.grad)):
+        torch.testing.assert_close(torch.cat([outcome[found] for outcome in outcomes]), exact, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,68 @@
+"""The final losses, torch-free: where each is, and what it exchanges and holds. And losses that layers add to it.
+
+The loss of a step is the final one plus, for each declared `LayerLoss`, weight times its mean over the step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lsys.config.schema import Config
+
+CHUNK = 1024  # tokens whose logits the chunked loss makes at once
+
+
+class CrossEntropy:
+    """What a final loss is, as far as the predictor goes; this one makes all logits.
+
+    Attributes:
+        title: in sentences. source: its class, "package.module:Class"; called with the configuration.
+        gathers: how often the tensor ranks gather the hidden states of a micro-batch for it, forward and backward.
+        is_recomputed: whether its backward pass makes the logits again.
+    """
+
+    title = "all logits at once"
+    source = "lsys.model.loss:CrossEntropy"
+    gathers = 2
+    is_recomputed = False
+
+    @staticmethod
+    def reductions(z_loss: float) -> tuple[int, ...]:
+        """Bytes a slot of each sum or maximum over the tensor ranks."""
+        return (4,) * (4 if z_loss else 3)
+
+    @staticmethod
+    def workspace(slots: float, hidden: int, vocab: float, itemsize: int, z_loss: float) -> float:
+        """Most bytes alive in its passes (fp32 copies of bf16 logits; the z-loss's gradient), on a rank with so much of the vocabulary."""
+        logits = slots * vocab
+        most = 6 * logits if itemsize == 2 else (12 if z_loss else 4) * logits
+        return max(most, itemsize * (logits + slots * hidden + vocab * hidden))
+
+
+class Chunked(CrossEntropy):
+    """Of so many tokens at a time; the logits are made again in the backward pass."""
+
+    title = f"the same, with the logits of {CHUNK} tokens at a time, made again in the backward pass"
+    source = "lsys.model.chunked_loss:ChunkedCrossEntropy"
+    gathers = 1
+    is_recomputed = True
+
+    @staticmethod
+    def reductions(z_loss: float) -> tuple[int, ...]:
+        return (4, 8)
+
+    @staticmethod
+    def workspace(slots: float, hidden: int, vocab: float, itemsize: int, z_loss: float) -> float:
+        logits = min(slots, CHUNK) * vocab
+        product = itemsize * vocab * hidden if itemsize == 2 else 0  # a chunk's, before it is added in fp32
+        return (6 if itemsize == 2 else 4) * logits + 4 * vocab * hidden + product + 2 * itemsize * slots * hidden
+
+
+# The final losses by their names in `train.loss`.
+LOSSES: dict[str, type[CrossEntropy]] = {"cross_entropy": CrossEntropy, "chunked_cross_entropy": Chunked}
+
+
+def final(config: Config) -> type[CrossEntropy]:
+    """The configured final loss."""
+    return LOSSES[config.train.loss]
