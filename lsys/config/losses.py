@@ -5,7 +5,9 @@ The loss of a step is the final one plus, for each declared `LayerLoss`, weight 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from lsys.config.schema import Config
@@ -61,6 +63,46 @@ class Chunked(CrossEntropy):
 
 # The final losses by their names in `train.loss`.
 LOSSES: dict[str, type[CrossEntropy]] = {"cross_entropy": CrossEntropy, "chunked_cross_entropy": Chunked}
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """A loss that layers add to the final one: weight x total / count, of all that they add in a step, over all ranks and micro-batches.
+
+    Attributes:
+        name: what it is reported under, as total / count without the weight: TensorBoard's tag.
+        weight: its factor in the loss of the step, beside the final loss's mean over the targets that count.
+        count: what is counted over the step: "tokens": all tokens of documents; "targets": those that count, as for the final loss; or a
+            function of a rank's micro-batch (`lsys.data.plan.RankBatch`) to how many it has, a number or a scalar tensor. It has to follow
+            from the data alone: it is summed over the ranks before the step, since backward passes begin before the last forward pass.
+    """
+
+    name: str
+    weight: float
+    count: Literal["tokens", "targets"] | Callable[[Any], Any] = "tokens"
+
+
+def _of_cards(config: Config) -> Iterable[LayerLoss]:
+    model = config.model
+    for card in (*model.known_cards.values(), *model.known_channel_cards.values()):
+        yield from card.losses()
+
+
+# What declares losses of layers.
+SOURCES: list[Callable[[Config], Iterable[LayerLoss]]] = [_of_cards]
+
+
+def layer_losses(config: Config) -> tuple[LayerLoss, ...]:
+    """All that layers of a run add to the loss, each once, in an order that follows from the configuration.
+
+    Raises:
+        ValueError: a name is declared in two ways.
+    """
+    found: dict[str, LayerLoss] = {}
+    for loss in (loss for source in SOURCES for loss in source(config)):
+        if found.setdefault(loss.name, loss) != loss:
+            raise ValueError(f"the loss {loss.name} is declared twice, as {found[loss.name]} and as {loss}")
+    return tuple(found.values())
 
 
 def final(config: Config) -> type[CrossEntropy]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lsys.config.losses import layer_losses
 from lsys.config.schema import Config
 
 NUMBER = 8  # bytes: values are summed in fp64
@@ -63,8 +64,14 @@ def losses(config: Config) -> Iterable[Metric]:
     yield Metric(TOKENS, "sum", last_stage=True, newest=True, shown=False)
 
 
+def added(config: Config) -> Iterable[Metric]:
+    """What layers add to the loss. Each rank adds a part of its own, tensor ranks too."""
+    for loss in layer_losses(config):
+        yield Metric(loss.name, "sum", axes=("tensor", "context", "data"))
+
+
 # What declares metrics.
-SOURCES: list[Callable[[Config], Iterable[Metric]]] = [losses]
+SOURCES: list[Callable[[Config], Iterable[Metric]]] = [losses, added]
 
 
 def declared(config: Config) -> tuple[Metric, ...]:

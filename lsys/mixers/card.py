@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from lsys.section import Section
 
 if TYPE_CHECKING:
+    from lsys.config.losses import LayerLoss
     from lsys.config.model import Model
     from lsys.mixers.exchange import Exchange
 
@@ -147,6 +148,10 @@ class MixerCard(ABC):
     @abstractmethod
     def products(self) -> int:
         """Elements of all weights that a token is multiplied by."""
+
+    def losses(self) -> Iterator[LayerLoss]:
+        """What its layers add to the loss."""
+        yield from ()
 
     def refusals(self) -> Iterator[Refusal]:
         """What is wrong with it."""

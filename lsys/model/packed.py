@@ -46,6 +46,32 @@ class PackedMicroBatch(PackedSeqParams):
         if self.values is not None:
             self.values.report(name, value, weight)
 
+    def add_loss(self, name: str, total: Tensor, through: Tensor) -> Tensor:
+        """`through`, unchanged; behind it, the backward pass differentiates a declared loss too (`lsys.config.losses.LayerLoss`).
+
+        The loss of the step is the final one plus weight x (all totals) / (count over the step): every rank and micro-batch adds its part.
+        Tensor ranks add theirs too: the sum over the slots or heads that the rank holds; what all of them compute alike, each divides by
+        the tensor degree. A recomputed layer's counts once. In validation it is reported, and no part of the loss.
+
+        Args:
+            name: as declared.
+            total: fp32 scalar, a sum (not a mean) over the rank's tokens; slack, behind the documents, is no token (`filled`).
+            through: an activation on the layer's way to its output; what is made of the result has to reach the final loss.
+
+        Raises:
+            ValueError: it is not declared, or no scalar of fp32; at the end of the step, if the result was not used.
+        """
+        return through if self.values is None else self.values.add_loss(name, total, through)
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether a layer that runs now has run with this micro-batch before: what it counts of its own, it counts no more."""
+        return self.values is not None and self.values.has_ended
+
+    def filled(self, rows: int, tensor_rank: int) -> int:
+        """How many of a tensor rank's `rows` slots of the residual stream are tokens; the others, at the end, are slack."""
+        return min(max(len(self.positions) - tensor_rank * rows, 0), rows)
+
     def table(self, key: Hashable, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What depends on the positions alone, such as (cos, sin); computed once per micro-batch."""
         if key not in self._tables:

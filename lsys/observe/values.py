@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsys.config.reports import Message, Metric, Slots
+from lsys.observe.added_loss import Added, Pending, Scale
 from lsys.runtime.groups import Groups
 
 
@@ -20,15 +21,39 @@ class Pass:
 
     A layer that is recomputed runs again in backward, with the micro-batch of its first run. Its pass has ended by then, and what it
     reports again is dropped: so everything counts once, whatever is recomputed.
+
+    Attributes:
+        has_ended: whether a layer that runs now is recomputed.
     """
 
     def __init__(self, collector: Collector) -> None:
         self._collector: Collector | None = collector
+        self._scales, self._pending = collector.scales, collector.pending
+
+    @property
+    def has_ended(self) -> bool:
+        return self._collector is None
 
     def report(self, name: str, value: Tensor | float, weight: Tensor | float | None = None) -> None:
         """Add to a declared metric; see `Collector.add`."""
         if self._collector is not None:
             self._collector.add(name, value, weight)
+
+    def add_loss(self, name: str, total: Tensor, through: Tensor) -> Tensor:
+        """Add to a declared loss; see `lsys.model.packed.PackedMicroBatch.add_loss`."""
+        scale = self._scales.get(name)
+        if scale is None:
+            declared = ", ".join(self._scales) or "none"
+            raise ValueError(f"{name} is added to the loss but not declared (a card's `losses`); there are {declared}")
+        if total.numel() != 1 or total.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {total.dtype} {list(total.shape)}: what is added to the loss is one number, fp32"
+            )
+        self.report(name, total.detach() / scale.divisor)
+        if not (torch.is_grad_enabled() and total.requires_grad):
+            return through
+        made: Tensor = Added.apply(through, total, scale.factor, name, self._pending)
+        return made
 
     def end(self) -> None:
         self._collector = None
@@ -38,11 +63,11 @@ class Collector:
     """What this rank reports in the forward passes of one step, on its device. Nothing waits for that before `reduce`.
 
     Args:
-        slots: of the run's metrics.
+        slots: of the run's metrics. scales: of what layers add to the loss.
     """
 
-    def __init__(self, slots: Slots, groups: Groups) -> None:
-        self.slots, self.groups = slots, groups
+    def __init__(self, slots: Slots, groups: Groups, scales: Mapping[str, Scale] | None = None) -> None:
+        self.slots, self.groups, self.scales, self.pending = slots, groups, scales or {}, Pending()
         lengths = {message.how: message.numbers for message in slots.messages}
         self.sums = torch.zeros(lengths.get("sum", 0), dtype=torch.float64, device=groups.device)
         self.maxima = torch.full((lengths.get("max", 0),), -math.inf, dtype=torch.float64, device=groups.device)

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lsys.config.losses import final
-from lsys.config.reports import Slots, declared
+from lsys.config.losses import final, layer_losses
+from lsys.config.reports import NUMBER, Slots, declared
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phases
 from lsys.parallel.traffic import Operation, traffic
@@ -94,6 +94,8 @@ class StepTraffic:
         shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
         stages, held = tuple(shape.group("pipeline", rank)), weights(shape, stage)
         yield Issued("pipeline", stages, Operation("broadcast", 4, len(stages) - 1), 1)  # tokens
+        if added := layer_losses(self.config):  # the targets, and what each of them is divided by
+            yield self._issued("data", rank, Operation("all_reduce", NUMBER * (1 + len(added))), 1, "replicas")
         for message in self.messages:
             once = (
                 ("broadcast", message.bytes, len(stages) - 1) if message.last_stage else ("all_reduce", message.bytes)

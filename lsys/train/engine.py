@@ -15,11 +15,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lsys.config import Config
+from lsys.config.losses import layer_losses
 from lsys.config.reports import LOSS, TOKENS, Z_LOSS, Slots, declared
 from lsys.data.plan import RankBatch
 from lsys.model.hybrid import HybridModel
 from lsys.model.megatron_config import transformer_config
 from lsys.model.parameters import initialise
+from lsys.observe.added_loss import scales
 from lsys.observe.values import Collector, Values
 from lsys.runtime.groups import Groups
 from lsys.train.errors import RunError
@@ -139,7 +141,9 @@ class Engine:
                 chunk.zero_grad_buffer()
         if not forward_only:
             self.optimizer.zero_grad()
-        collector = Collector(self.slots, self.groups)
+        groups = self.groups
+        found = scales(layer_losses(self.settings), batches, groups.collection.dp_cp, groups.device)
+        collector = Collector(self.slots, groups, found)
         iterators = [zip(batches, itertools.repeat(collector), strict=False) for _ in self.chunks]
         get_forward_backward_func()(
             forward_step_func=_forward_step,
@@ -151,6 +155,8 @@ class Engine:
             forward_only=forward_only,
             force_all_reduce=force_all_reduce,
         )
+        if not forward_only:
+            collector.pending.require_none()
         return Losses.of(collector.reduce())
 
     def step(self) -> float:
