@@ -106,5 +106,5 @@ def layer_losses(config: Config) -> tuple[LayerLoss, ...]:
 
 
 def final(config: Config) -> type[CrossEntropy]:
-    """The configured final loss."""
-    return LOSSES[config.train.loss]
+    """The configured final loss; one that is not in the table is taken to need what the first does."""
+    return LOSSES.get(config.train.loss, CrossEntropy)

@@ -88,9 +88,11 @@ class HybridModel(LanguageModule):
         weight = self.output_layer.weight if self._output_weight is None else self._output_weight
         output = Output(hidden, weight, targets[: len(mask)], mask, self.pg_collection.tp, packed, self._project)
         losses = self.loss(output)
-        for name, total in losses.items():
-            packed.report(name, total)
-        return sum(list(losses.values())[1:], losses[LOSS])
+        total = losses[LOSS]
+        for name, part in losses.items():
+            packed.report(name, part)
+            total = total if name == LOSS else total + part
+        return total
 
     def logits(self, tokens: Tensor, packed: PackedMicroBatch) -> Tensor:
         """tokens int64 [slots] -> logits [slots, 1, vocab / tensor] on the last stage, else [slots / tensor, 1, hidden]."""

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from lsys.config import Config
-from lsys.config.losses import final
+from lsys.config.losses import LOSSES
 from lsys.config.reports import LOSS, Z_LOSS
 from lsys.model.packed import PackedMicroBatch
 
@@ -70,8 +70,9 @@ class FinalLoss(Protocol):
 
 
 def final_loss(settings: Config) -> FinalLoss:
-    """The loss that `train.loss` names."""
-    module, name = final(settings).source.split(":")
+    """The loss that `train.loss` names: one of the table, or any class by its path, "package.module:Class", made with the configuration."""
+    name = settings.train.loss
+    module, name = (LOSSES[name].source if name in LOSSES else name).split(":")
     made: FinalLoss = getattr(importlib.import_module(module), name)(settings)
     return made
 

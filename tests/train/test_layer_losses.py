@@ -9,6 +9,7 @@ from support import added, parity, steps
 
 from lsys.config import losses
 from lsys.config.losses import LayerLoss, layer_losses
+from lsys.config.reports import declared
 from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 
@@ -141,6 +142,21 @@ def test_a_name_has_one_declaration() -> None:
     same = [lambda _: [LayerLoss("a", 1.0)], lambda _: [LayerLoss("b", 2.0), LayerLoss("a", 1.0)]]
     with mock.patch.object(losses, "SOURCES", same):
         assert [loss.name for loss in layer_losses(parity.settings())] == ["a", "b"]
+
+
+def test_cards_declare_them() -> None:
+    from lsys.mixers.dense import Dense
+    from lsys.mixers.lightning import Lightning
+
+    config = parity.settings()
+    assert layer_losses(config) == ()
+    found = [LayerLoss("a", 1.0), LayerLoss("b", 2.0)]
+    with (
+        mock.patch.object(Lightning, "losses", lambda self: found[:1]),
+        mock.patch.object(Dense, "losses", lambda self: found[1:]),
+    ):
+        assert layer_losses(config) == (*found,)
+        assert [metric.name for metric in declared(config)][-2:] == ["a", "b"]
 
 
 def two_ranks(rank: int, world_size: int) -> list[torch.Tensor]:
