@@ -17,8 +17,10 @@ from lsys.checkpoint.compatible import differences
 from lsys.checkpoint.manifest import NAME as MANIFEST
 from lsys.checkpoint.manifest import CheckpointError, Cursor, FileRecord, Manifest
 
-if TYPE_CHECKING:  # at run time these would import Megatron, which wants to be prepared first
-    from lsys.checkpoint.state import Trainable
+if (
+    TYPE_CHECKING
+):  # at run time this would import torch.distributed's groups of Megatron, which wants to be prepared first
+    from lsys.checkpoint.held import Held
 
 NAMES = re.compile(r"step-\d{8,}(\.partial|\.replaced)?")
 
@@ -41,7 +43,7 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept")
         self.folder, self.keep = Path(folder), keep
 
-    def save(self, engine: "Trainable", cursor: Cursor) -> Path:
+    def save(self, engine: "Held", cursor: Cursor) -> Path:
         """Write the engine's state and the cursor (collective). Inside, the engine's parameters must be settled.
 
         Returns:
@@ -74,7 +76,7 @@ class Checkpoints:
                 logger.warning("%s is passed over: %s", path, reason)
         return whole[-1] if whole else None
 
-    def load(self, engine: "Trainable", path: Path) -> Cursor:
+    def load(self, engine: "Held", path: Path) -> Cursor:
         """Verify a checkpoint and load it into an engine of any degrees of parallelism (collective).
 
         Raises:
@@ -92,7 +94,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {path} not loaded: {failure.messages}{self._others(path)}") from failure
         return manifest.cursor
 
-    def _checked_manifest(self, path: Path, engine: "Trainable") -> Manifest:
+    def _checked_manifest(self, path: Path, engine: "Held") -> Manifest:
         manifest = Manifest.read(path)
         found = differences(manifest.cursor.config, engine.settings)
         if found:
@@ -187,7 +189,7 @@ class Checkpoints:
         return f"checkpoint step {step} not written to {self.folder}: {failure}; {newest}"
 
 
-def _manifest(engine: "Trainable", cursor: Cursor, serial: int, files: dict[str, FileRecord]) -> Manifest:
+def _manifest(engine: "Held", cursor: Cursor, serial: int, files: dict[str, FileRecord]) -> Manifest:
     from lsys.checkpoint.state import degrees
 
     versions = {name: version(name) for name in ("lsys", "torch", "megatron-core")}

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,39 +16,23 @@ from torch import Tensor
 
 from lsys.config import Config
 from lsys.config.losses import layer_losses
-from lsys.config.reports import LOSS, TOKENS, Z_LOSS, Slots, declared
+from lsys.config.reports import TOKENS, Slots, declared
 from lsys.data.plan import RankBatch
 from lsys.model.hybrid import HybridModel
 from lsys.model.megatron_config import transformer_config
 from lsys.model.parameters import initialise
+from lsys.model.state import told
 from lsys.observe.added_loss import scales
 from lsys.observe.values import Collector, Values
 from lsys.runtime.groups import Groups
+from lsys.train import megatron_state
 from lsys.train.errors import RunError
 from lsys.train.own import scheduler_class, take_over
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Sums over the tokens of a step that count, over all ranks; beside them, all that layers and the loss reported."""
-
-    entropy: float
-    z_loss: float
-    tokens: int
-    values: Values
-
-    @classmethod
-    def of(cls, values: Values) -> "Losses":
-        return cls(values.total(LOSS), values.total(Z_LOSS), round(values.total(TOKENS)), values)
-
-    @property
-    def mean(self) -> float:
-        """Cross-entropy per token, nats."""
-        return self.entropy / max(self.tokens, 1)
+from lsys.train.protocol import Losses, Update
 
 
 class Engine:
-    """One rank's share of the model and its optimizer.
+    """One rank's share of the model and its optimizer: `lsys.train.protocol.TrainingEngine` by Megatron.
 
     Attributes:
         config: Megatron's configuration.
@@ -65,6 +49,8 @@ class Engine:
         self.optimizer = get_megatron_optimizer(_optimizer_config(settings, self._gathers_late), self.chunks)
         take_over(self.optimizer, settings.optimizer)
         self.scheduler = _scheduler(settings, self.optimizer)
+        self.stateful = [module for chunk in self.chunks for module in told(chunk)]
+        self._values: Values | None = None  # that the last forward and backward passes gave
         self._install_hooks()
 
     @property
@@ -135,6 +121,9 @@ class Engine:
         Returns:
             Losses over all ranks, equal on all of them.
         """
+        if not forward_only:
+            for module in self.stateful:
+                module.begin_step(self.scheduler.num_steps + 1)
         for chunk in self.chunks:
             chunk.train(not forward_only)
             if not forward_only:
@@ -157,15 +146,28 @@ class Engine:
         )
         if not forward_only:
             collector.pending.require_none()
-        return Losses.of(collector.reduce())
+        losses = Losses.of(collector.reduce())
+        if not forward_only:
+            self._values = losses.values
+        return losses
 
-    def step(self) -> float:
-        """Clip, update, advance the schedule. Returns the gradient norm before clipping."""
-        succeeded, norm, _ = self.optimizer.step()
-        if not succeeded:
-            raise RunError("the optimizer found inf or nan in the gradients and made no update; lower optimizer.lr")
-        self.scheduler.step(increment=1)
-        return float(norm)
+    def step(self) -> Update:
+        """Clip, update, advance the schedule; then modules with a state of their own end the step."""
+        applied, norm, _ = self.optimizer.step()
+        if applied:
+            self.scheduler.step(increment=1)
+            for module in self.stateful:
+                assert self._values is not None
+                module.end_step(self.scheduler.num_steps, self._values)
+        return Update(float(norm), applied)
+
+    def state(self, *, loading: bool) -> dict[str, Any]:
+        """What a checkpoint holds; see `lsys.checkpoint.held.Held`."""
+        replicas = self.groups.collection.dp_cp
+        return megatron_state.sharded(self.chunks, self.optimizer, self.scheduler, replicas, loading=loading)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        megatron_state.put(self.chunks, self.optimizer, self.scheduler, state)
 
     @property
     def learning_rate(self) -> float:

@@ -25,7 +25,7 @@ from lsys.train.signals import StopRequest
 
 if TYPE_CHECKING:
     from lsys.observe.values import Values
-    from lsys.train.engine import Losses
+    from lsys.train.protocol import Losses
     from lsys.train.run import Run
 
 PAUSES = ("data", "report", "validation", "checkpoint")

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from lsys.train.errors import RunError
 
 if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
     from lsys.train.observers import Observers, StepDone
+    from lsys.train.protocol import TrainingEngine
 
 
 def main(settings: Config) -> int:
@@ -56,9 +57,19 @@ def _require_own(settings: Config) -> None:
 
 
 class Run:
-    """The loop and what it needs: data, engine, checkpoints, reports."""
+    """The loop and what it needs: data, engine, checkpoints, reports.
 
-    def __init__(self, settings: Config, groups: Groups, efficiency: Efficiency | None = None) -> None:
+    Args:
+        make_engine: makes the engine of this rank; Megatron's if None.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        groups: Groups,
+        efficiency: Efficiency | None = None,
+        make_engine: "Callable[[Config, Groups], TrainingEngine] | None" = None,
+    ) -> None:
         from lsys.checkpoint import Checkpoints
         from lsys.observe.hardware import peak_of_ranks
         from lsys.observe.meter import Meter
@@ -70,7 +81,7 @@ class Run:
 
         self.settings, self.groups = settings, groups
         self.data = open_data(settings, groups)
-        self.engine = Engine(settings, groups)
+        self.engine: TrainingEngine = (make_engine or Engine)(settings, groups)
         self.checkpoints = Checkpoints(settings.train.folder / "checkpoints", settings.checkpoint.keep)
         self.step = self._resume()
         self.saved_step = self.step
@@ -177,9 +188,11 @@ class Run:
                 f"{self.checkpoints.latest()}. A lower optimizer.lr, a longer warmup_steps or optimizer.clip may help"
             )
         lr = self.engine.learning_rate
-        norm = self.engine.step()
+        update = self.engine.step()
+        if not update.applied:
+            raise RunError("the optimizer found inf or nan in the gradients and made no update; lower optimizer.lr")
         self.step += 1
-        return StepDone(self.step, losses, norm, lr, flops)
+        return StepDone(self.step, losses, update.norm, lr, flops)
 
     def save(self) -> None:
         """Write a checkpoint of the steps done, unless there is one (collective)."""

@@ -107,7 +107,7 @@ def train(
                         for chunk in engine.chunks
                         for p in pieces(chunk.module, gradients=True)
                     ]
-                outcome.norms.append(engine.step())
+                outcome.norms.append(engine.step().norm)
                 outcome.losses.append(losses.mean)
     return outcome
 

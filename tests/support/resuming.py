@@ -58,7 +58,7 @@ def advance(engine: Any, start: int, stop: int, seen: Seen) -> None:
         plan = planner.step(step, groups.data_rank, groups.data_size)
         losses = engine.forward_backward(plan.on_rank(groups.context_rank, groups.device, groups.context))
         seen.rates.append(engine.learning_rate)
-        seen.norms.append(engine.step())
+        seen.norms.append(engine.step().norm)
         seen.losses.append(losses.mean)
 
 

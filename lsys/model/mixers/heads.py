@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lsys.kernels import short_convolution as kernel
 from lsys.model.packed import PackedMicroBatch
+from lsys.model.state import persistent
 from lsys.parallel.convolution import short_convolution
 
 Initial = Callable[[Tensor, torch.Generator], Any]  # fills the whole parameter, fp32
@@ -49,10 +50,18 @@ class HeadParameters(MegatronModule):
         parameter.initial = initial  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
+    def add_state(
+        self, name: str, shape: tuple[int, ...], value: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """A state that is no parameter, of this whole shape (`lsys.model.state`)."""
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        local = (shape[0] // self.tp_group.size(), *shape[1:])
+        self.register_buffer(name, torch.full(local, value, dtype=dtype, device=device))
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        held = dict(self.named_parameters(recurse=False))
+        held = persistent(self)
         group = (metadata or {})["dp_cp_group"]
         return make_sharded_tensors_for_checkpoint(
             held, prefix, dict.fromkeys(held, 0), sharded_offsets, tp_group=self.tp_group, dp_cp_group=group
