@@ -113,10 +113,10 @@ def _changes(value: Any, hint: Any, parts: Sequence[str]) -> Iterator[tuple[str,
     if is_dataclass(value) or hasattr(value, "_fields"):
         yield from _fields(value, parts)
     elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield f"[{key!r}]", partial(_without, key)
+        for at, inner in enumerate(value.values()):  # keys may depend on sizes
+            yield f"[{at}]", partial(_without, at)
             for fact, change in _changes(inner, type(inner), parts):
-                yield f"[{key!r}]{fact}", partial(_entry, key, change)
+                yield f"[{at}]{fact}", partial(_entry, at, change)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         yield from _elements(value, parts)
     else:
@@ -178,12 +178,12 @@ def _instead(other: Any, found: Any) -> Any:
     return other
 
 
-def _without(key: Any, found: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {k: v for k, v in found.items() if k != key}
+def _without(at: int, found: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for n, (key, value) in enumerate(found.items()) if n != at}
 
 
-def _entry(key: Any, change: Change, found: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {k: change(v) if k == key else v for k, v in found.items()}
+def _entry(at: int, change: Change, found: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: change(value) if n == at else value for n, (key, value) in enumerate(found.items())}
 
 
 def _field(kind: Any, name: str, change: Change, found: Any) -> Any:
