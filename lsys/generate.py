@@ -18,7 +18,7 @@ from lsys.config import Config
 from lsys.config.load import loads
 from lsys.config.messages import ConfigError
 from lsys.config.mixers import CARD
-from lsys.config.schema import Parallel
+from lsys.config.schema import Parallel, Train
 from lsys.config.user_code import UserCode
 from lsys.data.corpus import Corpus
 from lsys.data.tokenizer import Tokenizer, load_tokenizer
@@ -128,8 +128,9 @@ def configuration(manifest: Manifest, trusted: Sequence[str] = ()) -> Config:
 
 
 def one_device(settings: Config) -> Config:
-    """The run's model on one device: what was trained at any degrees."""
-    return settings.model_copy(update={"parallel": Parallel(linear=settings.parallel.linear)})
+    """The run's model on one device: what was trained at any degrees, by any loss."""
+    train = settings.train.model_copy(update={"loss": Train.model_fields["loss"].default})
+    return settings.model_copy(update={"parallel": Parallel(linear=settings.parallel.linear), "train": train})
 
 
 def run_tokenizer(settings: Config, spec: str | None) -> Tokenizer:

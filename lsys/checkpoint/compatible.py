@@ -42,13 +42,12 @@ def differences(stored: str, settings: Config) -> list[str]:
             logging.getLogger(__name__).warning(
                 "model.%s was %s when the checkpoint was written and is %s now", name, old.get(name), new.get(name)
             )
-    schedule = tree["optimizer"]["schedule"]
-    if is_path(schedule) and schedule != settings.optimizer.schedule:
-        logging.getLogger(__name__).warning(
-            "optimizer.schedule was %s when the checkpoint was written and is %s now",
-            schedule,
-            settings.optimizer.schedule,
-        )
+    for section, name in (("optimizer", "schedule"), ("train", "loss")):
+        was, now = tree[section].get(name), getattr(getattr(settings, section), name)
+        if was != now and is_path(was or ""):
+            logging.getLogger(__name__).warning(
+                "%s.%s was %s when the checkpoint was written and is %s now", section, name, was, now
+            )
     return found + _vocabulary(old, new) + _optimizer(tree, settings)
 
 

@@ -16,17 +16,15 @@ from pydantic import (
 
 from lsys.config.losses import LOSSES
 from lsys.config.model import Model
-from lsys.config.user_code import OBSERVER, OPTIMIZER, SCHEDULE, Named, imported
+from lsys.config.user_code import FINAL_LOSS, OBSERVER, OPTIMIZER, SCHEDULE, Named, imported
 from lsys.parallel.methods import SOFTMAX, STATE, described
 from lsys.section import Section
 
 if TYPE_CHECKING:  # names from tables, which type checkers do not follow
     AttentionMethod = str
     StateMethod = str
-    FinalLoss = str
 else:
     AttentionMethod, StateMethod = Literal["auto", *SOFTMAX], Literal[*STATE]
-    FinalLoss = Literal[*LOSSES]
 
 
 class Parallel(Section):
@@ -144,11 +142,11 @@ class Train(Section):
         "bf16", description="Arithmetic of the model; optimizer states and gradient sums are fp32."
     )
     seed: NonNegativeInt = Field(0, description="Seed of the initial weights (equal for all degrees of parallelism).")
-    loss: FinalLoss = Field(
+    loss: Annotated[str, Named(FINAL_LOSS, tuple(LOSSES))] = Field(
         "cross_entropy",
         description="The loss of next tokens: "
         + "; ".join(f"`{name}`: {loss.title}" for name, loss in LOSSES.items())
-        + ".",
+        + "; or the path of your own.",
     )
     z_loss: NonNegativeFloat = Field(0.0, description="Weight of log(Z)^2 in the loss (PaLM uses 1e-4).")
     recompute: Literal["none", "selective", "full"] = Field(

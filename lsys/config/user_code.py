@@ -71,6 +71,7 @@ def _kind(found: Any) -> str:
 
 OBSERVER = Role("an observer", _is_subclass("lsys.train.observers.StepObserver"))
 SCHEDULE = Role("a schedule", _is_called("factor(step)"))
+FINAL_LOSS = Role("a loss", _is_called("make(settings)"))
 OPTIMIZER = Role("an optimizer", _is_called("make(groups, options)"))
 
 

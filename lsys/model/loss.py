@@ -1,6 +1,5 @@
 """The final loss: what the last stage hands to it, and cross-entropy over a vocabulary that is sharded over the tensor ranks."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from torch import Tensor
 from lsys.config import Config
 from lsys.config.losses import LOSSES
 from lsys.config.reports import LOSS, Z_LOSS
+from lsys.config.user_code import imported
 from lsys.model.packed import PackedMicroBatch
 
 
@@ -70,10 +70,9 @@ class FinalLoss(Protocol):
 
 
 def final_loss(settings: Config) -> FinalLoss:
-    """The loss that `train.loss` names: one of the table, or any class by its path, "package.module:Class", made with the configuration."""
+    """The loss that `train.loss` names, made with the configuration: one of the table, or the user's own."""
     name = settings.train.loss
-    module, name = (LOSSES[name].source if name in LOSSES else name).split(":")
-    made: FinalLoss = getattr(importlib.import_module(module), name)(settings)
+    made: FinalLoss = imported(LOSSES[name].source if name in LOSSES else name)(settings)
     return made
 
 

@@ -146,11 +146,12 @@ def test_a_module_that_fails_is_told_with_its_line(told: Any, module: Any, text:
 def test_each_key_says_what_it_wants(told: Any) -> None:
     text = told(
         optimizer={"kind": "adam", "schedule": "linear", "distributed": False},
-        train={"observers": ["my_parts.training:inverse_root", "Log"]},
+        train={"observers": ["my_parts.training:inverse_root", "Log"], "loss": "entropy"},
     )
     lines = dict(line.split(": ", 1) for line in text.splitlines())
     assert "it should be 'adamw' or an optimizer of your own is named package.module:name" in lines["optimizer.kind"]
     assert "it should be 'cosine', 'wsd', 'constant' or a schedule of your own" in lines["optimizer.schedule"]
+    assert "or a loss of your own is named package.module:name" in lines["train.loss"]
     assert "has to be a subclass of lsys.train.observers.StepObserver" in lines["train.observers.0"]
     assert "an observer of your own is named" in lines["train.observers.1"]
 
@@ -256,7 +257,7 @@ def planted(path: str) -> str:
     tree = yaml.safe_load(dump(parity.settings(model__pattern=["mine"], model__mixers={"mine": {"kind": FEATURE}})))
     tree["model"]["mixers"] = {"mine": {"kind": path}}
     tree["optimizer"] |= {"kind": path, "schedule": path}
-    tree["train"]["observers"] = [path]
+    tree["train"] |= {"observers": [path], "loss": path}
     return yaml.safe_dump(tree)
 
 
@@ -265,7 +266,7 @@ def test_a_planted_path_does_not_run(module: Any, tmp_path: Path) -> None:
     text, ran = planted(path), tmp_path / "ran"
     with pytest.raises(ConfigError) as caught:
         loads(text)
-    assert str(caught.value).count(f"{path} would run code that your own YAML or command line does not name") == 4
+    assert str(caught.value).count(f"{path} would run code that your own YAML or command line does not name") == 5
     (found,) = differences(text, parity.settings(model__pattern="L"))
     assert (
         found == f"the model in the checkpoint would run code that your own YAML or command line does not name: {path}"

@@ -110,6 +110,48 @@ def check(gloo: Any, shared: dict[str, Any], case: str) -> None:
     assert max(found.values()) <= 1e-5, found
 
 
+# ---- a loss
+
+FOCAL = {"train__loss": "my_parts.losses:FocalLoss", "train__z_loss": 0.0}
+
+
+def focal(rank: int, world_size: int, degrees: dict[str, Any]) -> tuple[float, float]:
+    """(the loss of a micro-batch, by its definition from all logits)."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from model.test_mixers import packed_of
+
+    from lsys.parallel.layout import SequenceLayout
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    settings = parity.settings(**FOCAL, **degrees)
+    with process_groups(settings.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        engine = Engine(settings, groups)
+        tokens, targets = torch.randint(0, 61, (2, 24), generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(24) % 3 != 0).float()
+        packed, model = packed_of(SequenceLayout.contiguous([10, 14], 1), 0), engine.chunks[0].module
+        with torch.no_grad():
+            loss, own = float(model(tokens, targets, mask, packed)), model.logits(tokens, packed).contiguous()
+        parts = [torch.empty_like(own) for _ in range(groups.collection.tp.size())]
+        torch.distributed.all_gather(parts, own, group=groups.collection.tp)
+        p = torch.cat(parts, -1)[:, 0].double().softmax(-1).gather(1, targets[:, None])[:, 0]
+    return loss, float((mask * (1 - p).square() * -p.log()).sum())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_loss_is_its_definition(gloo: Any, ranks: int) -> None:
+    for found, wanted in gloo(ranks, focal, {"parallel__tensor": ranks}):
+        assert found == pytest.approx(wanted, rel=1e-6) and wanted > 10
+
+
+@pytest.mark.parametrize("case", DEGREES)
+def test_the_loss_equals_one_process(gloo: Any, case: str) -> None:
+    check(gloo, FOCAL, case)
+
+
 # ---- an optimizer
 
 
@@ -163,13 +205,13 @@ def lion_steps(rank: int, world_size: int) -> float:
         take = engine.step
         for step in range(2):
 
-            def watched(rate: float = 1e-3 * (step + 1) / 4) -> float:
+            def watched(rate: float = 1e-3 * (step + 1) / 4) -> Any:
                 for p in pieces(chunk.module, gradients=True):
                     place, decay = (p.key, p.offset), 0.1 if p.data.dim() > 1 else 0.0
                     update = torch.sign(0.9 * momentum[place] + 0.1 * p.data)
                     wanted[place] = wanted[place] * (1 - rate * decay) - rate * update
                     momentum[place] = 0.95 * momentum[place] + 0.05 * p.data
-                return float(take())
+                return take()
 
             engine.step = watched
             resuming.advance(engine, step, step + 1, resuming.Seen())
@@ -358,7 +400,7 @@ def test_the_example_trains_on_two_ranks_resumes_and_generates(config: Path, tmp
     refused = lsys(*words)
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
     options = refused.stderr.strip().rpartition("repeat it: ")[2].split()
-    assert options[::2] == ["--trust"] * 4 and options[1] == "my_parts.cards:FeatureAttention"
+    assert options[::2] == ["--trust"] * 5 and options[1] == "my_parts.cards:FeatureAttention"
     allowed = lsys(*words, *options)
     assert allowed.returncode == 0 and allowed.stdout.startswith("def "), allowed.stderr
 
