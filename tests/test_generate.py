@@ -32,6 +32,7 @@ def decode(rank: int, world_size: int, folder: Path, document: torch.Tensor, par
     from lsys.checkpoint.weights import find_checkpoint
     from lsys.config.load import loads
     from lsys.generate import Decoder, one_device
+    from lsys.model.loss import token_losses
     from lsys.model.packed import PackedMicroBatch
     from lsys.parallel.layout import SequenceLayout
     from lsys.runtime.environment import Launch
@@ -51,7 +52,8 @@ def decode(rank: int, world_size: int, folder: Path, document: torch.Tensor, par
         )
         targets = document.roll(-1)
         with torch.no_grad():
-            losses = decoder.model(document, targets, packed)[0]
+            logits_of_all = decoder.model.logits(document, packed)
+            losses = token_losses(logits_of_all, targets[:, None], 0.0, groups.collection.tp)[0]
         return torch.cat(logits), kept, losses
 
 

@@ -1,5 +1,6 @@
 """The hybrid decoder: embedding, Megatron's transformer block over per-layer specs, output layer, loss."""
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -76,15 +77,16 @@ class HybridModel(LanguageModule):
         """Megatron's schedules hand over what the stage before sent: a list of one."""
         self.decoder.set_input_tensor(input_tensor[0])
 
-    def forward(self, tokens: Tensor, targets: Tensor, mask: Tensor, packed: PackedMicroBatch) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, packed: PackedMicroBatch, mask: Tensor | None = None) -> Tensor:
         """On the last stage the loss, a scalar: the total over the rank's tokens; its parts are reported. Else [slots / tensor, 1, hidden].
 
         Args:
-            tokens, targets: int64 [slots]. mask: fp32 [T_r], 1 where the target counts.
+            tokens, targets: int64 [slots]. mask: fp32 [T_r], 1 where the target counts; None: all do.
         """
         hidden = self._hidden(tokens, packed)
         if not self.post_process:
             return hidden
+        mask = torch.ones_like(packed.positions, dtype=torch.float32) if mask is None else mask
         weight = self.output_layer.weight if self._output_weight is None else self._output_weight
         output = Output(hidden, weight, targets[: len(mask)], mask, self.pg_collection.tp, packed, self._project)
         losses = self.loss(output)

@@ -127,7 +127,7 @@ def defined(rank: int, world_size: int) -> dict[str, Any]:
         batch = whole.on_rank(0, engine.groups.device, engine.groups.context)
         entropy: dict[str, torch.Tensor] = {}
         with mock.patch.object(type(batch.packed), "report", lambda self, name, value: entropy.update({name: value})):
-            module(batch.tokens, batch.targets, batch.loss_mask, batch.packed)
+            module(batch.tokens, batch.targets, batch.packed, batch.loss_mask)
         counts: dict[str, Any] = {SLOTS: len(tokens), HEADS: mask.sum(), STARTS: len(lengths)}
         loss = (entropy[LOSS] + entropy[Z_LOSS]) / mask.sum()
         loss = loss + sum(WEIGHTS[name] * totals[name] / counts[name] for name in WEIGHTS)
