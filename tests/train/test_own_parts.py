@@ -134,7 +134,7 @@ def focal(rank: int, world_size: int, degrees: dict[str, Any]) -> tuple[float, f
         mask = (torch.arange(24) % 3 != 0).float()
         packed, model = packed_of(SequenceLayout.contiguous([10, 14], 1), 0), engine.chunks[0].module
         with torch.no_grad():
-            loss, own = float(model(tokens, targets, mask, packed)), model.logits(tokens, packed).contiguous()
+            loss, own = float(model(tokens, targets, packed, mask)), model.logits(tokens, packed).contiguous()
         parts = [torch.empty_like(own) for _ in range(groups.collection.tp.size())]
         torch.distributed.all_gather(parts, own, group=groups.collection.tp)
         p = torch.cat(parts, -1)[:, 0].double().softmax(-1).gather(1, targets[:, None])[:, 0]
