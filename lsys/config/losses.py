@@ -43,7 +43,7 @@ class CrossEntropy:
 
 
 class Chunked(CrossEntropy):
-    """Of so many tokens at a time; the logits are made again in the backward pass."""
+    """Cross-entropy of so many tokens at a time; the logits are made again in the backward pass."""
 
     title = f"the same, with the logits of {CHUNK} tokens at a time, made again in the backward pass"
     source = "lsys.model.chunked_loss:ChunkedCrossEntropy"

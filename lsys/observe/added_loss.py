@@ -20,7 +20,7 @@ from lsys.config.losses import LayerLoss
 
 
 class Scale(NamedTuple):
-    """Of one loss in one step, fp64 scalars on the device.
+    """The scale of one loss in one step, fp64 scalars on the device.
 
     Attributes:
         factor: w N / C, of its gradient. divisor: C, at least 1.

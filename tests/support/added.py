@@ -136,7 +136,11 @@ def defined(rank: int, world_size: int) -> dict[str, Any]:
             parameter.main_grad.copy_(gradient)
         gradients = [(p.key, p.shape, p.offset, p.data.clone()) for p in pieces(module, gradients=True)]
         means = {name: float(totals[name].detach() / counts[name]) for name in WEIGHTS}
-        return {"pieces": gradients, "reported": [means] * 2, "losses": [float(entropy[LOSS] / mask.sum())] * 2}
+        return {
+            "pieces": gradients,
+            "reported": [means] * 2,
+            "losses": [float(entropy[LOSS].detach() / mask.sum())] * 2,
+        }
 
 
 # ---- faults that such losses could have
