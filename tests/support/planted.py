@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any, Literal
 from unittest import mock
 
+from lsys.config.losses import LayerLoss
 from lsys.mixers import card, exchange
 
 Change = Callable[[Any], Any]
@@ -96,7 +97,7 @@ def changes(kind: type, name: str, value: Any, parts: Sequence[str]) -> Iterator
     """
     attribute = inspect.getattr_static(kind, name)
     get = attribute.fget if isinstance(attribute, property) else attribute
-    names = vars(exchange) | vars(card)
+    names = vars(exchange) | vars(card) | {"LayerLoss": LayerLoss}  # whose modules import it for type checkers alone
     if callable(get):
         hint = typing.get_type_hints(get, vars(inspect.getmodule(get)) | names, names).get("return")
     else:
