@@ -175,7 +175,7 @@ def check_gates(card: Any, spied: dict[str, Any]) -> None:
     """Family, decay form and delta rule, by what the kernel is given."""
     assert card.has_state == (spied["kernel"] == "linear_attention")
     if not card.has_state:
-        assert card.window == spied["window"]
+        assert card.mask == spied["mask"]
         return
     heads, width = spied["v"][1], spied["k"][2]
     log_decay, beta = spied.get("log_decay"), spied.get("beta")
@@ -193,7 +193,7 @@ def mixing_flops(spied: dict[str, Any]) -> float:
     """FLOPs of a kernel that is given such tensors: of softmax attention pair by pair, of a state in one chunk of all TOKENS."""
     heads, key_heads, k, v = spied["q"][1], spied["k"][1], spied["k"][2], spied["v"][2]
     if spied["kernel"] == "softmax_attention":
-        pairs = sum(min(query + 1, spied["window"] or TOKENS) for query in range(TOKENS))
+        pairs = sum(min(query + 1, spied["mask"].window or TOKENS) for query in range(TOKENS))
         return 2.0 * pairs * heads * (k + v)
     heads, chunk = spied["v"][1], TOKENS
     own = len(spied.get("log_decay") or ()) == 3 or spied.get("beta") is not None  # scores of a head, not of a key head
