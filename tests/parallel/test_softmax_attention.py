@@ -21,7 +21,8 @@ from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import usp
 
 PACKS = [[0, 1, 7, 13, 0, 23], [31], [1, 0, 1], [], [0], [2, 67, 5, 3, 19]]
-MASKS = [{}, {"causal": False}, {"window": 1}, {"window": 6}, {"window": 500, "scale": 0.2}, *SHARES]
+OWN = [{}, {"causal": False}, {"window": 1}, {"window": 6}, {"window": 500, "scale": 0.2}]
+MASKS = [*OWN, *SHARES]
 HEADS = [(4, 4), (4, 2), (3, 1), (6, 2), (2, 1)]  # also fewer than ranks, and groups cut by the ranks' shares
 # Largest difference from the fp64 definition, relative to 1 + its magnitude.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -53,9 +54,10 @@ def assert_small(results, dtype):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_equals_one_device(gloo, world_size):
-    cases = [(lengths, mask, HEADS[1], "auto") for lengths in PACKS for mask in MASKS]
-    cases += [(PACKS[0], mask, heads, "auto") for mask in MASKS[:4] for heads in HEADS]
+@pytest.mark.parametrize("masks", [OWN, SHARES], ids=["own", "shared"])
+def test_equals_one_device(gloo, world_size, masks):
+    cases = [(lengths, mask, HEADS[1], "auto") for lengths in PACKS for mask in masks]
+    cases += [(PACKS[0], mask, heads, "auto") for mask in masks[:4] for heads in HEADS]
     assert_small(gloo(world_size, _errors, torch.float64, cases), torch.float64)
 
 
