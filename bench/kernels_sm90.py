@@ -46,8 +46,8 @@ class Call(NamedTuple):
 
 def linear_attention_calls(member: str) -> Iterator[Call]:
     """Forward and backward of two linked segments with incoming states, bf16, B1 H16, K = V of WIDTHS."""
-    from lsys.kernels.linear_attention.choice_triton import triton_segments
-    from lsys.kernels.linear_attention.chunks import Tokens
+    from lsys.kernels.linear_attention.chunked.chunks import Tokens
+    from lsys.kernels.linear_attention.gpu import triton_segments
 
     for width in WIDTHS:
 

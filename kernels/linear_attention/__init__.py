@@ -8,14 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.channel import ChannelChunks
 from lsys.kernels.linear_attention.checks import check_direction, check_tensors, sequence_lengths
-from lsys.kernels.linear_attention.choice_triton import triton_refusal, triton_segments
 from lsys.kernels.linear_attention.chunked import ChunkedSegments, SegmentMap
-from lsys.kernels.linear_attention.chunks import Chunks, Tokens
-from lsys.kernels.linear_attention.delta import DeltaChunks
+from lsys.kernels.linear_attention.chunked.channel import ChannelChunks
+from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens
+from lsys.kernels.linear_attention.chunked.delta import DeltaChunks
+from lsys.kernels.linear_attention.chunked.scalar import ScalarChunks
+from lsys.kernels.linear_attention.gpu import triton_refusal, triton_segments
 from lsys.kernels.linear_attention.reference import ReferenceSegments
-from lsys.kernels.linear_attention.scalar import ScalarChunks
 from lsys.kernels.linear_attention.transition import carry
 
 __all__ = ["BACKENDS", "SegmentMap", "Segments", "diagonal", "linear_attention", "segments"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
-from lsys.kernels.linear_attention.chunks import Tokens
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
 from lsys.kernels.linear_attention.transition import identity
 
 

@@ -1,7 +1,7 @@
 """Bytes that the kernels of token mixers keep and use: as `lsys.kernels` has them in torch operations, on CPUs and where no kernel is fused.
 
 In chunks of C tokens, H heads, keys of width K, values of width V. Kernels go through a sequence in blocks of chunks
-(`lsys.kernels.linear_attention.blocks`) and keep their inputs alone; of segments whose states come from or go to other ranks, also
+(`lsys.kernels.linear_attention.chunked.blocks`) and keep their inputs alone; of segments whose states come from or go to other ranks, also
 the states before the chunks.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 from lsys.mixers.state import StateCard
 from lsys.predict.shape import Shape
 
-SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.grid`
-BLOCK, GPU_BLOCK = 2**18, 2**23  # elements of a block, as `lsys.kernels.linear_attention.blocks`
+SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.chunked.grid`
+BLOCK, GPU_BLOCK = 2**18, 2**23  # elements of a block, as `lsys.kernels.linear_attention.chunked.blocks`
 
 # Numbers a token that are alive at the peak of a kernel's backward pass beside its inputs, their gradients and that of its output:
 # of keys, values, H K, H C, H K V / C, H K^2 / C, by the variant of the kernel. Counted from live tensors; decays of channels and the
@@ -45,7 +45,7 @@ SAVED: dict[str, Counts] = {
     **dict.fromkeys(("delta", "channel delta"), (0, 0, 0, 0, 1, 1)),
 }
 
-# Variants with a fused kernel on GPUs (`lsys.kernels.linear_attention.choice_triton`); the others run in chunks there too.
+# Variants with a fused kernel on GPUs (`lsys.kernels.linear_attention.gpu`); the others run in chunks there too.
 FUSED = frozenset(("head", "channel", "token", "delta"))
 
 
@@ -57,7 +57,7 @@ def variant(card: StateCard) -> str:
 
 
 def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
-    """As `lsys.kernels.linear_attention.grid.chunk_size`: the least estimated work."""
+    """As `lsys.kernels.linear_attention.chunked.grid.chunk_size`: the least estimated work."""
     move, start = 32, 50_000
     costs = []
     for size in SIZES:

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from lsys.kernels.linear_attention import segments
-from lsys.kernels.linear_attention.chunks import Tokens
-from lsys.kernels.linear_attention.delta_triton import DeltaTritonSegments
-from lsys.kernels.linear_attention.spans_triton import divide, span_chunks
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
+from lsys.kernels.linear_attention.gpu.delta.segments import DeltaTritonSegments
+from lsys.kernels.linear_attention.gpu.spans import divide, span_chunks
 
 TOLERANCE = 1e-5  # of fp32, the norm of the difference from the definition in fp64 over the norm
 NAMES = ("o", "state", "transition", "dq", "dk", "dv", "d beta", "d initial", "d decay")

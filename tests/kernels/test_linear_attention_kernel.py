@@ -17,13 +17,13 @@ from support.linear_kernels import (
     with_gradients,
 )
 
-from lsys.kernels.linear_attention import blocks, linear_attention, segments
-from lsys.kernels.linear_attention.channel import ChannelChunks
-from lsys.kernels.linear_attention.chunked import ChunkedSegments
-from lsys.kernels.linear_attention.chunks import Tokens
-from lsys.kernels.linear_attention.delta import DeltaChunks
-from lsys.kernels.linear_attention.grid import chunk_grid
-from lsys.kernels.linear_attention.scalar import ScalarChunks
+from lsys.kernels.linear_attention import linear_attention, segments
+from lsys.kernels.linear_attention.chunked import ChunkedSegments, blocks
+from lsys.kernels.linear_attention.chunked.channel import ChannelChunks
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
+from lsys.kernels.linear_attention.chunked.delta import DeltaChunks
+from lsys.kernels.linear_attention.chunked.grid import chunk_grid
+from lsys.kernels.linear_attention.chunked.scalar import ScalarChunks
 from lsys.kernels.linear_attention.transition import carry
 
 

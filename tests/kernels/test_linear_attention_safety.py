@@ -7,11 +7,12 @@ import pytest
 import torch
 from support.linear_kernels import MEMBERS, cu, errors, run, tensors
 
-from lsys.kernels.linear_attention import _log_choice, blocks, linear_attention, segments
-from lsys.kernels.linear_attention.channel import SMALLEST, ChannelChunks
-from lsys.kernels.linear_attention.chunks import Tokens
-from lsys.kernels.linear_attention.delta import DeltaChunks
-from lsys.kernels.linear_attention.scalar import ScalarChunks
+from lsys.kernels.linear_attention import _log_choice, linear_attention, segments
+from lsys.kernels.linear_attention.chunked import blocks
+from lsys.kernels.linear_attention.chunked.channel import SMALLEST, ChannelChunks
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
+from lsys.kernels.linear_attention.chunked.delta import DeltaChunks
+from lsys.kernels.linear_attention.chunked.scalar import ScalarChunks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from lsys.kernels.linear_attention import linear_attention, segments
-from lsys.kernels.linear_attention.chunks import Tokens
-from lsys.kernels.linear_attention.linear_attention_triton import TritonSegments
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
+from lsys.kernels.linear_attention.gpu.segments import TritonSegments
 
 TOLERANCE = 1e-5  # of fp32, the norm of the difference from the definition in fp64 over the norm
 NAMES = ("o", "state", "dq", "dk", "dv", "d initial", "d decay", "transition")
@@ -206,7 +206,7 @@ def test_the_backend_of_the_public_function(interpreter, batch, cu_seqlens):
 
 def long_layout():
     """Spans of the default size on a long sequence, of nothing but shapes."""
-    from lsys.kernels.linear_attention.scan_triton import segment_table
+    from lsys.kernels.linear_attention.gpu.scan import segment_table
 
     q = torch.zeros(5000, 1, 1)
     parts = TritonSegments(Tokens(q, q, q, None, None), [5000], [0], 1.0)

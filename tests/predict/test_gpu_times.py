@@ -124,8 +124,8 @@ def test_what_has_no_fused_kernel_is_planned_in_chunks() -> None:
     """The table of variants against what the kernels refuse; and what it means for a layer's time and memory."""
     import torch
 
-    from lsys.kernels.linear_attention.choice_triton import triton_refusal
-    from lsys.kernels.linear_attention.chunks import Tokens
+    from lsys.kernels.linear_attention.chunked.chunks import Tokens
+    from lsys.kernels.linear_attention.gpu import triton_refusal
 
     x, beta = torch.empty(1, 1, 8, dtype=torch.bfloat16, device="meta"), torch.empty(1, 1, device="meta")
     decays = {"head": torch.empty(1, device="meta"), "token": beta, "channel": x.float()}

@@ -61,8 +61,8 @@ def test_cores_are_shared() -> None:
 
 
 def test_chunks_are_those_of_the_kernels() -> None:
-    from lsys.kernels.linear_attention.blocks import BLOCK
-    from lsys.kernels.linear_attention.grid import chunk_size as real
+    from lsys.kernels.linear_attention.chunked.blocks import BLOCK
+    from lsys.kernels.linear_attention.chunked.grid import chunk_size as real
     from lsys.predict import kernels
 
     assert BLOCK == kernels.BLOCK

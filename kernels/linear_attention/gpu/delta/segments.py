@@ -1,4 +1,4 @@
-"""Chunks of the delta rule and the gated delta rule, in Triton. `TRITON_DELTA.md` has the mathematics."""
+"""Chunks of the delta rule and the gated delta rule, in Triton. `../TRITON_DELTA.md` has the mathematics."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
-from lsys.kernels.linear_attention.chunks import Tokens
-from lsys.kernels.linear_attention.delta_gradients_triton import gradients
-from lsys.kernels.linear_attention.delta_passes_triton import (
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
+from lsys.kernels.linear_attention.gpu.delta.gradients import gradients
+from lsys.kernels.linear_attention.gpu.delta.passes import (
     ONE,
     ZERO,
     Prepared,
@@ -23,10 +23,10 @@ from lsys.kernels.linear_attention.delta_passes_triton import (
     span_states,
     start_gradients,
 )
-from lsys.kernels.linear_attention.delta_wy_triton import WY
+from lsys.kernels.linear_attention.gpu.delta.wy import WY
+from lsys.kernels.linear_attention.gpu.spans import Division, divide, span_chunks
+from lsys.kernels.linear_attention.gpu.tiles import chunk_tokens
 from lsys.kernels.linear_attention.scan import adjoint, compose, scan
-from lsys.kernels.linear_attention.spans_triton import Division, divide, span_chunks
-from lsys.kernels.linear_attention.tiles_triton import chunk_tokens
 
 
 class States(NamedTuple):
@@ -78,7 +78,7 @@ class DeltaTritonSegments:
     """log_decay None, [H] or [T, H]; beta [T, H]. See `lsys.kernels.linear_attention.Segments`.
 
     `apply` is called at most once, with what `intra` gave, which nothing else reads. What these kernels do not compute is
-    said by `choice_triton.triton_refusal`.
+    said by `gpu.triton_refusal`.
 
     Args:
         chunk: tokens of a chunk, a power of two of at least 16; default by width.

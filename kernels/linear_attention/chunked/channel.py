@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.chunks import ChunkDecay, Chunks, matmul, repeat_heads
+from lsys.kernels.linear_attention.chunked.chunks import ChunkDecay, Chunks, matmul, repeat_heads
 
 SMALLEST = 4  # tokens of the smallest span
 

@@ -1,6 +1,6 @@
 """The passes over the chunks of each span of the delta rule: states, outputs, and gradients of states.
 
-One program a span, head and block of columns of the state, which stays in registers. `TRITON_DELTA.md` has the
+One program a span, head and block of columns of the state, which stays in registers. `../TRITON_DELTA.md` has the
 mathematics; S is the state before a chunk, D the gradient of that after it, r = u - w S.
 """
 
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsys.kernels.linear_attention.spans_triton import Spans
-from lsys.kernels.linear_attention.tiles_triton import (
+from lsys.kernels.linear_attention.gpu.spans import Spans
+from lsys.kernels.linear_attention.gpu.tiles import (
     load_chunk,
     load_last,
     load_rows,

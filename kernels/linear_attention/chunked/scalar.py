@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.chunks import ChunkDecay, Chunks, matmul, repeat_heads
-from lsys.kernels.linear_attention.grid import ChunkGrid
+from lsys.kernels.linear_attention.chunked.chunks import ChunkDecay, Chunks, matmul, repeat_heads
+from lsys.kernels.linear_attention.chunked.grid import ChunkGrid
 
 
 class NoDecay:

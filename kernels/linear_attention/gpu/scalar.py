@@ -2,14 +2,14 @@
 
 A program goes through a span of one head, chunk of C tokens by chunk, with the state in registers. b_i is the sum of the
 log-decays of the chunk up to token i, G that of all. The output and the gradients of q, k and v are one recurrence over
-different tensors, so they are one kernel; `TRITON.md` has the mathematics. `channel_triton.py` has the same passes with a
+different tensors, so they are one kernel; `TRITON.md` has the mathematics. `channel.py` has the same passes with a
 decay for each key channel.
 """
 
 import triton
 import triton.language as tl
 
-from lsys.kernels.linear_attention.tiles_triton import load_rows, load_span, store_rows, store_state
+from lsys.kernels.linear_attention.gpu.tiles import load_rows, load_span, store_rows, store_state
 
 # Log-decays below count as this one: its exponential is zero in fp32, and sums of such are precise to 1e-5 of a decay.
 LEAST = tl.constexpr(-104.0)

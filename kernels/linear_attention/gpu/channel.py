@@ -1,4 +1,4 @@
-"""Triton kernels of linear attention with a decay for each token and key channel; those of `scalar_triton.py`, for it.
+"""Triton kernels of linear attention with a decay for each token and key channel; those of `scalar.py`, for it.
 
 The decay between two tokens of a chunk differs from channel to channel, e^(b_ic - b_jc), so it stands inside the products
 over channels. It is taken apart at a border m between the tokens, as e^(b_ic - b_mc) e^(b_mc - b_jc), neither above 1. The
@@ -9,8 +9,8 @@ at the border, in one product for all. Sums of log-decays are sums, never differ
 import triton
 import triton.language as tl
 
-from lsys.kernels.linear_attention.scalar_triton import LEAST, load_state, place, product
-from lsys.kernels.linear_attention.tiles_triton import load_rows, store_rows, store_state
+from lsys.kernels.linear_attention.gpu.scalar import LEAST, load_state, place, product
+from lsys.kernels.linear_attention.gpu.tiles import load_rows, store_rows, store_state
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def load_decay(
     g, first, left, head, column,
     H: tl.constexpr, D: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """`scalar_triton.load_decay`, all [C, B] but G [B]."""
+    """`scalar.load_decay`, all [C, B] but G [B]."""
     b = tl.cumsum(tl.maximum(load_rows(g, first, left, head, column, H, D, C, B), LEAST), 0)
     total = tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0)
     since, until = tl.exp(b), tl.exp(tl.minimum(total[None, :] - b, 0.0))
@@ -121,7 +121,7 @@ def log_decay_gradient(
     each, later, inner, dg, first, left, head, column,
     H: tl.constexpr, D: tl.constexpr, REVERSE: tl.constexpr, LOCAL: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """`scalar_triton.log_decay_gradient`, of each channel."""
+    """`scalar.log_decay_gradient`, of each channel."""
     if REVERSE:
         if LOCAL:
             each -= load_rows(inner, first, left, head, column, H, D, C, B)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lsys.kernels.linear_attention.chunks import Tokens
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
 
 WIDEST = 256  # columns or rows of a state
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def _interpreted() -> bool:
     """What the kernels are, rather than what the environment says: that was read when they were imported."""
     from triton.runtime.jit import JITFunction
 
-    from lsys.kernels.linear_attention.scan_triton import scan_kernel
+    from lsys.kernels.linear_attention.gpu.scan import scan_kernel
 
     return not isinstance(scan_kernel, JITFunction)
 
@@ -45,9 +45,9 @@ def _interpreted() -> bool:
 def triton_segments(tokens: Tokens, lengths: Sequence[int], linked: Sequence[int], scale: float) -> Any:
     """The two phases. See `lsys.kernels.linear_attention.segments`."""
     if tokens.beta is not None:
-        from lsys.kernels.linear_attention.delta_triton import DeltaTritonSegments
+        from lsys.kernels.linear_attention.gpu.delta.segments import DeltaTritonSegments
 
         return DeltaTritonSegments(tokens, lengths, linked, scale)
-    from lsys.kernels.linear_attention.linear_attention_triton import TritonSegments
+    from lsys.kernels.linear_attention.gpu.segments import TritonSegments
 
     return TritonSegments(tokens, lengths, linked, scale)

@@ -1,7 +1,7 @@
 """Linear attention in Triton: without decay, with a decay per head, per token, or per token and key channel.
 
 Segments are cut in *spans* of many chunks, each one program a head, of whose states alone the first is kept. `TRITON.md`
-has the mathematics and the bytes; kernels are in `scalar_triton.py`, `channel_triton.py` and `scan_triton.py`.
+has the mathematics and the bytes; kernels are in `scalar.py`, `channel.py` and `scan.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
-from lsys.kernels.linear_attention.chunks import Tokens
-from lsys.kernels.linear_attention.passes_triton import CHUNK, Passes, log_decays
-from lsys.kernels.linear_attention.scan_triton import Scan
-from lsys.kernels.linear_attention.spans_triton import divide, span_chunks
+from lsys.kernels.linear_attention.chunked.chunks import Tokens
+from lsys.kernels.linear_attention.gpu.passes import CHUNK, Passes, log_decays
+from lsys.kernels.linear_attention.gpu.scan import Scan
+from lsys.kernels.linear_attention.gpu.spans import divide, span_chunks
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Link:
 class TritonSegments:
     """log_decay None, [H], [T, H] or [T, H, K]. See `lsys.kernels.linear_attention.Segments`.
 
-    `apply` is called once for each `intra`. What these kernels do not compute is said by `choice_triton.triton_refusal`.
+    `apply` is called once for each `intra`. What these kernels do not compute is said by `gpu.triton_refusal`.
 
     Args:
         span: chunks of 64 tokens in a span; default by the work.

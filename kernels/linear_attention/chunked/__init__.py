@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.blocks import in_blocks
-from lsys.kernels.linear_attention.chunks import Chunks, Tokens
-from lsys.kernels.linear_attention.phases import Apply, Intra, Maps, Work
-from lsys.kernels.linear_attention.sweep import sweep
+from lsys.kernels.linear_attention.chunked.blocks import in_blocks
+from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens
+from lsys.kernels.linear_attention.chunked.one_pass import sweep
+from lsys.kernels.linear_attention.chunked.two_phase import Apply, Intra, Maps, Work
 
 
 class SegmentMap(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.grid import ChunkGrid, chunk_size
+from lsys.kernels.linear_attention.chunked.grid import ChunkGrid, chunk_size
 from lsys.kernels.linear_attention.transition import gradient, operator
 
 

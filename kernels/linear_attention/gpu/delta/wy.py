@@ -1,6 +1,6 @@
 """The WY form of chunks of the delta rule, forward and backward: w = T (beta e^b k), u = T (beta v), T = (1 + A)^-1.
 
-Kernels, one program a chunk and head. `TRITON_DELTA.md` has the mathematics.
+Kernels, one program a chunk and head. `../TRITON_DELTA.md` has the mathematics.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.spans_triton import Spans
-from lsys.kernels.linear_attention.tiles_triton import (
+from lsys.kernels.linear_attention.gpu.spans import Spans
+from lsys.kernels.linear_attention.gpu.tiles import (
     grouped_sum,
     load_chunk,
     load_rows,

@@ -1,6 +1,6 @@
 """Gradients of what the passes over the chunks of the delta rule read, all chunks at once.
 
-`TRITON_DELTA.md` has the mathematics; S is the state before a chunk, D the gradient of that after it, r = u - w S.
+`../TRITON_DELTA.md` has the mathematics; S is the state before a chunk, D the gradient of that after it, r = u - w S.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsys.kernels.linear_attention.delta_passes_triton import Prepared, chunk_gradients, chunk_states
-from lsys.kernels.linear_attention.spans_triton import Spans
-from lsys.kernels.linear_attention.tiles_triton import (
+from lsys.kernels.linear_attention.gpu.delta.passes import Prepared, chunk_gradients, chunk_states
+from lsys.kernels.linear_attention.gpu.spans import Spans
+from lsys.kernels.linear_attention.gpu.tiles import (
     NARROW,
     grouped_sum,
     load_chunk,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.blocks import NAMES, Block, Gradients, in_blocks
-from lsys.kernels.linear_attention.chunks import Chunks, Tokens
+from lsys.kernels.linear_attention.chunked.blocks import NAMES, Block, Gradients, in_blocks
+from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens
 from lsys.kernels.linear_attention.scan import adjoint, compose
 
 

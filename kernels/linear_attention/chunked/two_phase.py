@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention import sweep
-from lsys.kernels.linear_attention.blocks import Block, Gradients
-from lsys.kernels.linear_attention.chunks import Chunks, Tokens, Written, matmul
-from lsys.kernels.linear_attention.grid import chunk_grid
+from lsys.kernels.linear_attention.chunked import one_pass
+from lsys.kernels.linear_attention.chunked.blocks import Block, Gradients
+from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens, Written, matmul
+from lsys.kernels.linear_attention.chunked.grid import chunk_grid
 from lsys.kernels.linear_attention.scan import adjoint, compose, last, scan
 from lsys.kernels.linear_attention.transition import identity
 
@@ -153,7 +153,7 @@ class Intra(torch.autograd.Function):
             block.write(o, block.grid.join(chunks.intra()))
             held.queries.append(chunks.queries())
         held.written.clear()
-        carried = sweep.outputs(work.member, work.apart, tokens, work.scale, o)
+        carried = one_pass.outputs(work.member, work.apart, tokens, work.scale, o)
         ctx.work = work
         ctx.save_for_backward(*inputs, *carried)
         return o
@@ -174,7 +174,7 @@ class Intra(torch.autograd.Function):
             back.d_written.append(d_written)
             found.take(block, leaves, factors, first="qkg")
         back.written.clear()
-        sweep.gradients(work.member, work.apart, saved[5:], work.scale, found, do)
+        one_pass.gradients(work.member, work.apart, saved[5:], work.scale, found, do)
         if not ctx.needs_input_grad[1]:  # then `Maps` has no part in this
             work.back = None
         return None, do.new_empty(0), *found.of("q"), None, None, None, None

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.channel import ChannelDecay
-from lsys.kernels.linear_attention.chunks import ChunkDecay, Chunks, Written, matmul
-from lsys.kernels.linear_attention.scalar import NoDecay, scalar_decay
+from lsys.kernels.linear_attention.chunked.channel import ChannelDecay
+from lsys.kernels.linear_attention.chunked.chunks import ChunkDecay, Chunks, Written, matmul
+from lsys.kernels.linear_attention.chunked.scalar import NoDecay, scalar_decay
 
 
 class DeltaChunks(Chunks):

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lsys.kernels.linear_attention import channel_triton, scalar_triton
-from lsys.kernels.linear_attention.scan_triton import Scan, scan_spans
-from lsys.kernels.linear_attention.spans_triton import Division, Spans
-from lsys.kernels.linear_attention.tiles_triton import grouped_sum
+from lsys.kernels.linear_attention.gpu import channel, scalar
+from lsys.kernels.linear_attention.gpu.scan import Scan, scan_spans
+from lsys.kernels.linear_attention.gpu.spans import Division, Spans
+from lsys.kernels.linear_attention.gpu.tiles import grouped_sum
 from lsys.kernels.linear_attention.transition import carry
 
 CHUNK = 64  # tokens; of fp32, half of them, and of a state, for shared memory
@@ -172,7 +172,7 @@ class Passes:
         programs = len(spans) * heads * options["BLOCKS"]
         if programs == 0:
             return
-        family, member = (scalar_triton, "scalar") if g is None or g.dim() == 2 else (channel_triton, "channel")
+        family, member = (scalar, "scalar") if g is None or g.dim() == 2 else (channel, "channel")
         if member == "channel" and name == "pass":
             options |= dict(C=CHANNEL_CHUNK, LEVELS=CHANNEL_CHUNK.bit_length() - 1)
         strides, options = (0, 0) if g is None else g.stride()[:2], dict(options, H=heads, DECAY=g is not None)

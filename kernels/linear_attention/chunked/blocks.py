@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.chunks import Chunks, Pairs, Tokens
-from lsys.kernels.linear_attention.grid import ChunkGrid, chunk_grid
+from lsys.kernels.linear_attention.chunked.chunks import Chunks, Pairs, Tokens
+from lsys.kernels.linear_attention.chunked.grid import ChunkGrid, chunk_grid
 
 # Elements of a block of v; some tens of such tensors are in use at a time. On GPUs every operation is a launch, so blocks are larger
 # than a cache: a layer of 32 heads of 128 and 8K tokens has 5,600 launches for 83,000.
