@@ -23,15 +23,16 @@ def train_two_steps(rank: int, world_size: int, changes: dict[str, Any], folder:
             Checkpoints(folder, keep=1).save(engine, resuming.cursor_of(engine, 2))
 
 
-def decode(rank: int, world_size: int, folder: Path, document: torch.Tensor, parts: list[int]) -> tuple[Any, ...]:
+def decode(
+    rank: int, world_size: int, folder: Path, document: torch.Tensor, parts: list[int], trust: tuple[str, ...] = ()
+) -> tuple[Any, ...]:
     """Logits of the document read in parts; bytes kept after each part; what the model says of the whole as it trains."""
     from lsys.runtime import install_megatron
 
     install_megatron()
     from lsys.checkpoint.manifest import Manifest
     from lsys.checkpoint.weights import find_checkpoint
-    from lsys.config.load import loads
-    from lsys.generate import Decoder, one_device
+    from lsys.generate import Decoder, configuration, one_device
     from lsys.model.loss import token_losses
     from lsys.model.packed import PackedMicroBatch
     from lsys.parallel.layout import SequenceLayout
@@ -40,7 +41,7 @@ def decode(rank: int, world_size: int, folder: Path, document: torch.Tensor, par
 
     path = find_checkpoint(folder)
     manifest = Manifest.read(path)
-    settings = one_device(loads(manifest.cursor.config))
+    settings = one_device(configuration(manifest, trust))
     with process_groups(settings.parallel, Launch()) as groups:
         decoder = Decoder.load(settings, groups, path, manifest)
         logits, kept = [], []

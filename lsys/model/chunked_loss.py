@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lsys.config import Config
 from lsys.config.losses import CHUNK
 from lsys.config.reports import LOSS, Z_LOSS
 from lsys.model.loss import Output
+from lsys.parallel.vocabulary import log_sum_over_ranks
 
 
 class ChunkedCrossEntropy:
@@ -50,7 +49,7 @@ class _Chunked(torch.autograd.Function):
             log_z[part] = logits.logsumexp(-1)
             del logits  # before the next ones
         if tp_group.size() > 1:
-            log_z, chosen = _over_ranks(log_z, chosen, tp_group, slots)
+            log_z, chosen = log_sum_over_ranks(log_z, chosen, tp_group, slots)
         ctx.save_for_backward(states, weight, local, here, log_z)
         return log_z - chosen, log_z
 
@@ -76,14 +75,3 @@ class _Chunked(torch.autograd.Function):
 
 def _chunks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-
-
-def _over_ranks(log_z: Tensor, chosen: Tensor, tp_group: Any, slots: int) -> tuple[Tensor, Tensor]:
-    """log Z and the target's logit over the whole vocabulary, from those of each rank's part. Two messages of all slots: of one length."""
-    count = len(log_z)
-    own = F.pad(torch.stack((log_z, chosen)), (0, slots - count))
-    largest = own[0].clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=tp_group)
-    sums = torch.stack(((own[0] - largest).exp(), own[1]))
-    dist.all_reduce(sums, group=tp_group)
-    return (largest + sums[0].log())[:count], sums[1, :count]
