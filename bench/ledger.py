@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from lsys.bench.links import LARGE, measured_link
+from lsys.bench.link_speeds import LARGE, measured_link
 from lsys.config.load import load
 from lsys.config.overrides import parse_overrides
 from lsys.config.schema import Config

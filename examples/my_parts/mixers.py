@@ -18,8 +18,8 @@ class FeatureMixer(LinearMixer):
         self.out_norm = HeadNorm(self.config, self.heads, self.head_dim, self.model.norm_eps, self.tp_group)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        q, k, v = self.parts(projected)
-        o = self.attend(self.phi(q), self.phi(k), self.by_head(v), packed)  # [T_r, H, D]
+        q, k, v = self.split_projection(projected)
+        o = self.attend(self.phi(q), self.phi(k), self.to_value_heads(v), packed)  # [T_r, H, D]
         return self.out_norm(o).flatten(1)
 
     def phi(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens
 from lsys.kernels.linear_attention.chunked.delta import DeltaChunks
 from lsys.kernels.linear_attention.chunked.scalar import ScalarChunks
 from lsys.kernels.linear_attention.gpu import triton_refusal, triton_segments
-from lsys.kernels.linear_attention.reference import ReferenceSegments
+from lsys.kernels.linear_attention.recurrence import ReferenceSegments
 from lsys.kernels.linear_attention.transition import carry
 
 __all__ = ["BACKENDS", "SegmentMap", "Segments", "diagonal", "linear_attention", "segments"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.mask import Mask
-from lsys.kernels.softmax_attention import cpu, cuda, reference
+from lsys.kernels.softmax_attention import cpu, cuda, dense_scores
 from lsys.kernels.softmax_attention.core import Attention, Backend, dense, planned
 from lsys.kernels.softmax_attention.merge import merge
 from lsys.kernels.softmax_attention.rows import add, put, take
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # In the order in which "auto" tries them.
-_BACKENDS: dict[str, Backend] = {"flash_attn": cuda.PACKAGE, "cuda": cuda.ATEN, "cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, Backend] = {"flash_attn": cuda.PACKAGE, "cuda": cuda.ATEN, "cpu": cpu, "reference": dense_scores}
 BACKENDS = ("auto", *_BACKENDS)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from lsys.launch.network import NetworkError, Place, place
 from lsys.launch.preflight import facts
-from lsys.launch.preflight.exchange import Host, Job, Meeting, attend
 from lsys.launch.preflight.finding import Finding, labels
 from lsys.launch.preflight.judge import judge, missing_nodes, summary
-from lsys.launch.preflight.lines import PeerError
+from lsys.launch.preflight.rendezvous import Host, Job, Meeting, attend
 from lsys.launch.preflight.report import Report
+from lsys.launch.preflight.transport import PeerError
 
 REFUSED = 2
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from lsys.launch.preflight.exchange import Meeting
 from lsys.launch.preflight.finding import Finding, labels
+from lsys.launch.preflight.rendezvous import Meeting
 from lsys.launch.preflight.report import Report
 from lsys.launch.preflight.rules import RULES, speeds
 

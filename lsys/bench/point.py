@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from tyro.conf import Positional
 
-from lsys.bench.links import measured_links
+from lsys.bench.link_speeds import measured_links
 from lsys.config.load import load
 from lsys.config.overrides import parse
 from lsys.parallel.comm import SequenceComm

@@ -97,13 +97,13 @@ class Message:
     """One reduction of a step: of so many numbers, over the tensor ranks too or not, from the last stage only or from all."""
 
     how: Literal["sum", "max"]
-    numbers: int
+    numel: int
     over_tensor: bool
     last_stage: bool
 
     @property
     def bytes(self) -> int:
-        return NUMBER * self.numbers
+        return NUMBER * self.numel
 
 
 class Slots:

@@ -33,7 +33,7 @@ class PackedMicroBatch(PackedSeqParams):
     qkv_format: str = "thd"
     _tables: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def anew(self, values: Pass | None = None) -> "PackedMicroBatch":
+    def without_tables(self, values: Pass | None = None) -> "PackedMicroBatch":
         """The same without the tables: for one pass, so that they go with its activations, not with the last batch of the step."""
         return replace(self, _tables={}, values=values)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsys.observe.picture import COLOURS, colour
+from lsys.observe.rank_heatmap import COLOURS, colour
 from lsys.observe.waterfall_history import WaterfallHistory
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lsys.config.reports import Metric, declared
 from lsys.config.schema import Config
-from lsys.observe.folder import mark_folder, tensorboard_folder
+from lsys.observe.run_dir import mark_folder, tensorboard_folder
 from lsys.observe.waterfall import COMPUTE, TAGS, Waterfall
 from lsys.observe.waterfall_history import read_history
 
@@ -154,7 +154,7 @@ class Board:
 
     def waterfall(self, step: int, waterfall: Waterfall) -> None:
         """Curves of the parts, and the picture of the ranks."""
-        from lsys.observe.picture import ranks_picture
+        from lsys.observe.rank_heatmap import ranks_picture
 
         self.scalars(step, waterfall.scalars | _of_ranks(waterfall))
         self.history.add(step, waterfall.percent)

@@ -68,7 +68,7 @@ class Collector:
 
     def __init__(self, slots: Slots, groups: Groups, scales: Mapping[str, Scale] | None = None) -> None:
         self.slots, self.groups, self.scales, self.pending = slots, groups, scales or {}, Pending()
-        lengths = {message.how: message.numbers for message in slots.messages}
+        lengths = {message.how: message.numel for message in slots.messages}
         self.sums = torch.zeros(lengths.get("sum", 0), dtype=torch.float64, device=groups.device)
         self.maxima = torch.full((lengths.get("max", 0),), -math.inf, dtype=torch.float64, device=groups.device)
 

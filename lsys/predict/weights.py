@@ -25,14 +25,14 @@ class Parameter:
     """A rank's piece of a parameter.
 
     Attributes:
-        numbers: of the piece.
+        numel: of the piece.
         summed: whether the tensor ranks sum its gradients: those of norms, and of what is whole on every tensor rank.
         shared: whether it is the embedding that first and last stage share, which has a bucket of its own.
         is_trained: whether it has a gradient; else it is in no bucket, and no optimizer has its states.
     """
 
     name: str
-    numbers: int
+    numel: int
     summed: bool = False
     shared: bool = False
     is_trained: bool = True
@@ -117,16 +117,16 @@ def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
             held = [min(b, begin + part) - max(a, begin) for a, b in places]
             updated += sum(n for n in held if n > 0)
             tensors += sum(n > 0 for n in held)
-    count = sum(parameter.numbers for parameter in every)
-    fixed = sum(parameter.numbers for parameter in every if not parameter.is_trained)
+    count = sum(parameter.numel for parameter in every)
+    fixed = sum(parameter.numel for parameter in every if not parameter.is_trained)
     states = (4 * config.optimizer.moments + (4 if itemsize == 2 else 0)) * updated + 4 * tensors
     return Weights(
         parameters=itemsize * (placed + fixed if distributed else count),
         gradients=4 * placed,
         optimizer=states,
         buckets=tuple(buckets),
-        summed=sum(p.numbers for p in every if p.summed and p.is_trained),
-        shared=sum(p.numbers for p in every if p.shared),
+        summed=sum(p.numel for p in every if p.summed and p.is_trained),
+        shared=sum(p.numel for p in every if p.shared),
         count=count,
         updated=updated,
         tensors=tensors,
@@ -157,8 +157,8 @@ def _buckets(parameters: Sequence[Parameter], ranks: int, limit: int | None) -> 
         alone = parameter.shared and ranks > 0
         if alone and places:
             close()
-        places.append((at, at + parameter.numbers))
-        at += parameter.numbers
+        places.append((at, at + parameter.numel))
+        at += parameter.numel
         if alone or (limit is not None and at - begin >= limit):
             close()
     if places:

@@ -202,7 +202,7 @@ def _forward_step(
         return total, tokens.int(), None
 
     with collector.forward() as values:
-        return chunk(batch.tokens, batch.targets, batch.packed.anew(values), batch.loss_mask), loss
+        return chunk(batch.tokens, batch.targets, batch.packed.without_tables(values), batch.loss_mask), loss
 
 
 def _optimizer_config(settings: Config, gathers_late: bool) -> OptimizerConfig:

@@ -12,7 +12,7 @@ from lsys.config.load import dump
 from lsys.config.rules import check_files, require
 from lsys.config.schema import ADAMW
 from lsys.observe.efficiency import Efficiency, open_baseline
-from lsys.observe.folder import require_own_folder
+from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import launch_from_environment
 from lsys.runtime.groups import Groups, process_groups

@@ -10,7 +10,7 @@ from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear import exchange
 from lsys.parallel.linear.exchange import Inputs
-from lsys.parallel.linear.links import links
+from lsys.parallel.linear.state_exchange_plan import links
 from lsys.parallel.methods import STATE
 
 __all__ = ["METHODS", "linear_attention"]

@@ -29,7 +29,7 @@ from lsys.kernels.linear_attention.transition import act, gradient, operator, tr
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.exchange import Exchanged, Inputs
-from lsys.parallel.linear.links import Links, Runs, all_runs
+from lsys.parallel.linear.state_exchange_plan import Links, Runs, all_runs
 from lsys.parallel.messages import chain as messages
 from lsys.parallel.messages.chain import columns
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from lsys.kernels.linear_attention import Segments
 from lsys.kernels.linear_attention.transition import carry
 from lsys.parallel.comm import SequenceComm
-from lsys.parallel.linear.links import Composed, Links
+from lsys.parallel.linear.state_exchange_plan import Composed, Links
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, log_decay, beta
 

@@ -22,7 +22,7 @@ from lsys.kernels.linear_attention.transition import gradient
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.exchange import Exchanged, Inputs
-from lsys.parallel.linear.links import Links, all_runs
+from lsys.parallel.linear.state_exchange_plan import Links, all_runs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lsys.config.load import load
 from lsys.config.messages import ConfigError
 from lsys.config.overrides import Override
 from lsys.config.rules import check
-from lsys.observe import picture, stack
+from lsys.observe import rank_heatmap, stack
 
 LARGE = Path(__file__).parents[2] / "configs" / "hybrid_7b_256k.yaml"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -98,7 +98,7 @@ def test_the_picture_of_a_sweep_shows_all_of_it_in_the_colours_of_a_run(tmp_path
     scaling_report._waterfalls(right, summary["points"])
     pieces = [(bar.get_x(), bar.get_y(), bar.get_height(), to_hex(bar.get_facecolor())) for bar in right.patches]
     assert [(y, height, paint) for x, y, height, paint in pieces if x > 0 and height] == [
-        (0, 50, picture.colour("compute")), (50, 50, picture.colour("exposed_data"))
+        (0, 50, rank_heatmap.colour("compute")), (50, 50, rank_heatmap.colour("exposed_data"))
     ]  # fmt: skip
     assert [(y, height) for x, y, height, _ in pieces if x < 0 and height] == [(0, 75), (75, 25)]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["other", "exposed_data", "compute"]

@@ -13,9 +13,9 @@ import pytest
 
 from lsys.launch import network
 from lsys.launch.network import NetworkError, place, resolve
-from lsys.launch.preflight.exchange import Host, Job, Meeting, attend
-from lsys.launch.preflight.lines import GREETING, LONGEST_LINE, Line, PeerError
+from lsys.launch.preflight.rendezvous import Host, Job, Meeting, attend
 from lsys.launch.preflight.report import Report
+from lsys.launch.preflight.transport import GREETING, LONGEST_LINE, Line, PeerError
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

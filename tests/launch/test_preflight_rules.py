@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from lsys.launch.preflight import facts
-from lsys.launch.preflight.exchange import Meeting, rounds
 from lsys.launch.preflight.judge import judge, missing_nodes, summary
+from lsys.launch.preflight.rendezvous import Meeting, rounds
 from lsys.launch.preflight.report import Report
 
 GIB = 1 << 30

@@ -11,9 +11,9 @@ import torch
 
 from lsys.config.schema import Config
 from lsys.observe.efficiency import BaselineError, Efficiency, History, Record, hardware_name
-from lsys.observe.folder import FolderError, mark_folder, require_own_folder
 from lsys.observe.meter import Interval
 from lsys.observe.reporter import Reporter
+from lsys.observe.run_dir import FolderError, mark_folder, require_own_folder
 
 
 def make(folder: Path = Path("out"), tokens: int = 4096, **model: Any) -> Config:

@@ -21,7 +21,7 @@ from lsys.data.corpus import Corpus
 from lsys.observe import reporter as reports
 from lsys.observe.efficiency import Record
 from lsys.observe.meter import Interval
-from lsys.observe.picture import COLOURS, colour, ranks_picture
+from lsys.observe.rank_heatmap import COLOURS, colour, ranks_picture
 from lsys.observe.reporter import Reporter
 from lsys.observe.stack import shown
 from lsys.observe.tensorboard import PICTURE, Board, Pace, charts, hyperparameters

@@ -26,7 +26,7 @@ from support.linear import (
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear import METHODS, linear_attention
-from lsys.parallel.linear.links import Links
+from lsys.parallel.linear.state_exchange_plan import Links
 from lsys.parallel.messages import chain
 
 PACKS = [(0, 1, 7, 13, 0, 23), (31,), (1, 0, 1), (), (0,), (2, 37, 5, 3, 11)]

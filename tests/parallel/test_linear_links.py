@@ -16,7 +16,7 @@ from lsys.kernels.linear_attention.chunked import SegmentMap
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.chain import block_count, chain_steps
 from lsys.parallel.linear.lasp2 import gather_plan
-from lsys.parallel.linear.links import all_runs, links
+from lsys.parallel.linear.state_exchange_plan import all_runs, links
 from lsys.parallel.messages.chain import columns
 
 CPU = torch.device("cpu")

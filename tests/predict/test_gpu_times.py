@@ -85,7 +85,7 @@ def test_buckets_close_by_the_data_degree_alone() -> None:
     shape = Shape(config(parallel__context=8), 512)
     assert shape.mesh.data == 64 and shape.replicas == 512
     found = weights(shape, 0).buckets[0]
-    largest = max(parameter.numbers for parameter in chunk_parameters(shape, 0, 0))
+    largest = max(parameter.numel for parameter in chunk_parameters(shape, 0, 0))
     assert all(64_000_000 <= bucket <= 64_000_000 + largest + 512 * 128 for bucket in found[:-1])
 
 

@@ -101,7 +101,7 @@ def check_parameters(gloo: Any, kind: str) -> None:
         config = settings(kind, tensor=tensor)
         mixer = {weight.name for weight in config.model.cards["lightning"].weights()} | {"in_proj", "out_proj"}
         told = [
-            (p.name.removesuffix(".weight"), p.numbers, p.summed, p.is_trained)
+            (p.name.removesuffix(".weight"), p.numel, p.summed, p.is_trained)
             for p in chunk_parameters(Shape(config, tensor, gpu=False), 0, 0)
             if p.name not in mixer | {"embedding", "output_layer", "final_layernorm"}
         ]

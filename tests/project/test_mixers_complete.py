@@ -146,7 +146,7 @@ def check_parameters(gloo: Any, name: str) -> None:
     for tensor in (1, 2):
         config = settings(name, tensor=tensor)
         told = {
-            parameter.name.removesuffix(".weight"): (parameter.numbers, parameter.summed, parameter.is_trained)
+            parameter.name.removesuffix(".weight"): (parameter.numel, parameter.summed, parameter.is_trained)
             for parameter in chunk_parameters(Shape(config, tensor, gpu=False), 0, 0)
         }
         for found in gloo(tensor, seen, changes(name, tensor=tensor)):

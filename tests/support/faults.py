@@ -31,7 +31,7 @@ def _documents_run_together() -> Any:
 @contextlib.contextmanager
 def _rank_order_prefix() -> Iterator[None]:
     """States of a document composed in the order of the ranks that hold them, instead of by position: wrong for zigzag."""
-    links = importlib.import_module("lsys.parallel.linear.links")
+    links = importlib.import_module("lsys.parallel.linear.state_exchange_plan")
     in_rank_order = lambda layout: layout.table().take(layout.table().document.argsort(stable=True))  # noqa: E731
     with mock.patch.object(links, "position_order", in_rank_order):
         yield

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from lsys.kernels.linear_attention import diagonal
-from lsys.kernels.linear_attention.reference import recurrence
+from lsys.kernels.linear_attention.recurrence import recurrence
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear import linear_attention
-from lsys.parallel.linear.links import all_runs
+from lsys.parallel.linear.state_exchange_plan import all_runs
 from support.layouts import layouts
 
 HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6

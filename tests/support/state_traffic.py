@@ -15,7 +15,7 @@ import torch
 
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.chain import block_count, columns, hops
-from lsys.parallel.linear.links import Runs, all_runs
+from lsys.parallel.linear.state_exchange_plan import Runs, all_runs
 from lsys.parallel.messages.heads import shares
 from lsys.parallel.messages.linear import Shape
 from support.softmax_traffic import Messages, Traffic

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lsys.model.mixers.gated_delta import unit
-from lsys.model.mixers.heads import HeadNorm, ShortConvolution, wide
+from lsys.model.mixers.heads import HeadNorm, ShortConvolution, upcast
 from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch
 
@@ -23,9 +23,9 @@ class DeltaNetMixer(LinearMixer):
         self.out_norm = HeadNorm(self.config, self.heads, self.head_dim, self.model.norm_eps, self.tp_group)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        qkv, beta = self.parts(projected)
-        qkv = self.conv(qkv.flatten(1), packed, self.kept(packed)).view_as(qkv)
-        q, k, v = qkv.split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
-        beta = torch.sigmoid(wide(beta.flatten(1)))  # [T_r, H]
-        o = self.attend(unit(q), unit(k), self.by_head(v), packed, beta=beta)
+        qkv, beta = self.split_projection(projected)
+        qkv = self.conv(qkv.flatten(1), packed, self.layer_cache(packed)).view_as(qkv)
+        q, k, v = qkv.split((self.key_dim, self.key_dim, self.values_per_key * self.head_dim), dim=-1)
+        beta = torch.sigmoid(upcast(beta.flatten(1)))  # [T_r, H]
+        o = self.attend(unit(q), unit(k), self.to_value_heads(v), packed, beta=beta)
         return self.out_norm(o).flatten(1)

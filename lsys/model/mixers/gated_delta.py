@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsys.model.mixers.heads import HeadNorm, ShortConvolution, StepDecay, wide
+from lsys.model.mixers.heads import HeadNorm, ShortConvolution, StepDecay, upcast
 from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch
 
@@ -26,18 +26,18 @@ class GatedDeltaMixer(LinearMixer):
         self.out_norm = HeadNorm(config, self.heads, self.head_dim, self.model.norm_eps, tp)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        qkv, gate, beta, raw = self.parts(projected)
-        qkv = self.conv(qkv.flatten(1), packed, self.kept(packed)).view_as(qkv)
-        q, k, v = qkv.split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
-        beta = torch.sigmoid(wide(beta.flatten(1)))  # [T_r, H]
+        qkv, gate, beta, raw = self.split_projection(projected)
+        qkv = self.conv(qkv.flatten(1), packed, self.layer_cache(packed)).view_as(qkv)
+        q, k, v = qkv.split((self.key_dim, self.key_dim, self.values_per_key * self.head_dim), dim=-1)
+        beta = torch.sigmoid(upcast(beta.flatten(1)))  # [T_r, H]
         if self.own.negative_eigenvalues:
             beta = 2 * beta
         _, log_decay = self.decay(raw.flatten(1))
-        o = self.attend(unit(q), unit(k), self.by_head(v), packed, log_decay=log_decay, beta=beta)
-        return (self.out_norm(o) * F.silu(self.by_head(gate))).flatten(1)
+        o = self.attend(unit(q), unit(k), self.to_value_heads(v), packed, log_decay=log_decay, beta=beta)
+        return (self.out_norm(o) * F.silu(self.to_value_heads(gate))).flatten(1)
 
 
 def unit(x: Tensor) -> Tensor:
     """x / |x| over the last dimension, 0 for 0."""
-    precise = wide(x)
+    precise = upcast(x)
     return (precise * torch.rsqrt(precise.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

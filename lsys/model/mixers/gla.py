@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from lsys.model.mixers.heads import HeadNorm, wide, zeros
+from lsys.model.mixers.heads import HeadNorm, upcast, zeros
 from lsys.model.mixers.mixer import SharedLinear
 from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch
@@ -41,10 +41,10 @@ class GatedLinearMixer(LinearMixer):
         return (*super().project(hidden_states), decay)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        q, k, v, gate = self.parts(projected)
-        log_decay = F.logsigmoid(wide(more[0])) / TEMPERATURE
+        q, k, v, gate = self.split_projection(projected)
+        log_decay = F.logsigmoid(upcast(more[0])) / TEMPERATURE
         log_decay = log_decay.reshape(q.shape)  # [T_r, H_k, Dk]
-        if self.shared > 1:
-            log_decay = log_decay.repeat_interleave(self.shared, dim=1)
-        o = self.attend(q, k, self.by_head(v), packed, log_decay=log_decay)
-        return (self.out_norm(o) * F.silu(self.by_head(gate))).flatten(1)
+        if self.values_per_key > 1:
+            log_decay = log_decay.repeat_interleave(self.values_per_key, dim=1)
+        o = self.attend(q, k, self.to_value_heads(v), packed, log_decay=log_decay)
+        return (self.out_norm(o) * F.silu(self.to_value_heads(gate))).flatten(1)

@@ -29,7 +29,7 @@ def zeros(whole: Tensor, generator: torch.Generator) -> Tensor:
     return whole.zero_()
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """In fp32, or fp64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -128,8 +128,8 @@ class StepDecay(HeadParameters):
         self.add("dt_bias", (heads,), _initial_step)
 
     def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        dt = F.softplus(wide(raw) + self.dt_bias)
-        return dt, -wide(self.A_log).exp() * dt
+        dt = F.softplus(upcast(raw) + self.dt_bias)
+        return dt, -upcast(self.A_log).exp() * dt
 
 
 def _initial_rate(whole: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lsys.model.mixers.gated_delta import unit
-from lsys.model.mixers.heads import HeadNorm, ShortConvolution, StepDecay, wide
+from lsys.model.mixers.heads import HeadNorm, ShortConvolution, StepDecay, upcast
 from lsys.model.mixers.mixer import SharedLinear
 from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch
@@ -45,13 +45,13 @@ class KimiDeltaMixer(LinearMixer):
         return (*super().project(hidden_states), decay, gate)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        qkv, beta = self.parts(projected)
+        qkv, beta = self.split_projection(projected)
         raw, gate = more
-        qkv = self.conv(qkv.flatten(1), packed, self.kept(packed)).view_as(qkv)
-        q, k, v = qkv.split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
-        beta = torch.sigmoid(wide(beta.flatten(1)))  # [T_r, H]
+        qkv = self.conv(qkv.flatten(1), packed, self.layer_cache(packed)).view_as(qkv)
+        q, k, v = qkv.split((self.key_dim, self.key_dim, self.values_per_key * self.head_dim), dim=-1)
+        beta = torch.sigmoid(upcast(beta.flatten(1)))  # [T_r, H]
         _, log_decay = self.decay(raw)
-        o = self.attend(unit(q), unit(k), self.by_head(v), packed, log_decay=log_decay, beta=beta)
+        o = self.attend(unit(q), unit(k), self.to_value_heads(v), packed, log_decay=log_decay, beta=beta)
         return self.out_norm(o).flatten(1) * torch.sigmoid(gate)
 
 
@@ -66,5 +66,5 @@ class ChannelDecay(StepDecay):
         self.add("dt_bias", (heads * channels,), self.dt_bias.initial)  # type: ignore[attr-defined]  # in place of one a head
 
     def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        dt = F.softplus(wide(raw) + self.dt_bias).unflatten(-1, (-1, self.channels))
-        return dt, -wide(self.A_log).exp().unsqueeze(-1) * dt
+        dt = F.softplus(upcast(raw) + self.dt_bias).unflatten(-1, (-1, self.channels))
+        return dt, -upcast(self.A_log).exp().unsqueeze(-1) * dt

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsys.model.mixers.heads import HeadNorm, wide
+from lsys.model.mixers.heads import HeadNorm, upcast
 from lsys.model.mixers.state import LinearMixer
 from lsys.model.packed import PackedMicroBatch
 
@@ -43,25 +43,27 @@ class LightningMixer(LinearMixer):
         self.out_norm = None
         if self.own.norm == "head":
             self.out_norm = HeadNorm(self.config, self.heads, self.head_dim, self.eps, self.tp_group)
-        rates = self.mine(decay_rates(self.heads, self.layer_number - 1, self.model.layers))
+        rates = self.local_heads(decay_rates(self.heads, self.layer_number - 1, self.model.layers))
         self.register_buffer("log_decay", rates, persistent=False)
         self.has_phases = self.own.lrpe == "all" or self.own.lrpe == "first" and self.is_first
         if self.has_phases:
-            self.register_buffer("phases", self.mine(phase_rates(self.key_heads, self.key_dim)), persistent=False)
+            self.register_buffer(
+                "phases", self.local_heads(phase_rates(self.key_heads, self.key_dim)), persistent=False
+            )
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        qkv, gate = self.parts(projected)
-        q, k, v = F.silu(qkv).split((self.key_dim, self.key_dim, self.shared * self.head_dim), dim=-1)
+        qkv, gate = self.split_projection(projected)
+        q, k, v = F.silu(qkv).split((self.key_dim, self.key_dim, self.values_per_key * self.head_dim), dim=-1)
         if self.has_phases:
-            q, k = self.turned(q, packed), self.turned(k, packed)
+            q, k = self.rotated(q, packed), self.rotated(k, packed)
         decay, scale = self.log_decay if self.own.decay else None, self.key_dim**-0.5
-        o = self.attend(q, k, self.by_head(v), packed, log_decay=decay, scale=scale)
+        o = self.attend(q, k, self.to_value_heads(v), packed, log_decay=decay, scale=scale)
         o = F.rms_norm(o, (self.head_dim,), None, self.eps) if self.out_norm is None else self.out_norm(o)
-        return (o * torch.sigmoid(self.by_head(gate))).flatten(1)
+        return (o * torch.sigmoid(self.to_value_heads(gate))).flatten(1)
 
-    def turned(self, x: Tensor, packed: PackedMicroBatch) -> Tensor:
+    def rotated(self, x: Tensor, packed: PackedMicroBatch) -> Tensor:
         """LRPE: [T_r, H_k, Dk] -> [T_r, H_k, 2 Dk]."""
-        precise = wide(x)
+        precise = upcast(x)
 
         def build() -> tuple[Tensor, Tensor]:
             angles = packed.positions.double()[:, None, None] * self.phases

@@ -21,7 +21,7 @@ class Mamba2Mixer(LinearMixer):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         config, tp = self.config, self.tp_group
-        inner = self.shared * self.head_dim  # channels of a group
+        inner = self.values_per_key * self.head_dim  # channels of a group
         self.conv = ShortConvolution(config, self.card.channels, self.own.conv_width, True, tp)
         self.decay = StepDecay(config, self.heads, tp)
         self.skip = HeadParameters(config, tp)
@@ -29,10 +29,10 @@ class Mamba2Mixer(LinearMixer):
         self.out_norm = HeadNorm(config, self.key_heads, inner, self.model.norm_eps, tp)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        z, xbc, raw = self.parts(projected)
-        xbc = self.conv(xbc.flatten(1), packed, self.kept(packed)).view_as(xbc)
-        x, b, c = xbc.split((self.shared * self.head_dim, self.key_dim, self.key_dim), dim=-1)
-        x = self.by_head(x)  # [T_r, H, P]
+        z, xbc, raw = self.split_projection(projected)
+        xbc = self.conv(xbc.flatten(1), packed, self.layer_cache(packed)).view_as(xbc)
+        x, b, c = xbc.split((self.values_per_key * self.head_dim, self.key_dim, self.key_dim), dim=-1)
+        x = self.to_value_heads(x)  # [T_r, H, P]
         dt, log_decay = self.decay(raw.flatten(1))  # [T_r, H] each
         v = (dt.unsqueeze(-1) * x).to(x.dtype)
         y = self.attend(c, b, v, packed, log_decay=log_decay, scale=1.0)

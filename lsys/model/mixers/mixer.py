@@ -76,7 +76,7 @@ class Mixer(MegatronModule):
         """[slots / tensor, 1, hidden] -> [slots, 1, in_width / tensor]: gathers the slots over the tensor ranks."""
         return (self.in_proj(hidden_states)[0],)
 
-    def kept(self, packed: PackedMicroBatch) -> dict[str, Tensor] | None:
+    def layer_cache(self, packed: PackedMicroBatch) -> dict[str, Tensor] | None:
         """What this layer keeps of the document's earlier tokens, to be read and replaced; None in training."""
         return None if packed.cache is None else packed.cache.layer(self.layer_number)
 

@@ -18,19 +18,19 @@ def decay_rates(heads: int) -> Tensor:
 class RetentionMixer(LinearMixer):
     """o = W_o (silu(g) * groupnorm(retention(q, k, v))), one group a head, without weights (RetNet: Sun et al., 2023).
 
-    Keys and queries are turned by rotary phases. RetNet's xPos is these and its decay.
+    Keys and queries are rotated by rotary phases. RetNet's xPos is these and its decay.
     """
 
     log_decay: Tensor  # [H]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.register_buffer("log_decay", self.mine(decay_rates(self.heads)), persistent=False)
+        self.register_buffer("log_decay", self.local_heads(decay_rates(self.heads)), persistent=False)
 
     def mix(self, projected: Tensor, packed: PackedMicroBatch, *more: Tensor) -> Tensor:
-        q, k, v, gate = self.parts(projected)
+        q, k, v, gate = self.split_projection(projected)
         rotary = packed.rotary(self.model.rope_base, self.key_dim)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        o = self.attend(q, k, self.by_head(v), packed, log_decay=self.log_decay)
+        o = self.attend(q, k, self.to_value_heads(v), packed, log_decay=self.log_decay)
         o = F.layer_norm(o, (self.head_dim,), None, None, self.model.norm_eps)
-        return (o * F.silu(self.by_head(gate))).flatten(1)
+        return (o * F.silu(self.to_value_heads(gate))).flatten(1)

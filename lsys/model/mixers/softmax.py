@@ -48,7 +48,7 @@ class SoftmaxMixer(Mixer):
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         rotary = packed.rotary(self.model.rope_base, self.head_dim)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        kept = self.kept(packed)
+        kept = self.layer_cache(packed)
         if kept is not None:
             return self._go_on(q, k, v, kept).reshape(tokens, -1)
         method = self.options.method

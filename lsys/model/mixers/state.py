@@ -35,26 +35,26 @@ class LinearMixer(Mixer):
         self.card, self.own = card, card.own
         self.heads, self.key_heads = card.heads, card.key_heads
         self.key_dim, self.head_dim = card.key_width, card.value_width
-        self.shared = self.heads // self.key_heads
+        self.values_per_key = self.heads // self.key_heads
         super().__init__(config, layer_number, pg_collection, options)
 
-    def parts(self, projected: Tensor) -> tuple[Tensor, ...]:
+    def split_projection(self, projected: Tensor) -> tuple[Tensor, ...]:
         """[T_r, in_width / tensor] -> the parts, each [T_r, key heads, its width]."""
         widths = tuple(self.card.parts().values())
         groups = self.key_heads // self.tp_group.size()
         return projected.view(len(projected), groups, sum(widths)).split(widths, dim=-1)
 
-    def by_head(self, x: Tensor) -> Tensor:
+    def to_value_heads(self, x: Tensor) -> Tensor:
         """[T_r, key heads, n D] -> [T_r, H, D]."""
         return x.reshape(len(x), self.heads // self.tp_group.size(), self.head_dim)
 
-    def mine(self, of_heads: Tensor) -> Tensor:
+    def local_heads(self, of_heads: Tensor) -> Tensor:
         """The rows of this tensor rank's heads or key heads."""
         return of_heads.chunk(self.tp_group.size())[self.tp_group.rank()].to(self.in_proj.weight.device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedMicroBatch, **options: Any) -> Tensor:
         """q, k [T_r, H_k, Dk], v [T_r, H, Dv] -> [T_r, H, Dv]; options of `lsys.parallel.linear.linear_attention`."""
-        kept, method = self.kept(packed), self.options.method
+        kept, method = self.layer_cache(packed), self.options.method
         if kept is None:
             return linear_attention(q, k, v, packed.layout, packed.comm, method=method, **options)[0]
         options |= dict(initial_state=kept.get("state"), output_final_state=True)

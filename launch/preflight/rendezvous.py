@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lsys.launch.preflight import facts, lines
-from lsys.launch.preflight.lines import ANSWER_SECONDS, GREETING, LONGEST_LINE, Line, PeerError, Probes, connect
+from lsys.launch.preflight import facts, transport
 from lsys.launch.preflight.report import Report
+from lsys.launch.preflight.transport import ANSWER_SECONDS, GREETING, LONGEST_LINE, Line, PeerError, Probes, connect
 
 MOST_ROUNDS = 7  # each node measures its rate with as many others: all of eight nodes, a sample of more
 
@@ -103,11 +103,11 @@ class Host:
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line = Line(reader, writer)
-        lines.no_delay(writer)
+        transport.no_delay(writer)
         try:
             await line.send(hello=GREETING)
             message = await line.receive()
-            if not lines.same_token(message.get("token"), self.job.token):
+            if not transport.same_token(message.get("token"), self.job.token):
                 self.meeting.strangers.append(line.peer)
                 await line.send(refused="another job waits here; give every node the same job id, or take another port")
                 return line.close()
@@ -189,7 +189,7 @@ async def attend(job: Job, report: Report) -> dict[str, Any]:
         raise PeerError(f"this node cannot listen on {report.address}: {error.strerror}") from None
     line = await _knock(job)
     try:
-        report.offset, report.uncertainty = await lines.clock_offset(line)
+        report.offset, report.uncertainty = await transport.clock_offset(line)
         await line.send(report=report.told())
         message, place = await line.receive(job.seconds + ANSWER_SECONDS), 0
         while "findings" not in message:
@@ -200,7 +200,7 @@ async def attend(job: Job, report: Report) -> dict[str, Any]:
                 await line.send(**await _try_peers(job, report, peers, place, message["marker"]))
             else:
                 there, at = peers[message["measure"]]
-                rate = await _or_why(lines.rate(there, at, report.address, job.token))
+                rate = await _or_why(transport.rate(there, at, report.address, job.token))
                 await line.send(rate=rate)
             message = await line.receive(job.seconds + ANSWER_SECONDS)
         return message | {"place": place}
@@ -234,7 +234,10 @@ async def _knock(job: Job) -> Line:
 async def _try_peers(job: Job, report: Report, peers: list[tuple[str, int]], place: int, marker: str) -> dict[str, Any]:
     others = [number for number in range(len(peers)) if number != place]
     tried = await asyncio.gather(
-        *(_or_why(lines.round_trip(there, at, report.address, job.token)) for there, at in (peers[i] for i in others))
+        *(
+            _or_why(transport.round_trip(there, at, report.address, job.token))
+            for there, at in (peers[i] for i in others)
+        )
     )
     facts.look_at_folder(report, marker)
     end = time.monotonic() + 5.0  # a network file system may show a new file late
