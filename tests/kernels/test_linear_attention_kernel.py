@@ -176,7 +176,7 @@ def test_two_phases_keep_inputs_and_a_state_a_chunk(member):
     (chunks,) = {-(-640 // block.grid.size) for block in phases.work.linked}
     transition = 0 if segment_map.transition is None else segment_map.transition[0].numel()
     assert sum(kept.values()) <= chunks * (segment_map.state[0].numel() + transition) + 3 * inputs.state[0].numel()
-    assert not phases.work.held.maps and o.grad_fn is not None
+    assert not phases.work.handover.maps and o.grad_fn is not None
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -227,7 +227,7 @@ def test_unlinked_segments_have_no_states():
     phases = segments(q[0], k[0], v[0], log_decay, None, [5] * 15, [2, 7])
     segment_map = phases.segment_map()
     assert isinstance(phases, ChunkedSegments) and segment_map.transition is not None
-    assert sum(len(update) for update, _ in phases.work.held.maps) == 2 and segment_map.state.shape == (2, 4, 8, 6)
+    assert sum(len(update) for update, _ in phases.work.handover.maps) == 2 and segment_map.state.shape == (2, 4, 8, 6)
     assert torch.allclose(segment_map.transition, 5 * log_decay.expand(2, 4))
 
 

@@ -1,6 +1,6 @@
 """Linked segments in two phases, block after block: their maps first, and the output once the states before them are known.
 
-Three nodes of autograd, and what they tell each other beside its gradients. Forward, each product is made once:
+Three nodes of autograd; what they tell each other beside its gradients, and when, has `handover.py`. Forward, each product is made once:
 
     Maps     the map of each chunk, which is kept for `Apply`, and those of whole segments
     Intra    what tokens get from their own chunk, and what reads states; all of segments that are not linked
@@ -19,7 +19,6 @@ With D the gradient of the state after a chunk, that of its transition is D S^T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,35 +29,13 @@ from lsys.kernels.linear_attention.chunked import one_pass
 from lsys.kernels.linear_attention.chunked.blocks import Block, Gradients
 from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens, Written, matmul
 from lsys.kernels.linear_attention.chunked.grid import chunk_grid
+from lsys.kernels.linear_attention.chunked.handover import Handover, Map
 from lsys.kernels.linear_attention.scan import adjoint, compose, last, scan
 from lsys.kernels.linear_attention.transition import identity
 
-Map = tuple[Tensor, Tensor | None]
-
-
-@dataclass
-class Held:
-    """By block, what is not made twice between the nodes of a forward pass."""
-
-    maps: list[Map] = field(default_factory=list)
-    written: list[Written | None] = field(default_factory=list)
-    queries: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Back:
-    """By block, what the nodes of a backward pass tell those that follow."""
-
-    before: Sequence[Tensor]
-    transition: Sequence[Tensor | None]
-    d_before: list[Tensor]
-    written: list[Written | None]
-    d_written: list[Written] = field(default_factory=list)
-    found: Gradients | None = None
-
 
 class Work:
-    """What the nodes share: linked and other blocks, and what is under way.
+    """What the nodes share: linked and other blocks, and what they hand each other.
 
     Args:
         linked: blocks of the linked segments, in order.
@@ -75,8 +52,7 @@ class Work:
         wanted: Sequence[bool],
     ) -> None:
         self.member, self.linked, self.apart, self.scale, self.wanted = member, linked, apart, scale, wanted
-        self.held = Held()
-        self.back: Back | None = None
+        self.handover = Handover()
 
     def chunks(self, block: Block, tokens: Tokens, written: Written | None = None) -> Chunks:
         return self.member(tokens, block.grid, self.scale, written)
@@ -95,11 +71,13 @@ class Maps(torch.autograd.Function):
         dtype = torch.promote_types(v.dtype, torch.float32)
         state, total = v.new_zeros(len(lengths), v.shape[1], k.shape[2], v.shape[2], dtype=dtype), None
         end = reach = None
+        maps: list[Map] = []
+        written: list[Written | None] = []
         for block in work.linked:
             chunks, plan = work.chunks(block, block.of(tokens)), block.grid.plan
             update, transition = chunks.maps()
-            work.held.maps.append((update, transition))
-            work.held.written.append(chunks.costly())
+            maps.append((update, transition))
+            written.append(chunks.costly())
             start, reach = (
                 _start(block, update, end),
                 None if transition is None else _identity(block, transition, reach),
@@ -109,6 +87,7 @@ class Maps(torch.autograd.Function):
             if reach is not None:
                 total = reach.new_zeros(len(lengths), *reach.shape[1:]) if total is None else total
                 total.index_copy_(0, block.segments, reach)
+        work.handover.mapped(maps, written)
         return state, total, state.new_empty(0)
 
     @staticmethod
@@ -117,11 +96,10 @@ class Maps(torch.autograd.Function):
         ctx: Any, d_state: Tensor | None, d_total: Tensor | None, d_ticket: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         tokens, work = Tokens(*ctx.saved_tensors), ctx.work
-        back, work.back = work.back, None
         if d_ticket is None:  # the output has no gradient, and the other nodes did not run
+            work.handover.alone()
             return None, None, None, *_maps_alone(work, ctx.lengths, tokens, d_state, d_total)
-        assert back is not None and back.found is not None
-        found, running = back.found, None
+        (back, found), running = work.handover.writing(), None
         for i in reversed(range(len(work.linked))):
             block, before, transition = work.linked[i], back.before[i], back.transition[i]
             d_end = block.leaving(before, running, d_state)
@@ -144,15 +122,15 @@ class Intra(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: Work, ticket: Tensor, *inputs: Any) -> Tensor:
-        tokens, held = Tokens(*inputs), work.held
+        tokens, queries = Tokens(*inputs), list[Tensor]()
         o = torch.empty_like(
             tokens.v, dtype=torch.promote_types(tokens.v.dtype, torch.float32), memory_format=torch.contiguous_format
         )
-        for block, written in zip(work.linked, held.written, strict=True):
+        for block, written in zip(work.linked, work.handover.to_read(), strict=True):
             chunks = work.chunks(block, block.of(tokens), written)
             block.write(o, block.grid.join(chunks.intra()))
-            held.queries.append(chunks.queries())
-        held.written.clear()
+            queries.append(chunks.queries())
+        work.handover.read(queries)
         carried = one_pass.outputs(work.member, work.apart, tokens, work.scale, o)
         ctx.work = work
         ctx.save_for_backward(*inputs, *carried)
@@ -162,21 +140,18 @@ class Intra(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         saved, work = ctx.saved_tensors, ctx.work
-        back = work.back
-        assert back is not None, "`apply` completes what `intra` gives"
-        found = back.found = Gradients(Tokens(*saved[:5]), work.wanted)
+        back, d_written = work.handover.reading(), list[Written]()
+        found = Gradients(Tokens(*saved[:5]), work.wanted)
         for block, before, written in zip(work.linked, back.before, back.written, strict=True):
             leaves = found.leaves(block)
             chunks = work.chunks(block, leaves, written)
             with torch.enable_grad():
                 _ = chunks.scores, chunks.entering
-            factors, d_written = chunks.read_gradients(block.grid.cut(do[block.tokens], found.dtype), before)
-            back.d_written.append(d_written)
+            factors, d_block = chunks.read_gradients(block.grid.cut(do[block.tokens], found.dtype), before)
+            d_written.append(d_block)
             found.take(block, leaves, factors, first="qkg")
-        back.written.clear()
+        work.handover.have_read(found, d_written, last=not ctx.needs_input_grad[1])
         one_pass.gradients(work.member, work.apart, saved[5:], work.scale, found, do)
-        if not ctx.needs_input_grad[1]:  # then `Maps` has no part in this
-            work.back = None
         return None, do.new_empty(0), *found.of("q"), None, None, None, None
 
 
@@ -185,19 +160,19 @@ class Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: Work, intra: Tensor, state: Tensor | None, *inputs: Any) -> Tensor:
-        held, work.held = work.held, Held()
+        maps, every_query = work.handover.to_apply()
         o, end = intra.detach().to(Tokens(*inputs).v.dtype), None
         ctx.state = None if state is None else (state.shape, state.dtype)
         state = None if state is None else state.to(intra.dtype)
         befores = []
-        for block, (update, transition), queries in zip(work.linked, held.maps, held.queries, strict=True):
+        for block, (update, transition), queries in zip(work.linked, maps, every_query, strict=True):
             start = block.entering(end, state)
             before, _, end, _ = compose(update, transition, block.grid.plan, start, reach=False)
             befores.append(before)
             read = matmul(queries, before, work.scale)
             block.write(o, intra[block.tokens] + block.grid.join(read))
         ctx.work = work
-        ctx.save_for_backward(*inputs, *befores, *(transition for _, transition in held.maps))
+        ctx.save_for_backward(*inputs, *befores, *(transition for _, transition in maps))
         return o
 
     @staticmethod
@@ -217,7 +192,8 @@ class Apply(torch.autograd.Function):
             if d_state is not None:
                 d_end = block.leaving(before[i], running, None)
                 running = block.begun(adjoint(d_before[-1], d_end, transition[i], block.grid.plan)[1], d_state)
-        work.back = Back(before, transition, d_before[::-1], written[::-1])
+        if ctx.needs_input_grad[1]:
+            work.handover.begin(before, transition, d_before[::-1], written[::-1])
         return None, do.to(dtype), d_state, *[None] * 5
 
 
