@@ -48,7 +48,8 @@ def memory(plan: Plan) -> Table:
 
 
 def _short(layers: str) -> str:
-    return layers if len(layers) <= 24 else f"{layers[:20]}... ({len(layers.replace(' ', ''))})"
+    many = len(layers.replace(",", " ").split()) if "," in layers else len(layers.replace(" ", ""))
+    return layers if len(layers) <= 24 else f"{layers[:20]}... ({many})"
 
 
 def _gib(size: float) -> str:
