@@ -1,5 +1,6 @@
 """What the engine guards against in Megatron: stale parameters under overlap, layers that vanish."""
 
+import math
 from typing import Any
 
 import pytest
@@ -140,3 +141,36 @@ def test_initial_weights_are_the_same_for_all_degrees(gloo: Any, changes: dict[s
             )
             inner = (slice(start - outer[0].start, start - outer[0].start + len(data)), *place[1:])
             assert torch.equal(values[inner], data), key
+
+
+def rates(rank: int, world_size: int, changes: dict[str, Any]) -> list[float]:
+    """The learning rate of each step."""
+    from support import resuming
+
+    with resuming.engine_of(rank, world_size, changes) as engine:
+        found = []
+        for _ in range(20):
+            found.append(engine.learning_rate)
+            engine.scheduler.step(increment=1)
+        return found
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_the_learning_rate_is_the_schedules_formula(gloo: Any, schedule: str) -> None:
+    """Linear warm-up over 4 of 20 steps; then cosine (Loshchilov & Hutter, 2017), or constant with a linear end of 5 steps (Hu et al., 2024)."""
+    peak, least, warm, steps, end = 0.01, 0.001, 4, 20, 5
+    changes = dict(schedule=schedule, lr=peak, min_lr=least, warmup_steps=warm, decay_steps=end)
+    if schedule == "constant":
+        changes["min_lr"] = 0.0
+    (found,) = gloo(1, rates, {f"optimizer__{key}": value for key, value in changes.items()} | {"train__steps": steps})
+
+    def formula(done: int) -> float:
+        if done <= warm:
+            return peak * done / warm
+        if schedule == "cosine":
+            share = (1 + math.cos(math.pi * (done - warm) / (steps - warm))) / 2
+        else:
+            share = 1.0 if schedule == "constant" else min(1.0, (steps - done) / end)
+        return least + share * (peak - least)
+
+    assert found == pytest.approx([formula(done) for done in range(steps)], rel=1e-12)
