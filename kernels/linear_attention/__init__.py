@@ -28,7 +28,7 @@ class Segments(Protocol):
 
     `segment_map` gives what each linked segment does to a state; `intra` needs no state, so that it can run while maps
     are under way; `apply` completes the output, given the state [L, H, K, V] before each linked segment (None is zero).
-    The states of the first phase serve in the second.
+    The states of the first phase serve in the second. `intra` and `apply` are called once each, in this order.
     """
 
     def segment_map(self) -> SegmentMap: ...

@@ -108,15 +108,18 @@ class GatherRows(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, through: Tensor, comm: SequenceComm, sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # of what is passed on None is not zero: nodes before it need not work then
         ctx.comm, ctx.sizes = comm, sizes
         ctx.save_for_backward(x.new_empty(0))
         rows = comm.all_gather(x, sizes)
+        ctx.rows = rows.shape
         return rows, through.view_as(through)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rows: Tensor, d_through: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # recomputes under activation checkpointing: see _Receive
+    def backward(ctx: Any, d_rows: Tensor | None, d_through: Tensor | None) -> tuple[Tensor | None, ...]:
+        (like,) = ctx.saved_tensors  # recomputes under activation checkpointing: see _Receive
+        d_rows = like.new_zeros(ctx.rows) if d_rows is None else d_rows
         return ctx.comm.reduce_scatter(d_rows, ctx.sizes), d_through, None, None
 
 
@@ -167,17 +170,25 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, intra: Tensor, ends: _Ends) -> tuple[Tensor, Tensor, Tensor | None]:
         state, final, saved = ends.end()
-        ctx.ends = ends
+        ctx.set_materialize_grads(False)  # see GatherRows
+        ctx.ends, ctx.given = ends, [(x.shape, x.dtype, x.device) for x in (state, final) if x is not None]
         ctx.save_for_backward(*saved)
         return intra.view_as(intra), state, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_intra: Tensor, d_state: Tensor, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_intra: Tensor | None, *d_states: Tensor | None) -> tuple[Tensor | None, ...]:
         # Under activation checkpointing this recomputes the forward pass, on ranks without runs, too: it communicates,
         # so it must be before anything is sent.
         saved = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:  # then nobody ends a backward exchange
             return None, d_intra, None
-        ctx.ends.finish = ctx.ends.exchange.backward(d_state, d_final, *saved)
+        d_state, *d_final = (_or_zeros(x, given) for x, given in zip(d_states, ctx.given, strict=False))
+        ctx.ends.finish = ctx.ends.exchange.backward(d_state, d_final[0] if d_final else None, *saved)
         return d_state.new_empty(0), d_intra, None
+
+
+def _or_zeros(x: Tensor | None, given: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
+    """x, or zeros for the gradient of what was given."""
+    shape, dtype, device = given
+    return torch.zeros(shape, dtype=dtype, device=device) if x is None else x

@@ -108,6 +108,13 @@ def test_tiny_packs(gloo, method):
     assert gloo(3, _differences, full) == [{}] * 3
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_final_states_alone(gloo, method):
+    """Of the output there is none then, nor of what tokens get from their own chunk."""
+    layouts = ("contiguous", "zigzag", "idle ranks")
+    check(gloo, 3, [Case(method, member, PACKS[0], x, True, True, alone=True) for member in MEMBERS for x in layouts])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(gloo, dtype):
     cases = [

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     causal: bool = True
     backend: str = "auto"
     dtype: torch.dtype = torch.float64
+    alone: bool = False  # whether the loss is of the final states alone
 
 
 class Inputs(NamedTuple):
@@ -115,16 +116,16 @@ def leaves_of(tensors, initial):
 
 def expected(case):
     """What NAMES names, of the stream, in fp64."""
-    return _expected(case.lengths, case.member, case.initial, case.final, case.causal, case.dtype)
+    return _expected(case.lengths, case.member, case.initial, case.final, case.causal, case.dtype, case.alone)
 
 
 @cache
-def _expected(lengths, member, initial, final, causal, dtype):
+def _expected(lengths, member, initial, final, causal, dtype, alone):
     exact: list[Any] = [None if x is None else x.double() for x in inputs(lengths, member, dtype)]
     tensors = Inputs(*exact)
     q, k, v, log_decay, beta, state = leaves = leaves_of(tensors, initial)
     o, after = by_definition(q, k, v, log_decay, beta, state, lengths, causal)
-    loss = (o * tensors.do).sum() + ((after * tensors.d_final).sum() if final else 0)
+    loss = (o.new_zeros(()) if alone else (o * tensors.do).sum()) + ((after * tensors.d_final).sum() if final else 0)
     grads = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None], materialize_grads=True))
     gradients = [None if x is None else next(grads) for x in leaves]
     return [o.detach(), after.detach() if final else None, *gradients]
@@ -153,7 +154,7 @@ def distributed(case, comm, ranks):
     o, after = linear_attention(q, k, v, layout, comm, **options)
     assert o.dtype == case.dtype and (after is None) == (not case.final)
     d_final = tensors.d_final / ranks
-    loss = (o * local[6]).sum() + ((after * d_final).sum() if case.final else 0)
+    loss = (o.new_zeros(()) if case.alone else (o * local[6]).sum()) + ((after * d_final).sum() if case.final else 0)
     grads = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None], materialize_grads=True))
     gradients = [None if x is None else next(grads) for x in leaves]
     for i in (3, 5):

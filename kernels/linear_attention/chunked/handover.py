@@ -69,7 +69,7 @@ class Handover:
     Autograd leaves out steps whose gradients nobody asks for: that of states before segments needs `Apply` alone, that of queries
     ends with `Intra`. What such a pass leaves goes with the next or with the graph, and no other graph task takes it; where tensors
     are not trained at all, so that a step is never made, nothing is left. With gradients of maps alone, neither `Apply` nor `Intra`
-    has one, and `Maps` goes its own way (`alone`). Without gradients there are no backward steps.
+    has one (`Intra` may run, given None), and `Maps` goes its own way (`alone`). Without gradients there are no backward steps.
 
     All else is refused by a RuntimeError: a forward step out of turn or a second time, a gradient for `Intra` that does not come
     by way of `Apply` in the same graph task, one for `Maps`' ticket without `Intra`. That the graph was freed is said by autograd,

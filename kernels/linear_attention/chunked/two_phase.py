@@ -132,14 +132,17 @@ class Intra(torch.autograd.Function):
             queries.append(chunks.queries())
         work.handover.read(queries)
         carried = one_pass.outputs(work.member, work.apart, tokens, work.scale, o)
+        ctx.set_materialize_grads(False)
         ctx.work = work
         ctx.save_for_backward(*inputs, *carried)
         return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, work = ctx.saved_tensors, ctx.work
+        if do is None:  # of states alone, on their way to `Maps` by nodes that `intra` is passed through
+            return None, None, None, None, None, None, None
         back, d_written = work.handover.reading(), list[Written]()
         found = Gradients(Tokens(*saved[:5]), work.wanted)
         for block, before, written in zip(work.linked, back.before, back.written, strict=True):
