@@ -47,5 +47,6 @@ def kept_by_delta(card: StateCard, place: Place, gates: int) -> Kept:
     # The convolution's output: of it fp32 queries and keys, and values, are views.
     convolved = sizes.convolution + (b * sizes.channels if b == 4 or not copied else 0)
     unit = 2 * ((4 if b == 2 else 0) * sizes.keys + b * sizes.keys + 4 * sizes.key_heads)
-    before = convolved + unit + gates * sizes.heads + sizes.taken(sizes.values)
+    betas = 4 * sizes.heads if sizes.is_sent else 0.0  # other ranks', beside the sigmoid's own
+    before = convolved + unit + gates * sizes.heads + betas + sizes.taken(sizes.values)
     return Kept(before, sizes.normed + sizes.gated + sizes.clone, "none" if copied else "gate")

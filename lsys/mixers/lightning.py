@@ -46,10 +46,14 @@ class Lightning(StateCard):
     def kept(self, place: Place) -> Kept:
         sizes = Sizes(self, place)
         normed = sizes.normed - (sizes.b * sizes.values if self.own.norm == "srms" else 0.0)
-        rotated = 4 * sizes.b * sizes.keys if self.own.lrpe == "all" else 0.0
-        before = sizes.b * (2 * sizes.keys + sizes.values) + sizes.taken(0.0) + rotated
+        before = sizes.b * (2 * sizes.keys + sizes.values) + sizes.taken(0.0)
+        if self.own.lrpe == "all":
+            # Queries and keys with phases are tensors of their own; what they were made of stays where the values are a view of it.
+            stays = 0.0 if sizes.is_copied or sizes.is_sent else sizes.b * 2 * sizes.keys
+            before = sizes.b * (4 * sizes.keys + sizes.values) + stays
         return Kept(before, normed + sizes.gated, "kernel")
 
     def tables(self, tensor: int) -> Mapping[Hashable, int]:
-        width = 2 * self.keys // tensor
-        return {("lrpe", self.key_heads // tensor, self.key_width): width} if self.own.lrpe != "none" else {}
+        if self.own.lrpe == "none":
+            return {}
+        return {("lrpe", self.key_heads // tensor, self.key_width): 2 * self.keys // tensor}

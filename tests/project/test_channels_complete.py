@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from support import kept as live
 from support import parity, steps
 
 from lsys.config.rules import check
 from lsys.config.schema import Config
-from lsys.mixers.dense import DenseOptions
+from lsys.mixers.card import NORM, PRODUCT, VECTOR, Place
+from lsys.mixers.dense import Dense, DenseOptions
 from lsys.mixers.registry import CHANNEL_CARDS, CHANNEL_LETTERS, CHANNELS
 from lsys.observe.flops import flops_per_token, parameters
 from lsys.predict.activations import Activations
@@ -86,13 +88,20 @@ def seen(rank: int, world_size: int, changed: dict[str, Any]) -> dict[str, Any]:
             for name, p in model.decoder.layers[0].named_parameters()
             if not name.startswith("self_attention.")
         ]
+        own = getattr(model.decoder.layers[0], "mlp", torch.nn.Module()).named_parameters()
+        kinds = [(name, NORM if "norm" in name else PRODUCT if p.dim() == 2 else VECTOR) for name, p in own]
         if world_size == 1:
             layout, tokens = SequenceLayout.contiguous((TOKENS,), 1), torch.zeros(TOKENS, dtype=torch.int64)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(tokens, tokens, PackedMicroBatch(layout=layout, positions=layout.positions(0)))
             counts = counter.get_flop_counts()["Global"]
             products = sum(n for op, n in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    return {"held": held, "products": products, "parameters": sum(p.numel() for p in model.parameters())}
+    return {
+        "held": held,
+        "kinds": kinds,
+        "products": products,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def check_parameters(gloo: Any, kind: str) -> None:
@@ -108,6 +117,9 @@ def check_parameters(gloo: Any, kind: str) -> None:
         for found in gloo(tensor, seen, changes(kind, tensor=tensor)):
             built = [(name.removeprefix("mlp.").removesuffix(".weight"), *rest) for name, *rest in found["held"]]
             assert told == 2 * built
+            [card] = config.model.channel_cards.values()
+            kinds = [(name.removesuffix(".weight"), kind) for name, kind in found["kinds"]]
+            assert [(weight.name.removesuffix(".weight"), weight.kind) for weight in card.weights()] == kinds
             if tensor == 1:
                 forward = flops_per_token(config.model, TOKENS)
                 expected = TOKENS * sum(v for part, v in forward.items() if not part.endswith("attention"))
@@ -142,6 +154,51 @@ def check_bytes(gloo: Any, kind: str) -> None:
             assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
 
 
+LENGTHS = 256, 512
+
+
+def kept(rank: int, world_size: int, changed: dict[str, Any]) -> dict[bool, tuple[bool, list[float]]]:
+    """Whether the module takes a fused kernel, and the bytes a token of `live.channel_bytes`: as it is on CPUs, and as on GPUs.
+
+    Megatron's fused kernel is a torch function that does its own backward pass, which CPUs run too: what it keeps is the same there.
+    """
+    from dataclasses import replace
+
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.mixers.registry import module_class
+    from lsys.model.megatron_config import transformer_config
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+
+    config, results = parity.settings(**changed), {}
+    [card] = config.model.channel_cards.values()
+    with process_groups(config.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        for gpu in (False, True):
+            own = replace(transformer_config(config), bias_activation_fusion=gpu)
+            sizes, fuses = [(0, 0)] * 2, False
+            if card.module:
+                module = module_class(card)(config=own, layer_number=1, pg_collection=groups.collection, card=card)
+                sizes = [live.channel_bytes(module, tokens, config.model.hidden) for tokens in LENGTHS]
+                fuses = bool(module.config.bias_activation_fusion)
+            results[gpu] = fuses, [(b - a) / (LENGTHS[1] - LENGTHS[0]) for a, b in zip(*sizes, strict=True)]
+    return results
+
+
+def check_kept(gloo: Any, kind: str) -> None:
+    """What autograd keeps, to the byte, and the peak of the backward pass; of fused kernels only the former, whose peak GPUs have."""
+    for precision, itemsize in (("fp32", 4), ("bf16", 2)):
+        changed = changes(kind) | {"train__precision": precision}
+        [card] = parity.settings(**changed).model.channel_cards.values()
+        [found] = gloo(1, kept, changed)
+        for gpu, (fuses, (left, most)) in found.items():
+            place = Place(itemsize=itemsize, gpu=gpu, tensor=1, is_sent=False)
+            assert card.kept(place) == left
+            assert gpu or card.kept(place) + card.workspace(place) == most
+            assert not isinstance(card, Dense) or fuses == (gpu and card.activation.fused is not None)
+
+
 # Much of it beside the token mixers, so that a part of what it keeps shows in the peak.
 WIDE = dict(
     model__layers=8, model__hidden=32, model__heads=2, model__head_dim=16, model__groups=2, model__vocab=8, model__ffn=1024,
@@ -172,6 +229,11 @@ def test_its_parameters_and_products_are_those_of_the_built_module(gloo: Any, ki
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_bytes_are_exact(gloo: Any, kind: str) -> None:
     check_bytes(gloo, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_autograd_keeps_of_it_is_exact(gloo: Any, kind: str) -> None:
+    check_kept(gloo, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

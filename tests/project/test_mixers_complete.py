@@ -7,18 +7,14 @@ any one fact of any card turns one of the checks red: test_planted_facts.py.
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from support import parity, published, steps
-from support.kept import KERNELS, Watch
+from support.kept import Watch
+from support.spied import TOKENS, mixing_flops, spied_kernels
 
 from lsys.config.rules import check
 from lsys.config.schema import Config
@@ -39,10 +35,16 @@ LINEAR = {"heads": 4, "key_heads": 2, "key_dim": 6}
 STATES = [card.name for card in CARDS if card.has_state]
 
 
+# Each mixer as it is without keys of its own; of those whose keys change what their cards say, a variant too.
+OPTIONS: dict[str, dict[str, Any]] = {"phased": {"kind": "lightning", "lrpe": "all", "norm": "srms", "decay": False}}
+KINDS = {name: name for name in MIXERS} | {name: own["kind"] for name, own in OPTIONS.items()}
+
+
 def changes(name: str, **degrees: int) -> dict[str, Any]:
-    """A model of this mixer: of the registry, or from the path of a card of one's own."""
+    """A model of this mixer: of the registry, a variant of `OPTIONS`, or from the path of a card of one's own."""
     axes = {f"parallel__{axis}": degree for axis, degree in degrees.items()}
-    own = {"model__mixers": {called(name): {"kind": name}}} if is_path(name) else {}
+    mixers = OPTIONS.get(name, {"kind": name} if is_path(name) else None)
+    own = {"model__mixers": {called(name): mixers}} if mixers else {}
     return {
         **axes,
         **own,
@@ -120,27 +122,6 @@ def seen(rank: int, world_size: int, changed: dict[str, Any]) -> dict[str, Any]:
     return {"held": held, "products": products, "spied": spied, "convolution": convolution}
 
 
-@contextmanager
-def spied_kernels() -> Iterator[list[dict[str, Any]]]:
-    """What the kernel of each layer is given: its name, the shapes of tensors, and other options."""
-    found: list[dict[str, Any]] = []
-
-    def watched(name: str, real: Any, q: Any, k: Any, v: Any, *ranks: Any, **options: Any) -> Any:
-        given = {"q": q, "k": k, "v": v, **options}
-        found.append({"kernel": name} | {key: tuple(x.shape) if hasattr(x, "shape") else x for key, x in given.items()})
-        return real(q, k, v, *ranks, **options)
-
-    with ExitStack() as stack:
-        for path in KERNELS:
-            module, _, name = path.rpartition(".")
-            real = getattr(import_module(module), name)
-            stack.enter_context(mock.patch(path, partial(watched, name, real)))
-        yield found
-
-
-TOKENS = 64
-
-
 def check_parameters(gloo: Any, name: str) -> None:
     """Names, sizes, marks and gradients of the built mixer, whole and cut in two; products that torch counts."""
     for tensor in (1, 2):
@@ -189,23 +170,6 @@ def check_gates(card: Any, spied: dict[str, Any]) -> None:
     assert card.gates(1) * TOKENS == sum(of_tokens)
 
 
-def mixing_flops(spied: dict[str, Any]) -> float:
-    """FLOPs of a kernel that is given such tensors: of softmax attention pair by pair, of a state in one chunk of all TOKENS."""
-    heads, key_heads, k, v = spied["q"][1], spied["k"][1], spied["k"][2], spied["v"][2]
-    if spied["kernel"] == "softmax_attention":
-        pairs = sum(min(query + 1, spied["mask"].window or TOKENS) for query in range(TOKENS))
-        return 2.0 * pairs * heads * (k + v)
-    heads, chunk = spied["v"][1], TOKENS
-    own = len(spied.get("log_decay") or ()) == 3 or spied.get("beta") is not None  # scores of a head, not of a key head
-    state, scores, values = 2 * chunk * k * v, 2 * chunk * chunk * k, 2 * chunk * chunk * v
-    flops = heads * (2 * state + values) + (heads if own else key_heads) * scores
-    if (
-        spied.get("beta") is not None
-    ):  # what the state says of keys, scores of keys, their corrections times keys and values
-        flops += heads * (state + scores + scores + values)
-    return flops
-
-
 OUTSIDE = {
     "embedding", "input_layernorm", "pre_mlp_layernorm", "linear_fc1", "linear_fc2", "final_layernorm", "output_layer"
 }  # fmt: skip
@@ -252,14 +216,16 @@ CP2, BF16 = {"parallel__context": 2}, {"train__precision": "bf16"}
 SENT = {"parallel__linear": "ulysses", "parallel__attention": "ulysses"}
 
 
-# Heads that share keys, more than one group on each of two ranks. Where heads are sent, the exchange keeps buffers for a time of its own.
+# Heads that share keys, more than one group on each of two ranks. Where heads are sent, buffers of the exchange may be what is kept, so
+# that heads of a state have their own keys there.
 KEPT = dict(
     model__layers=2, model__hidden=64, model__heads=8, model__head_dim=16, model__groups=4, model__ffn=16, model__vocab=8,
     model__linear={"heads": 8, "key_heads": 4, "key_dim": 12, "head_dim": 20},
 )  # fmt: skip
 LENGTHS = 256, 512
+OWN_KEYS = {"model__linear": {"heads": 8, "key_dim": 12, "head_dim": 20}}
 PLACES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (1, {}), (1, BF16), (2, {"parallel__tensor": 2})
+    (1, {}), (1, BF16), (2, {"parallel__tensor": 2}), (2, CP2 | SENT | OWN_KEYS)
 )  # fmt: skip
 
 
@@ -330,22 +296,22 @@ def check_memory(gloo: Any, name: str) -> None:
             assert told[1] - told[0] == pytest.approx(many - few, rel=0.01), (told[1] - told[0]) / (many - few) - 1
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_its_parameters_and_products_are_those_of_the_built_module(measured: Any, name: str) -> None:
     check_parameters(measured, name)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_its_bytes_are_exact(measured: Any, name: str) -> None:
     check_bytes(measured, name)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_what_autograd_keeps_of_it_is_exact(measured: Any, name: str) -> None:
     check_kept(measured, name)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_its_peak_memory_is_known(measured: Any, name: str) -> None:
     check_memory(measured, name)
 

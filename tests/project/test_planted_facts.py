@@ -4,7 +4,7 @@ Only what is told changes: what was built, sent and alive is measured once, with
 """
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from lsys.mixers.registry import CHANNELS, MIXERS
 Check = Callable[[Any, str], None]
 
 TOKEN_CHECKS = (mixers.check_parameters, mixers.check_kept, mixers.check_bytes, mixers.check_memory)
-CHANNEL_CHECKS = (channels.check_parameters, channels.check_bytes, channels.check_memory)
+CHANNEL_CHECKS = (channels.check_parameters, channels.check_kept, channels.check_bytes, channels.check_memory)
 
 
 def outcome(checks: Sequence[Check], gloo: Any, name: str) -> str:
@@ -48,14 +48,17 @@ def check_facts(checks: Sequence[Check], measured: Any, kind: type, name: str, p
     assert found and not silent, f"{len(silent)} of {len(found)} facts: {silent}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MIXERS)
+def cases(names: Iterable[str], always: str) -> list[Any]:
+    """Each takes some seconds; two are for every run."""
+    return [pytest.param(name, marks=[] if name == always else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", cases(mixers.KINDS, always="phased"))
 def test_a_changed_fact_of_a_token_mixer_is_noticed(measured: Any, name: str) -> None:
     parts = [*mixers.settings(name).model.cards[name].parts()]
-    check_facts(TOKEN_CHECKS, measured, MIXERS[name], name, parts)
+    check_facts(TOKEN_CHECKS, measured, MIXERS[mixers.KINDS[name]], name, parts)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", channels.KINDS)
+@pytest.mark.parametrize("kind", cases(channels.KINDS, always="starrelu"))
 def test_a_changed_fact_of_a_channel_mixer_is_noticed(measured: Any, kind: str) -> None:
     check_facts(CHANNEL_CHECKS, measured, CHANNELS[channels.KINDS[kind][0]], kind)

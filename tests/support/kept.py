@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps of token mixers between their projections, by layer and moment, as live tensors show them."""
+"""Bytes that autograd keeps, as live tensors show them: of token mixers between their projections, by layer and moment; of channel mixers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 from weakref import ref
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,6 +40,36 @@ class Made(TorchDispatchMode):
         held = {id(x): x for x in (found() for found in self._storages[layer]) if x is not None}
         others = {id(x.untyped_storage()) for x in but}
         return sum(x.nbytes() for key, x in held.items() if key not in others)
+
+
+class MostMade(Made):
+    """The most bytes, too, that were alive together after an operation, without the storages of some tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.most = 0, 0
+        self.but: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = super().__torch_dispatch__(func, types, args, kwargs)
+        self.most = max(self.most, self.alive(0, self.but))
+        return results
+
+
+def channel_bytes(module: Any, tokens: int, hidden: int) -> tuple[int, int]:
+    """What a channel mixer keeps of so many tokens, and the most that is alive in its backward pass.
+
+    Its input, its output and the output's gradient do not count.
+    """
+    x = torch.randn(tokens, 1, hidden, dtype=next(module.parameters()).dtype, requires_grad=True)
+    gradient = torch.ones_like(x)
+    module.zero_grad(set_to_none=True)
+    with MostMade() as made:
+        output, _ = module(x)
+        made.but = [output]
+        kept = made.most = made.alive(0, made.but)
+        output.backward(gradient)
+    return kept, made.most
 
 
 class Watch:

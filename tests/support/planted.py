@@ -10,9 +10,9 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import partial
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal
 from unittest import mock
 
@@ -107,12 +107,24 @@ def changes(kind: type, name: str, value: Any, parts: Sequence[str]) -> Iterator
             hint = typing.get_type_hints(owners[0], vars(inspect.getmodule(owners[0])) | names)[name]
             hint = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.ClassVar else hint
     for fact, change in _changes(value, hint, parts):
-        yield f"{name}{fact}", change
+        if _is_legal(change, value):
+            yield f"{name}{fact}", change
+
+
+def _is_legal(change: Change, value: Any) -> bool:
+    """Whether what holds the value can be made with another one; a window that is not causal cannot."""
+    try:
+        change(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _changes(value: Any, hint: Any, parts: Sequence[str]) -> Iterator[tuple[str, Change]]:
     if is_dataclass(value) or hasattr(value, "_fields"):
         yield from _fields(value, parts)
+    elif isinstance(value, (Mapping, Sequence)) and not value:
+        yield "", partial(_filled, [_sample(each) for each in typing.get_args(hint)])
     elif isinstance(value, Mapping):
         for at, inner in enumerate(value.values()):  # keys may depend on sizes
             yield f"[{at}]", partial(_without, at)
@@ -168,6 +180,19 @@ def _others(value: Any, hint: Any, parts: Sequence[str]) -> Iterator[Change]:
             yield partial(_instead, other)
 
 
+def _sample(hint: Any) -> Any:
+    """A legal value of a type."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)[0]
+    if isinstance(hint, UnionType):
+        return _sample(typing.get_args(hint)[0])
+    if hasattr(hint, "_fields") or is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        names = getattr(hint, "_fields", None) or [field.name for field in fields(hint) if field.default is MISSING]
+        return hint(**{name: _sample(hints[name]) for name in names})
+    return hint(1) if hint in (bool, int, float) else "planted"
+
+
 # ---- changes, each of a value `found` of the shape of that which was seen; others stay as they are
 
 
@@ -177,6 +202,13 @@ def _plain(kind: type, change: Change, found: Any) -> Any:
 
 def _instead(other: Any, found: Any) -> Any:
     return other
+
+
+def _filled(samples: Sequence[Any], found: Any) -> Any:
+    """One entry or element where there is none."""
+    if found:
+        return found
+    return {samples[0]: samples[1]} if isinstance(found, Mapping) else samples
 
 
 def _without(at: int, found: Mapping[Any, Any]) -> dict[Any, Any]:
