@@ -56,23 +56,32 @@ def parse(
 
 
 def _options_of(section: type[BaseModel], words: Sequence[str], above: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields of a dataclass: a text for each key of the section, a dataclass for each section in it."""
+    """Fields of a dataclass: a text for each key of the section, a dataclass for each section in it.
+
+    Of sections, those that the words name, and all for `--help`: to make all takes tyro longer than a command that answers at once may.
+    """
     schema = section.model_json_schema()
     made: list[tuple[str, Any, Any]] = []
     for name, field in section.model_fields.items():
         inner, path = held_section(field.annotation), f"{above}{name}"
         if inner is not None and not typing.get_args(field.annotation):
-            made.append(_group(name, name, _options_of(inner, words, f"{path}.")))
+            if _is_named(path, words):
+                made.append(_group(name, name, _options_of(inner, words, f"{path}.")))
             continue
         kind = "list" if inner else kind_in_words(schema["properties"][name], schema)
         default = "required" if field.is_required() else f"default: {default_in_words(field.default)}"
         made.append(_text(name, kind, field.description or "", default))
-        if inner:  # a list of sections: by index, as far as the words go
+        if inner and _is_named(path, words):  # a list of sections: by index, as far as the words go
             indices = [int(n) for n in re.findall(rf"--{re.escape(path)}\.(\d{{1,3}})\.", "\n".join(words))]
             items = range(max(indices, default=0) + 1)
             groups = [_group(f"item_{n}", str(n), _options_of(inner, words, f"{path}.{n}.")) for n in items]
             made.append(_group(f"{name}_items", name, groups))
     return made
+
+
+def _is_named(path: str, words: Sequence[str]) -> bool:
+    """Whether options of this section are among the words, or all are asked for."""
+    return any(word in ("-h", "--help") or word.replace("-", "_").startswith(f"__{path}.") for word in words)
 
 
 def _text(name: str, kind: str, meaning: str, default: str) -> tuple[str, Any, Any]:
