@@ -37,12 +37,12 @@ class TraceOptions:
 
 @dataclass
 class Axis:
-    """Communication of one axis: operations, bytes sent, their spans, the spans of standing still for them."""
+    """Communication of one axis: operations, bytes sent, their spans, the spans for which a rank was blocked in them."""
 
     calls: int = 0
     bytes: int = 0
     spans: Spans = field(default_factory=list)
-    still: Spans = field(default_factory=list)
+    blocked: Spans = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Summary:
         """s of these in which nothing was computed."""
         if self.nccl:
             return (length(union(self.nccl)) - overlap(self.nccl, self.kernels)) / 1e6
-        return length(union([span for axis in self.axes.values() for span in axis.still])) / 1e6
+        return length(union([span for axis in self.axes.values() for span in axis.blocked])) / 1e6
 
 
 def main(options: TraceOptions) -> int:
@@ -142,7 +142,7 @@ def _by_axis(events: Iterable[dict[str, Any]], steps: Spans) -> dict[str, Axis]:
     begun: dict[int, dict[str, Any]] = {}
     for event in events:
         if event.get("cat") == "lsys.standing" and _within(event, steps, CLOCKS_US):
-            axes[event["args"]["axis"]].still.append(_span(event))
+            axes[event["args"]["axis"]].blocked.append(_span(event))
         elif event.get("cat") == "lsys.communication" and event["ph"] == "b":
             begun[event["id"]] = event
         elif event.get("cat") == "lsys.communication" and event["ph"] == "e":
@@ -202,12 +202,12 @@ def _overlap(summaries: Sequence[Summary]) -> Table:
 
 def _axes(summary: Summary) -> Table:
     table = Table(
-        "axis", "calls", "MB", "ms under way", "ms standing still",
+        "axis", "calls", "MB", "ms under way", "ms blocked",
         title=f"{summary.name}: communication of a step by axis", title_justify="left",
     )  # fmt: skip
     steps = len(summary.steps)
     for name, axis in sorted(summary.axes.items()):
-        times = (length(union(axis.spans)), length(union(axis.still)))
+        times = (length(union(axis.spans)), length(union(axis.blocked)))
         table.add_row(
             name,
             f"{axis.calls / steps:,.0f}",

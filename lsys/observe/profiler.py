@@ -3,7 +3,7 @@
 A trace is what torch.profiler records, with ranges for steps (`lsys.step 12`) and for the forward pass of layers, their
 mixers and MLPs (`lsys.layer 3`, `lsys.layer 3 Lightning`, `lsys.layer 3 MLP`), and beside it communication by axis: every
 operation from its issue to the end of the first wait for it, with its bytes, and a track of the times for which the rank
-stood still.
+was blocked.
 On CUDA, a snapshot of the allocator (pytorch.org/memory_viz) is written too if asked for.
 """
 
@@ -27,7 +27,7 @@ from lsys.parallel.ledger import bytes_sent
 from lsys.parallel.ledger.hooks import HOOKS, Call, Observer
 
 CLOCK = "lsys.clock"  # a range that begins when the host's clock is read
-STANDING = 10_000_000  # thread id of the first track
+BLOCKED = 10_000_000  # thread id of the first track
 
 
 class Operation(NamedTuple):
@@ -214,7 +214,7 @@ def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def add_tracks(trace: dict[str, Any], operations: Sequence[Operation], clock: float) -> None:
     """Put communication into a Chrome trace; `clock`: s of the host when its last range CLOCK began.
 
-    Operations may overlap, so they are asynchronous events; times of standing still are slices of a track for each axis.
+    Operations may overlap, so they are asynchronous events; times of being blocked are slices of a track for each axis.
     """
     events: list[dict[str, Any]] = trace["traceEvents"]
     markers = [event for event in events if event.get("name") == CLOCK and event.get("cat") == "user_annotation"]
@@ -222,14 +222,14 @@ def add_tracks(trace: dict[str, Any], operations: Sequence[Operation], clock: fl
     process, offset = marker["pid"], marker["ts"] - 1e6 * clock  # us
     axes = sorted({each.axis for each in operations})
     for number, axis in enumerate(axes):
-        title = {"name": f"standing still: {axis}"}
-        events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": STANDING + number, "args": title})
+        title = {"name": f"blocked: {axis}"}
+        events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": BLOCKED + number, "args": title})
     for number, each in enumerate(operations):
-        common = {"cat": "lsys.communication", "name": f"{each.axis} {each.name}", "pid": process, "tid": STANDING}
+        common = {"cat": "lsys.communication", "name": f"{each.axis} {each.name}", "pid": process, "tid": BLOCKED}
         about = {"bytes": each.bytes, "axis": each.axis}
         ends: tuple[tuple[str, float, dict[str, Any]], ...] = (("b", each.begin, about), ("e", each.end, {}))
         events += [{**common, "ph": ph, "id": number, "ts": 1e6 * at + offset, "args": args} for ph, at, args in ends]
         for begin, end in each.blocked:
-            place = {"ph": "X", "tid": STANDING + axes.index(each.axis), "cat": "lsys.standing"}
+            place = {"ph": "X", "tid": BLOCKED + axes.index(each.axis), "cat": "lsys.standing"}
             span = {"ts": 1e6 * begin + offset, "dur": 1e6 * (end - begin), "args": about}
             events.append({**common, **place, **span})

@@ -3,8 +3,8 @@
 | part | what it is |
 |---|---|
 | compute | work inside forward, backward and the optimizer's step, between operations of communication |
-| exposed_AXIS | standing still for communication of that axis, from when all ranks that it needs had come to it |
-| imbalance | standing still for communication before that: waiting for slower ranks |
+| exposed_AXIS | blocked in communication of that axis, from when all ranks that it needs had come to it |
+| imbalance | blocked in communication before that: waiting for slower ranks |
 | bubble | the same, for ranks of other pipeline stages |
 | data | waiting for the next batch |
 | checkpoint | writing a checkpoint, with its communication |

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lsys.observe.clocks import RunQueue, Timer, clock_offset
 from lsys.observe.waterfall import CORE, REPORT, Moved, Waterfall, exposed, part_names
 from lsys.observe.waterfall_peers import Peers
-from lsys.observe.waterfall_split import REGIONS, Bound, Split, Stop
+from lsys.observe.waterfall_split import REGIONS, Blocked, Boundary, Split
 from lsys.parallel.ledger import OTHER, WORLD
 from lsys.parallel.ledger.hooks import HOOKS, Call, Observer
 from lsys.runtime.groups import AXES, Groups
@@ -48,7 +48,7 @@ class Recorder(Observer):
     def __init__(self, groups: Groups, every: int = 1) -> None:
         self.groups, self.every = groups, every
         collection, self.is_on = groups.collection, False
-        self._current: list[Bound | Stop] = []  # the step that is being recorded
+        self._current: list[Boundary | Blocked] = []  # the step that is being recorded
         named = [getattr(collection, name, None) for name in AXES] + [dist.group.WORLD] if every else []
         stages = dist.get_process_group_ranks(collection.pp)
         self.peers = Peers([group for group in named if group is not None], stages, groups.device)
@@ -69,7 +69,7 @@ class Recorder(Observer):
         self._thread, queue = threading.get_ident(), None
         self._timer = Timer(self.groups.device)
         self._split = Split(self._timer, self.peers, self.axes)
-        self._closed: list[list[Bound | Stop]] = []  # steps that are not split yet
+        self._closed: list[list[Boundary | Blocked]] = []  # steps that are not split yet
         if self.groups.device.type == "cpu" and self.every:
             with contextlib.suppress(OSError):  # `_notes` tells
                 queue = self.clock = RunQueue()
@@ -89,16 +89,16 @@ class Recorder(Observer):
         Regions do not nest. Communication is told from computation inside "compute", and between regions.
         """
         assert name in REGIONS, name
-        self._bound(name)
+        self._boundary(name)
         try:
             yield
         finally:
-            self._bound(None)
+            self._boundary(None)
 
     def end_step(self, number: int) -> None:
         """Step `number` ends here, and the next one begins; summing up earlier ones is its report."""
         if self.is_on:
-            self._bound(None)
+            self._boundary(None)
             self._closed.append(self._current)
         self._begin_step(number + 1)
         if len(self._closed) > 1:
@@ -120,7 +120,7 @@ class Recorder(Observer):
         waterfall = self._gather(differing)
         # The step that has begun keeps its marks as seconds: those of CUDA do not outlive the reference.
         self._current = [
-            each._replace(mark=self._timer.seconds(each.mark)) for each in self._current if isinstance(each, Bound)
+            each._replace(mark=self._timer.seconds(each.mark)) for each in self._current if isinstance(each, Boundary)
         ]
         self._timer.anchor()
         self._split.restart()
@@ -129,20 +129,20 @@ class Recorder(Observer):
     # ---- what the ledger's hooks call
 
     def issued(self, call: Call, before: float, after: float) -> None:
-        if self._stops_us(call):
-            self._current.append(Stop(*call.blocked[0], before, after, [call], True))
+        if self._is_blocking(call):
+            self._current.append(Blocked(*call.blocked[0], before, after, [call], True))
 
     def waited(self, call: Call, before: float, after: float) -> None:
-        if not self._stops_us(call):
+        if not self._is_blocking(call):
             return
         begin, end = call.blocked[-1]
         last = self._current[-1]
-        if isinstance(last, Stop) and last.end is end:  # of the same batch
+        if isinstance(last, Blocked) and last.end is end:  # of the same batch
             last.calls.append(call)
         else:
-            self._current.append(Stop(begin, end, before, after, [call], False))
+            self._current.append(Blocked(begin, end, before, after, [call], False))
 
-    def _stops_us(self, call: Call) -> bool:
+    def _is_blocking(self, call: Call) -> bool:
         """On a CPU, only what the thread of the loop waits for; on a GPU all, for it is the stream that waits."""
         on_host = isinstance(call.begin, float)
         return self.is_on and len(call.place.ranks) > 1 and (not on_host or threading.get_ident() == self._thread)
@@ -159,7 +159,7 @@ class Recorder(Observer):
         self._switch(on)
         self._current = self._current[-1:] if on and was_on else []
         if not was_on:
-            self._bound(None)
+            self._boundary(None)
 
     def _sum_up(self, keep: int = 0) -> None:
         """Split the steps that have ended, but for so many of the newest."""
@@ -171,9 +171,9 @@ class Recorder(Observer):
             (HOOKS.add if on else HOOKS.remove)(self)
             self.is_on = on
 
-    def _bound(self, region: str | None) -> None:
+    def _boundary(self, region: str | None) -> None:
         if self.is_on:
-            self._current.append(Bound(self._timer.mark(), self.clock() if self.clock else 0.0, region))
+            self._current.append(Boundary(self._timer.mark(), self.clock() if self.clock else 0.0, region))
 
     # ---- the ranks' sums
 

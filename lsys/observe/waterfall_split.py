@@ -16,7 +16,7 @@ PAUSED = "paused"  # a region that is no step's
 REGIONS = (COMPUTE, DATA, CHECKPOINT, REPORT, PAUSED)
 
 
-class Bound(NamedTuple):
+class Boundary(NamedTuple):
     """A step or a region begins or ends. waited: for a core so far, s. region: what follows; None is between regions."""
 
     mark: Mark
@@ -24,8 +24,8 @@ class Bound(NamedTuple):
     region: str | None
 
 
-class Stop(NamedTuple):
-    """This rank issued an operation, or stood still for some. before, after: waited for a core so far, s."""
+class Blocked(NamedTuple):
+    """This rank issued an operation, or was blocked by some. before, after: waited for a core so far, s."""
 
     begin: Mark
     end: Mark
@@ -43,8 +43,8 @@ class Issued(NamedTuple):
     returned: float
 
 
-class Still(NamedTuple):
-    """A `Stop` in seconds: since when, how long, how much of that for a core; the operations, and their axis."""
+class BlockedInterval(NamedTuple):
+    """A `Blocked` in seconds: since when, how long, how much of that for a core; the operations, and their axis."""
 
     begin: float
     length: float
@@ -71,24 +71,24 @@ class Split:
         self.steps = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.moved: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self._stills: list[Still] = []
+        self._blocked: list[BlockedInterval] = []
         # Operations under way were matched, and may be waited for later. What nothing waits for does not pile up.
         self._older, self._open = self._open, {}
 
-    def add(self, step: Sequence[Bound | Stop]) -> None:
-        """A step, from its first bound to its last."""
+    def add(self, step: Sequence[Boundary | Blocked]) -> None:
+        """A step, from its first boundary to its last."""
         self.steps += 1
         first, region = step[0], None
-        assert isinstance(first, Bound)
+        assert isinstance(first, Boundary)
         self._now, self._waited = self._timer.seconds(first.mark), first.waited
         for each in step[1:]:
-            if isinstance(each, Bound):
+            if isinstance(each, Boundary):
                 self._advance(self._timer.seconds(each.mark), each.waited, region)
                 region = each.region
             elif region in (COMPUTE, None):
                 begin, end = self._timer.seconds(each.begin), self._timer.seconds(each.end)
                 self._advance(begin, each.before, region)
-                self._stop(each, begin, end)
+                self._add_blocked(each, begin, end)
 
     def _advance(self, time: float, waited: float, region: str | None) -> None:
         """Nothing but this region, and waits for a core, since the last time."""
@@ -105,11 +105,11 @@ class Split:
         self._waited += core
         return length, core
 
-    def _stop(self, stop: Stop, begin: float, end: float) -> None:
+    def _add_blocked(self, blocked: Blocked, begin: float, end: float) -> None:
         operations = []
-        for call in stop.calls:
+        for call in blocked.calls:
             axis = call.place.axis if call.place.axis in self._axes else OTHER
-            if stop.is_issue:
+            if blocked.is_issue:
                 issues = self._peers.add(call, begin)
                 issued = Issued(issues, len(issues.begins) - 1 if issues else 0, end)
                 self._open[call] = issued
@@ -122,23 +122,23 @@ class Split:
                 self.moved[axis, "total"] += call.share * (end - issued.returned)
             operations.append(issued)
         since = self._now
-        length, core = self._pass(end, stop.after)
-        self._stills.append(Still(since, length, core, operations, axis))
+        length, core = self._pass(end, blocked.after)
+        self._blocked.append(BlockedInterval(since, length, core, operations, axis))
 
     def settle(self) -> None:
-        """Split the stops, now that it is known when the other ranks came."""
-        for still in self._stills:
-            last = near = still.begin
-            for issues, number, _ in still.operations:
+        """Split the blocked intervals, now that it is known when the other ranks came."""
+        for interval in self._blocked:
+            last = near = interval.begin
+            for issues, number, _ in interval.operations:
                 if issues is not None and issues.last is not None and issues.near is not None:
                     last, near = max(last, issues.last[number]), max(near, issues.near[number])
-            late = min(last - still.begin, still.length)
-            transfer = still.length - late
-            of_transfer = min(still.core, transfer)  # it waits for a core when it is done
-            of_late = still.core - of_transfer
-            imbalance = 0.0 if still.axis == PIPELINE else min(near - still.begin, late)
-            self.seconds[CORE] += still.core
-            self.seconds[exposed(still.axis)] += transfer - of_transfer
+            late = min(last - interval.begin, interval.length)
+            transfer = interval.length - late
+            of_transfer = min(interval.core, transfer)  # it waits for a core when it is done
+            of_late = interval.core - of_transfer
+            imbalance = 0.0 if interval.axis == PIPELINE else min(near - interval.begin, late)
+            self.seconds[CORE] += interval.core
+            self.seconds[exposed(interval.axis)] += transfer - of_transfer
             self.seconds[IMBALANCE] += max(0.0, imbalance - of_late)
             self.seconds[BUBBLE] += late - imbalance - max(0.0, of_late - imbalance)
-        self._stills.clear()
+        self._blocked.clear()

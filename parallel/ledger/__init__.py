@@ -72,7 +72,7 @@ class Event:
         sent, received: bytes by link class.
         seconds: from its issue to the end of the first wait for it. For an operation that finished behind computation
             this is more than its transfer took: nobody looked earlier. Without a wait, the time of its issue.
-        exposed: seconds for which the issuing thread (on a GPU, the stream that issued it) stood still for it.
+        exposed: seconds for which the issuing thread (on a GPU, the stream that issued it) was blocked in it.
     """
 
     operation: Operation
@@ -146,7 +146,7 @@ class Ledger(Observer):
         return sum(_seconds(call) for call in self._selected(axis, link, op))
 
     def exposed(self, axis: str | None = None, link: str | None = None, op: str | None = None) -> float:
-        """Seconds for which the rank stood still for communication."""
+        """Seconds for which the rank was blocked in communication."""
         return sum(_exposed(call) for call in self._selected(axis, link, op))
 
     def take(self) -> Ledger:

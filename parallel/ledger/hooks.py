@@ -29,7 +29,7 @@ class Call:
     Attributes:
         share: which part of its marks is its own: operations that were issued as one batch share them equally.
         begin, end: marks of its issue and of its completion, as far as the issuing side saw it.
-        blocked: pairs of marks between which the issuing side stood still.
+        blocked: pairs of marks between which the issuing side was blocked.
     """
 
     __slots__ = ("operation", "place", "backend", "share", "begin", "end", "blocked", "__weakref__")

@@ -61,7 +61,7 @@ class _Transfer:
     Attributes:
         members: who has issued it, by rank, and how. size: how many there will be.
         ready: when the last member came. done: when it ends; both None until known.
-        waiters: ranks that stand still, and since when.
+        waiters: ranks that are blocked, and since when.
     """
 
     size: int
@@ -244,7 +244,7 @@ class _Simulation:
         return True
 
     def resume(self, rank: int, transfer: _Transfer, since: float) -> None:
-        """The rank, which stands still since then, goes on when the transfer is done."""
+        """The rank, which is blocked since then, goes on when the transfer is done."""
         assert transfer.done is not None and transfer.ready is not None
         late = min(max(transfer.ready - since, 0.0), transfer.done - since)
         share, axis = self.shares[rank], transfer.members[rank].axis

@@ -18,8 +18,8 @@ def operation(number: int, begin: int, end: int) -> list[dict[str, Any]]:
     """Under way from begin to end, waited for from its middle."""
     common = {"cat": "lsys.communication", "name": "context all_gather", "id": number, "pid": 0, "tid": 2}
     about = {"axis": "context", "bytes": 1000}
-    still = slice_("context all_gather", (begin + end) // 2, end, "lsys.standing", args=about)
-    return [{**common, "ph": "b", "ts": begin, "args": about}, {**common, "ph": "e", "ts": end, "args": {}}, still]
+    blocked = slice_("context all_gather", (begin + end) // 2, end, "lsys.standing", args=about)
+    return [{**common, "ph": "b", "ts": begin, "args": about}, {**common, "ph": "e", "ts": end, "args": {}}, blocked]
 
 
 def test_what_comes_between_steps_is_left_out(tmp_path: Path):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lsys.observe.clocks import RunQueue, Timer, clock_offset
 from lsys.observe.waterfall import Moved, Waterfall, part_names
 from lsys.observe.waterfall_peers import Channel, Issues
-from lsys.observe.waterfall_split import Bound, Split, Stop
+from lsys.observe.waterfall_split import Blocked, Boundary, Split
 from lsys.parallel.ledger import Operation, Place
 from lsys.parallel.ledger.hooks import Call
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 # ---- one rank's steps
 
 
-class Told:
+class PeersStub:
     """Stands in for `Peers`: what the exchange is to give for every operation."""
 
     def __init__(self, last: float, near: float | None = None) -> None:
@@ -40,45 +40,49 @@ def call(axis: str = "data", kind: str = "all_reduce", begin: float = 0.0, size:
     return Call(Operation(kind, size), Place(axis, 0, (0, 1), (0, 0)), "gloo", begin, begin)
 
 
-def split(peers: Any, *step: Bound | Stop, axes: tuple[str, ...] = ("data", "pipeline", "other")) -> dict[str, Any]:
-    """Parts of a step, without those that are zero; they sum to the time between its first and last bound."""
+def split(
+    peers: Any, *step: Boundary | Blocked, axes: tuple[str, ...] = ("data", "pipeline", "other")
+) -> dict[str, Any]:
+    """Parts of a step, without those that are zero; they sum to the time between its first and last boundary."""
     whole = Split(Timer(CPU), peers, axes)
     whole.add(step)
     whole.settle()
     return {part: pytest.approx(seconds) for part, seconds in whole.seconds.items() if abs(seconds) > 1e-12}
 
 
-def waited_for(axis: str, begin: float, end: float, before: float = 0.0, after: float = 0.0) -> list[Stop]:
+def waited_for(axis: str, begin: float, end: float, before: float = 0.0, after: float = 0.0) -> list[Blocked]:
     begin, end = float(begin), float(end)
     one = call(axis, begin=begin)
-    return [Stop(begin, begin, before, before, [one], True), Stop(begin, end, before, after, [one], False)]
+    return [Blocked(begin, begin, before, before, [one], True), Blocked(begin, end, before, after, [one], False)]
 
 
-def step(*inside: Stop, waited: float = 0.0) -> list[Bound | Stop]:
+def step(*inside: Blocked, waited: float = 0.0) -> list[Boundary | Blocked]:
     """0 .. 1 between regions, 1 .. 9 compute, 9 .. 10 data."""
-    bounds = [(0.0, 0.0, None), (1.0, 0.0, "compute"), (9.0, waited, "data"), (10.0, waited, None)]
-    first, second, *others = [Bound(*each) for each in bounds]
+    boundaries = [(0.0, 0.0, None), (1.0, 0.0, "compute"), (9.0, waited, "data"), (10.0, waited, None)]
+    first, second, *others = [Boundary(*each) for each in boundaries]
     return [first, second, *inside, *others]
 
 
 def test_segments_between_waits_are_compute() -> None:
-    assert split(Told(-math.inf), *step(*waited_for("data", 2, 5))) == {
+    assert split(PeersStub(-math.inf), *step(*waited_for("data", 2, 5))) == {
         "other": 1, "compute": 5, "exposed_data": 3, "data": 1
     }  # fmt: skip
 
 
 def test_waiting_for_peers_is_no_transfer() -> None:
-    assert split(Told(4.0), *step(*waited_for("data", 2, 5)))["imbalance"] == 2
-    assert split(Told(99.0), *step(*waited_for("data", 2, 5)))["imbalance"] == 3  # later than its end: clocks differ
-    assert split(Told(4.0), *step(*waited_for("pipeline", 2, 5)))["bubble"] == 2
+    assert split(PeersStub(4.0), *step(*waited_for("data", 2, 5)))["imbalance"] == 2
+    assert (
+        split(PeersStub(99.0), *step(*waited_for("data", 2, 5)))["imbalance"] == 3
+    )  # later than its end: clocks differ
+    assert split(PeersStub(4.0), *step(*waited_for("pipeline", 2, 5)))["bubble"] == 2
     # The last rank of this one's stage came at 3, that of another stage at 4.
-    parts = split(Told(4.0, 3.0), *step(*waited_for("data", 2, 5)))
+    parts = split(PeersStub(4.0, 3.0), *step(*waited_for("data", 2, 5)))
     assert (parts["imbalance"], parts["bubble"], parts["exposed_data"]) == (1, 1, 1)
 
 
 def test_waiting_for_a_core_is_taken_out_of_the_end_of_a_wait() -> None:
     def parts(core: float) -> dict[str, float]:
-        return split(Told(4.0), *step(*waited_for("data", 2, 5, 0.5, 0.5 + core), waited=0.5 + core + 0.25))
+        return split(PeersStub(4.0), *step(*waited_for("data", 2, 5, 0.5, 0.5 + core), waited=0.5 + core + 0.25))
 
     assert parts(0.0) == {"other": 1, "compute": 4.25, "core": 0.75, "imbalance": 2, "exposed_data": 1, "data": 1}
     assert parts(0.5) == {"other": 1, "compute": 4.25, "core": 1.25, "imbalance": 2, "exposed_data": 0.5, "data": 1}
@@ -86,30 +90,33 @@ def test_waiting_for_a_core_is_taken_out_of_the_end_of_a_wait() -> None:
 
 
 def test_what_a_segment_is_too_short_for_counts_later() -> None:
-    assert split(Told(0.0), *step(*waited_for("data", 2, 2.5, 1.5, 1.5), waited=3.0))["core"] == 3
+    assert split(PeersStub(0.0), *step(*waited_for("data", 2, 2.5, 1.5, 1.5), waited=3.0))["core"] == 3
 
 
 def test_stops_inside_of_a_checkpoint_are_the_checkpoint() -> None:
-    bounds: list[Bound | Stop] = [
-        Bound(0.0, 0.0, None),
-        Bound(0.0, 0.0, "checkpoint"),
+    boundaries: list[Boundary | Blocked] = [
+        Boundary(0.0, 0.0, None),
+        Boundary(0.0, 0.0, "checkpoint"),
         *waited_for("data", 1, 3),
-        Bound(4.0, 0.0, "paused"),
+        Boundary(4.0, 0.0, "paused"),
     ]
-    assert split(Told(0.0), *bounds, Bound(7.0, 0.0, None), Bound(8.0, 0.0, None)) == {"checkpoint": 4, "other": 1}
+    assert split(PeersStub(0.0), *boundaries, Boundary(7.0, 0.0, None), Boundary(8.0, 0.0, None)) == {
+        "checkpoint": 4,
+        "other": 1,
+    }
 
 
 def test_a_batch_stops_once() -> None:
     calls = [call("pipeline", "send", 2.0), call("pipeline", "recv", 2.5)]
-    issues = [Stop(each.begin, each.begin, 0.0, 0.0, [each], True) for each in calls]
-    parts = split(Told(3.0), *step(*issues, Stop(2.5, 4.0, 0.0, 0.0, calls, False)))
+    issues = [Blocked(each.begin, each.begin, 0.0, 0.0, [each], True) for each in calls]
+    parts = split(PeersStub(3.0), *step(*issues, Blocked(2.5, 4.0, 0.0, 0.0, calls, False)))
     assert parts == {"other": 1, "compute": 6.5, "bubble": 0.5, "exposed_pipeline": 1, "data": 1}
 
 
 def test_an_operation_may_outlast_its_step() -> None:
     one = call()
-    whole = Split(Timer(CPU), Told(1.5), ["data"])  # type: ignore[arg-type]
-    whole.add([Bound(0.0, 0.0, None), Stop(0.5, 0.5, 0.0, 0.0, [one], True), Bound(1.0, 0.0, None)])
+    whole = Split(Timer(CPU), PeersStub(1.5), ["data"])  # type: ignore[arg-type]
+    whole.add([Boundary(0.0, 0.0, None), Blocked(0.5, 0.5, 0.0, 0.0, [one], True), Boundary(1.0, 0.0, None)])
     whole.settle()
     assert whole.seconds["other"] == 1 and whole.moved == {
         ("data", "calls"): 1,
@@ -117,14 +124,14 @@ def test_an_operation_may_outlast_its_step() -> None:
         ("data", "total"): 0,
     }
     whole.restart()
-    whole.add([Bound(1.0, 0.0, None), Stop(1.25, 2.0, 0.0, 0.0, [one], False), Bound(3.0, 0.0, None)])
+    whole.add([Boundary(1.0, 0.0, None), Blocked(1.25, 2.0, 0.0, 0.0, [one], False), Boundary(3.0, 0.0, None)])
     whole.settle()
     assert whole.seconds == {"other": 1.25, "core": 0, "imbalance": 0.25, "exposed_data": 0.5, "bubble": 0}
     assert whole.moved == {("data", "total"): 1.5}
 
 
 def test_axes_without_a_group_are_other() -> None:
-    assert split(Told(0.0), *step(*waited_for("spare", 2, 5)))["exposed_other"] == 3
+    assert split(PeersStub(0.0), *step(*waited_for("spare", 2, 5)))["exposed_other"] == 3
 
 
 # ---- what is shown
