@@ -39,9 +39,9 @@ from lsys.observe.efficiency import commit, hardware_name, versions
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed
 from lsys.parallel.links import NETWORK, NODE, Link
 from lsys.predict.activations import Activations
+from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import Hardware, load
 from lsys.predict.seconds import AXES, StepTime
-from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.weights import weights
 from lsys.predict.work import StageWork, Work, backward
@@ -174,8 +174,8 @@ def calibrate(cases: list[Case], results: list[dict[str, Any]]) -> Hardware:
 def observations(case: Case, result: dict[str, Any]) -> list[tuple[Work, float]]:
     """(quantities, CPU seconds) of layers, of what is beside them, of the optimizer."""
     config = Config.model_validate(case.tree)
-    shape = Shape(config, case.ranks, gpu=False)
-    stage, methods, rows = StageWork(shape), shape.methods, []
+    deployment = Deployment(config, case.ranks, gpu=False)
+    stage, methods, rows = StageWork(deployment), deployment.methods, []
     times = {tuple(key): seconds for *key, seconds in result["ranks"][0]["layers"]}
     for (module, mixer, channels, way), seconds in times.items():
         kind = Layer(mixer, channels)
@@ -217,21 +217,21 @@ def fit_links(results: list[dict[str, Any]]) -> tuple[float, float]:
 
 def judge(case: Case, result: dict[str, Any], hardware: Hardware) -> dict[str, Any]:
     config = Config.model_validate(case.tree)
-    shape = Shape(config, case.ranks, hardware.ranks_per_node, gpu=False)
-    predicted = StepTime(shape, replace(hardware, cores=None)).predict()
+    deployment = Deployment(config, case.ranks, hardware.ranks_per_node, gpu=False)
+    predicted = StepTime(deployment, replace(hardware, cores=None)).predict()
     best = result["replay"]
     wall = min(step["seconds"] for step in result["steps"])
-    shared = StepTime(shape, hardware).predict().seconds
+    shared = StepTime(deployment, hardware).predict().seconds
     bytes_exact = held_exact = True
     peaks = []
     for rank, seen in enumerate(result["ranks"]):
-        moved = StepTraffic(shape).bytes(rank)
+        moved = StepTraffic(deployment).bytes(rank)
         told = {" ".join(key): size for key, size in moved.items() if key[0] != "world"}
         bytes_exact &= told == {key: size for key, size in seen["bytes"].items() if size}
-        place = shape.mesh.coordinates(rank)
-        held = weights(shape, place["pipeline"], place["data"] * shape.mesh.context + place["context"])
+        place = deployment.mesh.coordinates(rank)
+        held = weights(deployment, place["pipeline"], place["data"] * deployment.mesh.context + place["context"])
         held_exact &= seen["held"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
-        peaks.append(Activations(shape).peak(place["pipeline"]).total / seen["peak"] - 1)
+        peaks.append(Activations(deployment).peak(place["pipeline"]).total / seen["peak"] - 1)
     told_parts, seen_parts = shares(predicted.parts), shares(best["parts"])
     return {
         "name": case.name,

@@ -249,7 +249,7 @@ def _predicted(options: ScalingOptions, overrides: Sequence[Override], point: Po
     if not machine.is_known:
         raise ScalingError(f"--hardware {options.hardware} is not known well enough to predict times; leave it out")
     plan = Plan(config, point.ranks, machine)
-    flops = training_flops(config.model, plan.shape.documents) * config.micro_batches
+    flops = training_flops(config.model, plan.deployment.documents) * config.micro_batches
     seconds, parts = plan.prediction.seconds, plan.prediction.parts
     return {"step_seconds": seconds, "flops": flops / seconds / point.ranks, "parts": parts}
 

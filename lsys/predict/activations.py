@@ -20,9 +20,9 @@ from functools import cached_property
 
 from lsys.config.losses import final
 from lsys.mixers.card import Layer
+from lsys.predict.deployment import Deployment
 from lsys.predict.kernels import linear_saved, workspace
 from lsys.predict.schedule import in_flight
-from lsys.predict.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,22 @@ class Peak:
 class Activations:
     """Live tensors of the ranks of a configuration."""
 
-    def __init__(self, shape: Shape, offload: float = 0.0) -> None:
+    def __init__(self, deployment: Deployment, offload: float = 0.0) -> None:
         """offload: share of what forward passes leave that is not on the device; 0 as long as nothing offloads."""
-        self.shape, self.config, self.offload = shape, shape.config, offload
-        self.model, self.b = shape.config.model, shape.itemsize
-        self.slots, self.tensor = shape.slots, shape.mesh.tensor
+        self.deployment, self.config, self.offload = deployment, deployment.config, offload
+        self.model, self.b = deployment.config.model, deployment.itemsize
+        self.slots, self.tensor = deployment.slots, deployment.mesh.tensor
 
     def norm(self, width: float, groups: float = 1) -> float:
         """Bytes a token that a norm with weights keeps beside its input."""
-        if self.shape.gpu:
+        if self.deployment.gpu:
             return self.b * width + 4 * groups
         return (8 if self.b == 4 else 8 + self.b) * width + 4 * groups
 
     @property
     def _residual(self) -> float:
         """Bytes a token of a norm's input, where the norm keeps that itself."""
-        return self.b * self.model.hidden if self.b == 4 or self.shape.gpu else 0.0
+        return self.b * self.model.hidden if self.b == 4 or self.deployment.gpu else 0.0
 
     @cached_property
     def layers(self) -> dict[Layer, LayerMemory]:
@@ -98,9 +98,9 @@ class Activations:
     def _layer(self, kind: str, channels: str) -> LayerMemory:
         slots, part = self.slots, self.slots / self.tensor  # of the whole rank, and of the residual stream
         norm = part * self.norm(self.model.hidden)
-        card, channel_card = self.shape.cards[kind], self.shape.channels[channels]
+        card, channel_card = self.deployment.cards[kind], self.deployment.channels[channels]
         projected = slots * self.b * card.in_width / self.tensor
-        before, after, stays = card.kept(self.shape.place(kind))
+        before, after, stays = card.kept(self.deployment.place(kind))
         residual = part * self._residual
         entry, outs = norm, 0.0
         for each in card.low_ranks():
@@ -112,12 +112,12 @@ class Activations:
             # In fp32, what comes out of low ranks is what the backward pass of decays and gates needs.
             projected=(projected if stays == "kernel" else 0.0) + (outs if self.b == 4 else 0.0),
             inputs=projected + outs,
-            before=slots * before + (linear_saved(self.shape, kind) if card.has_state else 0.0),
+            before=slots * before + (linear_saved(self.deployment, kind) if card.has_state else 0.0),
             after=slots * after + (projected if stays == "gate" else 0.0),
             mixed=mixed,
             middle=mixed + residual + (0.0 if channel_card.is_empty else norm),
-            mlp=0.0 if channel_card.is_empty else slots * channel_card.kept(self.shape.place()) + residual,
-            workspace=workspace(self.shape, kind),
+            mlp=0.0 if channel_card.is_empty else slots * channel_card.kept(self.deployment.place()) + residual,
+            workspace=workspace(self.deployment, kind),
         )
 
     # ---- the rank's peak
@@ -134,23 +134,23 @@ class Activations:
 
     def peak(self, stage: int) -> Peak:
         """The moment that takes most, in the first backward pass after the most forward passes."""
-        shape, counts = self.shape, in_flight(self.shape, stage)
+        deployment, counts = self.deployment, in_flight(self.deployment, stage)
         last = [chunk for chunk, under_way in enumerate(counts) if under_way][-1]
         held: dict[Layer, float] = {}
         rest = 0.0
         for chunk, under_way in enumerate(counts):
-            for kind in shape.kinds(stage, chunk):
+            for kind in deployment.kinds(stage, chunk):
                 held[kind] = held.get(kind, 0.0) + under_way * self.kept(kind)
             # Of each chunk's micro-batches the input, which its first layer's norm keeps, or the pipeline.
-            if self.config.train.recompute != "full" and (self._residual or not shape.is_first(stage, chunk)):
+            if self.config.train.recompute != "full" and (self._residual or not deployment.is_first(stage, chunk)):
                 rest += under_way * self._hidden
-            rest += under_way * self._tables(layer.mixer for layer in shape.kinds(stage, chunk))
+            rest += under_way * self._tables(layer.mixer for layer in deployment.kinds(stage, chunk))
         rest += self._gathered
-        moments, done = [self._output()] if shape.is_last(stage, last) else [0.0], 0.0
-        is_tied = self.model.tied and shape.is_first(stage) and shape.is_last(stage, last)
+        moments, done = [self._output()] if deployment.is_last(stage, last) else [0.0], 0.0
+        is_tied = self.model.tied and deployment.is_first(stage) and deployment.is_last(stage, last)
         waits = self._vocabulary if is_tied else 0.0  # the output layer's gradient, for that of the embedding
-        for kind in reversed(shape.kinds(stage, last)):
-            if not shape.channels[kind.channels].is_empty:
+        for kind in reversed(deployment.kinds(stage, last)):
+            if not deployment.channels[kind.channels].is_empty:
                 moments.append(waits + self._channels(kind) - done)
             moments.append(waits + self._mixer(kind) - done)
             done += self.kept(kind)
@@ -165,7 +165,7 @@ class Activations:
         """Cosines and sines of positions, which a micro-batch's layers share."""
         tables: dict[Hashable, int] = {}
         for kind in kinds:
-            tables |= self.shape.cards[kind].tables(self.tensor)
+            tables |= self.deployment.cards[kind].tables(self.tensor)
         return 4.0 * self.slots * sum(tables.values())
 
     @property
@@ -185,7 +185,7 @@ class Activations:
 
     def _channels(self, kind: Layer) -> float:
         """Gradients inside the channel mixer."""
-        own = self.slots * self.shape.channels[kind.channels].workspace(self.shape.place()) + self._recomputed
+        own = self.slots * self.deployment.channels[kind.channels].workspace(self.deployment.place()) + self._recomputed
         if self.config.train.recompute == "full":
             return self.layers[kind].whole + own + (0.0 if self._residual else self._hidden)
         return own - self.slots / self.tensor * self._residual

@@ -8,7 +8,7 @@ the states before the chunks.
 from __future__ import annotations
 
 from lsys.mixers.state import StateCard
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 
 SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.chunked.grid`
 BLOCK, GPU_BLOCK = 2**18, 2**23  # elements of a block, as `lsys.kernels.linear_attention.chunked.blocks`
@@ -70,18 +70,18 @@ def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
     return SIZES[costs.index(min(costs))]
 
 
-def _widths(shape: Shape, kind: str) -> tuple[int, int, int, int, int]:
+def _widths(deployment: Deployment, kind: str) -> tuple[int, int, int, int, int]:
     """H, H_k, K, V of a tensor rank, and C."""
-    card, t = _card(shape, kind), shape.mesh.tensor
+    card, t = _card(deployment, kind), deployment.mesh.tensor
     k = card.widened(is_first=False)
-    linked = is_linked(shape, kind)  # else documents are whole, or were put together
-    parts = 2 if linked and shape.config.parallel.layout == "zigzag" else 1
-    length = max(1, max(shape.documents) // (parts * shape.mesh.context if linked else 1))
+    linked = is_linked(deployment, kind)  # else documents are whole, or were put together
+    parts = 2 if linked and deployment.config.parallel.layout == "zigzag" else 1
+    length = max(1, max(deployment.documents) // (parts * deployment.mesh.context if linked else 1))
     return card.heads // t, card.key_heads // t, k, card.value_width, chunk_size([length] * parts, k, card.value_width)
 
 
-def _card(shape: Shape, kind: str) -> StateCard:
-    card = shape.cards[kind]
+def _card(deployment: Deployment, kind: str) -> StateCard:
+    card = deployment.cards[kind]
     assert isinstance(card, StateCard)
     return card
 
@@ -99,69 +99,79 @@ def _counts(card: StateCard, linked: bool, size: int, grouped: bool) -> Counts:
     return keys, values, heads, *others
 
 
-def _numbers(shape: Shape, kind: str, counts: Counts) -> float:
+def _numbers(deployment: Deployment, kind: str, counts: Counts) -> float:
     """Numbers a token, by their counts."""
-    heads, key_heads, k, v, c = _widths(shape, kind)
+    heads, key_heads, k, v, c = _widths(deployment, kind)
     sizes = (key_heads * k, heads * v, heads * k, heads * c, heads * k * v / c, heads * k * k / c)
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
-def intermediate(shape: Shape, kind: str, tokens: float = 1.0, room: float = 1.0) -> float:
+def intermediate(deployment: Deployment, kind: str, tokens: float = 1.0, room: float = 1.0) -> float:
     """Numbers that a kernel makes on its way, of so many tokens, `room` of them in a block."""
-    heads, key_heads, *_, size = _widths(shape, kind)
-    linked = is_linked(shape, kind)
-    found = room * _numbers(shape, kind, _counts(_card(shape, kind), linked, size, heads > key_heads))
-    return found + tokens * _numbers(shape, kind, ACROSS[variant(_card(shape, kind))]) if linked else found
+    heads, key_heads, *_, size = _widths(deployment, kind)
+    linked = is_linked(deployment, kind)
+    found = room * _numbers(deployment, kind, _counts(_card(deployment, kind), linked, size, heads > key_heads))
+    return found + tokens * _numbers(deployment, kind, ACROSS[variant(_card(deployment, kind))]) if linked else found
 
 
-def least(shape: Shape, kind: str) -> float:
+def least(deployment: Deployment, kind: str) -> float:
     """Bytes a token that a fused kernel of linear attention reads and writes at the least, forward."""
-    heads, key_heads, k, v, _ = _widths(shape, kind)
-    return shape.itemsize * (2 * key_heads * k + 2 * heads * v) + 4 * _card(shape, kind).gates(shape.mesh.tensor)
+    heads, key_heads, k, v, _ = _widths(deployment, kind)
+    return deployment.itemsize * (2 * key_heads * k + 2 * heads * v) + 4 * _card(deployment, kind).gates(
+        deployment.mesh.tensor
+    )
 
 
-def linear_workspace(shape: Shape, kind: str) -> float:
+def linear_workspace(deployment: Deployment, kind: str) -> float:
     """Bytes of a backward pass: gradients of the inputs, of the output and of what gates it, and intermediate results."""
-    heads, key_heads, k, v, c = _widths(shape, kind)
-    b, tokens = shape.itemsize, shape.slots
-    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _card(shape, kind).gates(shape.mesh.tensor)
-    block = GPU_BLOCK if shape.gpu and not is_fused(shape, kind) else BLOCK
+    heads, key_heads, k, v, c = _widths(deployment, kind)
+    b, tokens = deployment.itemsize, deployment.slots
+    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _card(deployment, kind).gates(
+        deployment.mesh.tensor
+    )
+    block = GPU_BLOCK if deployment.gpu and not is_fused(deployment, kind) else BLOCK
     room = c * max(1, block // (c * max(1, heads * max(k, v))))
-    return tokens * whole + 4 * intermediate(shape, kind, tokens, min(tokens, room))
+    return tokens * whole + 4 * intermediate(deployment, kind, tokens, min(tokens, room))
 
 
-def is_fused(shape: Shape, kind: str) -> bool:
+def is_fused(deployment: Deployment, kind: str) -> bool:
     """Whether the kernel is one for GPUs that makes no intermediate results in memory."""
-    return shape.gpu and variant(_card(shape, kind)) in FUSED
+    return deployment.gpu and variant(_card(deployment, kind)) in FUSED
 
 
-def is_linked(shape: Shape, kind: str) -> bool:
+def is_linked(deployment: Deployment, kind: str) -> bool:
     """Whether states come from and go to other ranks."""
-    return shape.mesh.context > 1 and shape.cards[kind].has_state and not shape.methods[kind].whole
+    return deployment.mesh.context > 1 and deployment.cards[kind].has_state and not deployment.methods[kind].whole
 
 
-def linear_saved(shape: Shape, kind: str) -> float:
+def linear_saved(deployment: Deployment, kind: str) -> float:
     """Bytes that the kernel itself keeps where segments are linked; else nothing but its inputs and output, which mixers count.
 
     The gather of states (`lasp2`) keeps all ranks' where their transitions travel beside them.
     """
-    if not is_linked(shape, kind):
+    if not is_linked(deployment, kind):
         return 0.0
-    card = _card(shape, kind)
-    heads, _, k, v, _ = _widths(shape, kind)
-    runs = (2 * shape.mesh.context - 1) if shape.config.parallel.layout == "zigzag" else shape.mesh.context
-    own: float = 2 if shape.config.parallel.layout == "zigzag" else 1
-    if (card.delta or card.decay in ("token", "channel")) and shape.methods[kind].transitions:
+    card = _card(deployment, kind)
+    heads, _, k, v, _ = _widths(deployment, kind)
+    runs = (
+        (2 * deployment.mesh.context - 1) if deployment.config.parallel.layout == "zigzag" else deployment.mesh.context
+    )
+    own: float = 2 if deployment.config.parallel.layout == "zigzag" else 1
+    if (card.delta or card.decay in ("token", "channel")) and deployment.methods[kind].transitions:
         own += runs * (1 + (k / v if card.delta else 1 / v if card.decay == "channel" else 0))
-    return 4.0 * (shape.slots * _numbers(shape, kind, SAVED[variant(card)]) + own * heads * k * v)
+    return 4.0 * (deployment.slots * _numbers(deployment, kind, SAVED[variant(card)]) + own * heads * k * v)
 
 
-def attention_workspace(shape: Shape, kind: str) -> float:
+def attention_workspace(deployment: Deployment, kind: str) -> float:
     """Bytes of softmax attention's backward pass: gradients of queries, keys, values, and its output's."""
-    card, t = shape.cards[kind], shape.mesh.tensor
-    return shape.slots * shape.itemsize * (card.in_width + card.out_width) / t
+    card, t = deployment.cards[kind], deployment.mesh.tensor
+    return deployment.slots * deployment.itemsize * (card.in_width + card.out_width) / t
 
 
-def workspace(shape: Shape, kind: str) -> float:
+def workspace(deployment: Deployment, kind: str) -> float:
     """Bytes of the backward pass of a mixer's kernel."""
-    return linear_workspace(shape, kind) if shape.cards[kind].has_state else attention_workspace(shape, kind)
+    return (
+        linear_workspace(deployment, kind)
+        if deployment.cards[kind].has_state
+        else attention_workspace(deployment, kind)
+    )

@@ -8,9 +8,9 @@ from functools import cached_property
 from lsys.config.schema import Config
 from lsys.observe.flops import training_flops
 from lsys.predict.activations import Activations, Peak
+from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import Hardware
 from lsys.predict.seconds import Prediction, StepTime
-from lsys.predict.shape import Shape
 from lsys.predict.traffic import Bytes, StepTraffic
 from lsys.predict.weights import Weights, weights
 
@@ -28,21 +28,21 @@ class Plan:
     hardware: Hardware
 
     @cached_property
-    def shape(self) -> Shape:
-        return Shape(self.config, self.world_size, self.hardware.ranks_per_node, self.hardware.gpu)
+    def deployment(self) -> Deployment:
+        return Deployment(self.config, self.world_size, self.hardware.ranks_per_node, self.hardware.gpu)
 
     # ---- memory
 
     @cached_property
     def weights(self) -> tuple[Weights, ...]:
         """By stage, of the first of its ranks."""
-        return tuple(weights(self.shape, stage) for stage in range(self.shape.mesh.pipeline))
+        return tuple(weights(self.deployment, stage) for stage in range(self.deployment.mesh.pipeline))
 
     @cached_property
     def activations(self) -> tuple[Peak, ...]:
         """By stage."""
-        activations = Activations(self.shape)
-        return tuple(activations.peak(stage) for stage in range(self.shape.mesh.pipeline))
+        activations = Activations(self.deployment)
+        return tuple(activations.peak(stage) for stage in range(self.deployment.mesh.pipeline))
 
     @cached_property
     def memory(self) -> tuple[float, ...]:
@@ -59,7 +59,7 @@ class Plan:
 
     def traffic(self) -> dict[str, Bytes]:
         """Bytes by axis, of the rank that receives most among one of each kind of stages; of hundreds of context ranks, among the first 128."""
-        mesh, step = self.shape.mesh, StepTraffic(self.shape)
+        mesh, step = self.deployment.mesh, StepTraffic(self.deployment)
         most: dict[str, tuple[int, Bytes]] = {}
         distinct = {step.alike(stage): stage for stage in range(mesh.pipeline)}.values()
         ends = {
@@ -80,7 +80,7 @@ class Plan:
     @cached_property
     def prediction(self) -> Prediction:
         """The predicted step; the hardware's rates must be known."""
-        return StepTime(self.shape, self.hardware).predict()
+        return StepTime(self.deployment, self.hardware).predict()
 
     @property
     def mfu(self) -> float | None:
@@ -88,7 +88,7 @@ class Plan:
         peak = self.hardware.peak.get(self.config.train.precision)
         if not peak:
             return None
-        flops = training_flops(self.config.model, self.shape.documents) * self.config.micro_batches
+        flops = training_flops(self.config.model, self.deployment.documents) * self.config.micro_batches
         return flops / (self.prediction.seconds * peak * self.world_size)
 
     @property

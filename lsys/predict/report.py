@@ -40,7 +40,7 @@ def memory(plan: Plan) -> Table:
     headings = ["stage", "layers", "parameters", "gradients", "optimizer", *names, "other activations", "peak"]
     table = Table(*headings, title=title, title_justify="left")
     for stage, (held, peak, total) in enumerate(zip(plan.weights, plan.activations, plan.memory, strict=True)):
-        chunks = (plan.shape.kinds(stage, chunk) for chunk in range(plan.shape.chunks))
+        chunks = (plan.deployment.kinds(stage, chunk) for chunk in range(plan.deployment.chunks))
         layers = " ".join(model.shortened(kind.mixer for kind in chunk) for chunk in chunks)
         sizes = (held.parameters, held.gradients, held.optimizer, *(peak.held.get(kind, 0.0) for kind in kinds))
         table.add_row(str(stage), _short(layers), *(_gib(size) for size in (*sizes, peak.rest, total)))
@@ -125,7 +125,7 @@ def _search(plan: Plan) -> Iterator[Table | str]:
 
 def _row(plan: Plan, changes: Changes, keys: list[str]) -> list[str]:
     mfu = "" if plan.mfu is None else f"{100 * plan.mfu:.1f}%"
-    figures = (str(plan.shape.mesh.data), _gib(max(plan.memory)), f"{1e3 * plan.prediction.seconds:,.1f}", mfu)
+    figures = (str(plan.deployment.mesh.data), _gib(max(plan.memory)), f"{1e3 * plan.prediction.seconds:,.1f}", mfu)
     return [*(str(changes.get(key, "")) for key in keys), *figures, f"{plan.tokens_per_second:,.0f}"]
 
 

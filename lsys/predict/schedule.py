@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 
 
 class Pass(NamedTuple):
@@ -46,10 +46,10 @@ def _place(number: int, stages: int, chunks: int) -> tuple[int, int]:
     return inside // stages, group * stages + inside % stages
 
 
-def in_flight(shape: Shape, stage: int) -> list[int]:
+def in_flight(deployment: Deployment, stage: int) -> list[int]:
     """By chunk, how many micro-batches' backward passes are to come when most forward passes are done."""
-    counts, most = [0] * shape.chunks, [0] * shape.chunks
-    for step in passes(shape.mesh.pipeline, stage, shape.chunks, shape.micro_batches):
+    counts, most = [0] * deployment.chunks, [0] * deployment.chunks
+    for step in passes(deployment.mesh.pipeline, stage, deployment.chunks, deployment.micro_batches):
         counts[step.chunk] += 1 if step.is_forward else -1
         if sum(counts) > sum(most):
             most = counts.copy()

@@ -15,8 +15,8 @@ from lsys.config.losses import final
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed, part_names
 from lsys.parallel import mesh
 from lsys.parallel.traffic import Operation
+from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import Hardware
-from lsys.predict.shape import Shape
 from lsys.predict.timeline import Duration, Durations, Timeline
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.transfers import Transfers, once
@@ -51,10 +51,14 @@ class StepTime:
         ConfigError: it has none for a mixer of the model.
     """
 
-    def __init__(self, shape: Shape, hardware: Hardware) -> None:
-        hardware.require(shape.cards.values())
-        self.shape, self.config, self.hardware = shape, shape.config, hardware
-        self.traffic, self.work, self.transfers = StepTraffic(shape), StageWork(shape), Transfers(shape, hardware)
+    def __init__(self, deployment: Deployment, hardware: Hardware) -> None:
+        hardware.require(deployment.cards.values())
+        self.deployment, self.config, self.hardware = deployment, deployment.config, hardware
+        self.traffic, self.work, self.transfers = (
+            StepTraffic(deployment),
+            StageWork(deployment),
+            Transfers(deployment, hardware),
+        )
         self._layers: dict[tuple[str, bool], tuple[Ways, Ways]] = {}
         self._alike: dict[object, Durations] = {}
 
@@ -65,8 +69,8 @@ class StepTime:
         key = self.traffic.alike(stage)
         if key not in self._alike:
             found: Durations = {}
-            for chunk in range(self.shape.chunks):
-                works = [self.work.chunk(stage, chunk, self.shape.methods, most) for most in (True, False)]
+            for chunk in range(self.deployment.chunks):
+                works = [self.work.chunk(stage, chunk, self.deployment.methods, most) for most in (True, False)]
                 tensor, context = self.tensor_seconds(stage, chunk), self.context_seconds(stage, chunk)
                 for way in (0, 1):
                     most, mean = (self.hardware.seconds(work[way]) for work in works)
@@ -76,13 +80,13 @@ class StepTime:
 
     def context_seconds(self, stage: int, chunk: int) -> tuple[float, float]:
         """What mixers' work does not hide of one micro-batch's exchanges between context ranks, forward and backward."""
-        if self.shape.mesh.context == 1:
+        if self.deployment.mesh.context == 1:
             return 0.0, 0.0
         forward = backward = 0.0
-        for number, kind in enumerate(self.shape.kinds(stage, chunk)):
+        for number, kind in enumerate(self.deployment.kinds(stage, chunk)):
             is_first = (stage, chunk, number) in self.traffic.firsts
             (there, back), (there_beside, back_beside) = self.mixer_exchange(kind.mixer, is_first)
-            hides = self.hardware.overlap * self.hardware.seconds(self.work.mixer(kind, self.shape.methods, False))
+            hides = self.hardware.overlap * self.hardware.seconds(self.work.mixer(kind, self.deployment.methods, False))
             there += max(0.0, there_beside - hides)
             forward += there
             back += max(0.0, back_beside - 2 * hides)
@@ -108,7 +112,7 @@ class StepTime:
         key = (kind, is_first)
         if key not in self._layers:
             *halos, own = self.traffic.layer_phases(*key)
-            method = self.shape.methods[kind]
+            method = self.deployment.methods[kind]
             waits, beside = [], []
             for way in (0, 1):
                 times = [self.transfers.phase(phase, method.collective) for phase in own[way]]
@@ -121,31 +125,33 @@ class StepTime:
 
     def tensor_seconds(self, stage: int, chunk: int) -> tuple[float, float]:
         """Seconds of one micro-batch's tensor parallel communication through a chunk, forward and backward."""
-        shape, model = self.shape, self.config.model
-        if shape.mesh.tensor == 1:
+        deployment, model = self.deployment, self.config.model
+        if deployment.mesh.tensor == 1:
             return 0.0, 0.0
-        ranks, kinds = self._widest(stage), shape.kinds(stage, chunk)
+        ranks, kinds = self._widest(stage), deployment.kinds(stage, chunk)
         rank = ranks[0]
-        whole = shape.slots * model.hidden * shape.itemsize
+        whole = deployment.slots * model.hidden * deployment.itemsize
         wanted = [
             Operation("all_gather", whole // len(ranks)),
             Operation("reduce_scatter", whole),
-            Operation("all_reduce", 4 * shape.slots),
+            Operation("all_reduce", 4 * deployment.slots),
         ]
         gather, scatter, sums = (self.transfers.operation(once("tensor", ranks, each), rank) for each in wanted)
-        channels = [width for kind in kinds for width in shape.channels[kind.channels].in_widths()]
-        widths = [*(shape.cards[kind.mixer].in_width for kind in kinds), *channels]
+        channels = [width for kind in kinds for width in deployment.channels[kind.channels].in_widths()]
+        widths = [*(deployment.cards[kind.mixer].in_width for kind in kinds), *channels]
         layers = len(widths) * (gather + scatter)
         there, back = layers, len(widths) * gather
         back += layers if self.config.train.recompute == "full" else 0
         # Backward, projections into heads and channels gather behind one product and scatter behind another
         # (`LinearWithGradAccumulationAndAsyncCommunication` of megatron/core/tensor_parallel/layers.py).
-        product = 2.0 * shape.slots * model.hidden / shape.mesh.tensor * self.hardware.costs.get("matmul", 0.0)
+        product = (
+            2.0 * deployment.slots * model.hidden / deployment.mesh.tensor * self.hardware.costs.get("matmul", 0.0)
+        )
         for width in widths:
             back += max(0.0, gather - width * product) + max(0.0, scatter - width * product)
-        if shape.is_first(stage, chunk):
+        if deployment.is_first(stage, chunk):
             there, back = there + scatter, back + gather
-        if shape.is_last(stage, chunk):
+        if deployment.is_last(stage, chunk):
             loss = final(self.config)
             there += gather + sum(loss.reductions(self.config.train.z_loss)) / 4 * sums
             back += (loss.gathers - 1) * gather + scatter
@@ -153,20 +159,22 @@ class StepTime:
 
     def _widest(self, stage: int) -> Sequence[int]:
         """The tensor group of a stage that spans most nodes: where the degree does not divide a node, some do."""
-        mesh = self.shape.mesh
-        if self.shape.ranks_per_node % mesh.tensor == 0:
-            return self.shape.group("tensor", self.shape.rank(stage))
-        firsts = (self.shape.rank(stage, context, data) for data in range(mesh.data) for context in range(mesh.context))
-        groups = (self.shape.group("tensor", first) for first in firsts)
-        return max(groups, key=lambda group: len({self.shape.nodes[rank] for rank in group}))
+        mesh = self.deployment.mesh
+        if self.deployment.ranks_per_node % mesh.tensor == 0:
+            return self.deployment.group("tensor", self.deployment.rank(stage))
+        firsts = (
+            self.deployment.rank(stage, context, data) for data in range(mesh.data) for context in range(mesh.context)
+        )
+        groups = (self.deployment.group("tensor", first) for first in firsts)
+        return max(groups, key=lambda group: len({self.deployment.nodes[rank] for rank in group}))
 
     # ---- the step
 
     def predict(self) -> Prediction:
         """The time of a step and its parts: means over the ranks."""
-        stages = range(self.shape.mesh.pipeline)
+        stages = range(self.deployment.mesh.pipeline)
         durations = [self.durations(stage) for stage in stages]
-        timeline = Timeline(self.shape, durations, self._border(), self.hardware.cores)
+        timeline = Timeline(self.deployment, durations, self._border(), self.hardware.cores)
         makespan = timeline.run()
         each = [self._of_stage(durations[stage], timeline, stage, makespan) for stage in stages]
         parts = {name: sum(own.get(name, 0.0) for own in each) / len(each) for name in PARTS}
@@ -177,14 +185,14 @@ class StepTime:
 
     def _border(self) -> float:
         """Seconds of a message between two stages."""
-        if self.shape.mesh.pipeline == 1:
+        if self.deployment.mesh.pipeline == 1:
             return 0.0
         message = Operation("send", self.traffic.border_bytes, 1)
-        return self.transfers.operation(once("pipeline", self.shape.group("pipeline", 0), message), 0)
+        return self.transfers.operation(once("pipeline", self.deployment.group("pipeline", 0), message), 0)
 
     def _of_stage(self, durations: Durations, timeline: Timeline, stage: int, makespan: float) -> dict[str, float]:
         """Parts of all passes."""
-        times, passes = self.shape.micro_batches, durations.values()
+        times, passes = self.deployment.micro_batches, durations.values()
         parts = {
             COMPUTE: times * sum(duration.mean for duration in passes),
             IMBALANCE: times * sum(duration.compute - duration.mean for duration in passes),
@@ -197,26 +205,26 @@ class StepTime:
 
     def _update(self) -> dict[str, float]:
         """Parts of the optimizer's step, where the stage that takes longest sets the pace."""
-        stages = range(self.shape.mesh.pipeline)
+        stages = range(self.deployment.mesh.pipeline)
         updates = [self.hardware.seconds(self.work.update(stage)) for stage in stages]
         mean, most = sum(updates) / len(updates), max(updates)
-        ranks, cores = min(self.shape.ranks_per_node, self.shape.world_size), self.hardware.cores
+        ranks, cores = min(self.deployment.ranks_per_node, self.deployment.world_size), self.hardware.cores
         shared = max(1.0, ranks / cores) if cores else 1.0
         return {COMPUTE: mean, IMBALANCE: most - mean, CORE: (shared - 1) * most}
 
     def _communication(self, durations: list[Durations]) -> dict[str, float]:
         """Seconds of what comes once a step, by part: of each axis the stage that takes longest."""
-        distinct = {self.shape.alike(stage): stage for stage in range(len(durations))}.values()
+        distinct = {self.deployment.alike(stage): stage for stage in range(len(durations))}.values()
         each = [self._once(stage, durations[stage]) for stage in distinct]
         return {exposed(axis): max(found[axis] for found in each) for axis in AXES}
 
     def _once(self, stage: int, durations: Durations) -> dict[str, float]:
         """Seconds by axis of what a stage's ranks issue once a step."""
-        rank, found = self.shape.rank(stage), dict.fromkeys(AXES, 0.0)
+        rank, found = self.deployment.rank(stage), dict.fromkeys(AXES, 0.0)
         for issued in self.traffic.once(rank):
             axis = "model" if issued.axis == "world" else issued.axis
             found[axis] += self.transfers.operations([issued], rank)
-        if self.shape.overlap:  # behind the last backward pass, and the next first forward pass
+        if self.deployment.overlap:  # behind the last backward pass, and the next first forward pass
             hides = durations[True, 0].compute + (durations[False, 0].compute if stage == 0 else 0.0)
             found["data"] = max(0.0, found["data"] - hides)
         return found

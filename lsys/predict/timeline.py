@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lsys.predict.deployment import Deployment
 from lsys.predict.schedule import Pass, passes
-from lsys.predict.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Timeline:
         slowed: s by stage that its ranks waited for a core. transferred: s of messages between stages.
     """
 
-    def __init__(self, shape: Shape, durations: list[Durations], border: float, cores: int | None = None) -> None:
-        self.stages, self.chunks = shape.mesh.pipeline, shape.chunks
+    def __init__(
+        self, deployment: Deployment, durations: list[Durations], border: float, cores: int | None = None
+    ) -> None:
+        self.stages, self.chunks = deployment.mesh.pipeline, deployment.chunks
         self.durations, self.border = durations, border
         # Of each stage the passes to come, the next one last.
-        self.order = [passes(self.stages, s, self.chunks, shape.micro_batches)[::-1] for s in range(self.stages)]
-        self.weight = min(shape.world_size // self.stages, shape.ranks_per_node)
+        self.order = [passes(self.stages, s, self.chunks, deployment.micro_batches)[::-1] for s in range(self.stages)]
+        self.weight = min(deployment.world_size // self.stages, deployment.ranks_per_node)
         self.cores = cores or float("inf")
         self.slowed, self.transferred = [0.0] * self.stages, [0.0] * self.stages
         self.now, self.free = 0.0, [0.0] * self.stages

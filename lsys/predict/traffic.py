@@ -27,7 +27,7 @@ from lsys.config.reports import NUMBER, Slots, declared
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phases
 from lsys.parallel.traffic import Operation, traffic
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 from lsys.predict.weights import weights
 
 
@@ -52,16 +52,16 @@ class Bytes(Counter[tuple[str, str, str]]):
 class StepTraffic:
     """What the ranks of a configuration move in a step."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape, self.config = shape, shape.config
-        self.messages = Slots(declared(shape.config)).messages  # of what layers and losses report
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment, self.config = deployment, deployment.config
+        self.messages = Slots(declared(deployment.config)).messages  # of what layers and losses report
 
     def bytes(self, rank: int) -> Bytes:
         """Bytes that one rank moves in a training step."""
-        total, nodes = Bytes(), self.shape.nodes
+        total, nodes = Bytes(), self.deployment.nodes
         for issued in self.operations(rank):
             place = issued.ranks.index(rank)
-            moved = traffic(issued.operation, place, len(issued.ranks), self.shape.backend)
+            moved = traffic(issued.operation, place, len(issued.ranks), self.deployment.backend)
             for way, by_peer in moved._asdict().items():
                 for peer, size in by_peer.items():
                     link = NODE if nodes[issued.ranks[peer]] == nodes[rank] else NETWORK
@@ -71,7 +71,7 @@ class StepTraffic:
         return Bytes({key: size for key, size in total.items() if size})
 
     def _add(self, total: Bytes, phase: Iterable[tuple[int, int, int]], times: int, rank: int) -> None:
-        peers, nodes = self.shape.mesh.peers(rank, "context"), self.shape.nodes
+        peers, nodes = self.deployment.mesh.peers(rank, "context"), self.deployment.nodes
         mine = peers.index(rank)
         for source, destination, size in phase:
             link = NODE if nodes[peers[source]] == nodes[peers[destination]] else NETWORK
@@ -84,15 +84,15 @@ class StepTraffic:
 
     def operations(self, rank: int) -> Iterator[Issued]:
         """All but the context ranks' exchanges."""
-        stage = self.shape.mesh.coordinate(rank, "pipeline")
+        stage = self.deployment.mesh.coordinate(rank, "pipeline")
         yield from self._tensor(rank, stage)
         yield from self._pipeline(rank, stage)
         yield from self.once(rank)
 
     def once(self, rank: int) -> Iterator[Issued]:
         """Operations that come once a step and not with every micro-batch."""
-        shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
-        stages, held = tuple(shape.group("pipeline", rank)), weights(shape, stage)
+        deployment, stage = self.deployment, self.deployment.mesh.coordinate(rank, "pipeline")
+        stages, held = tuple(deployment.group("pipeline", rank)), weights(deployment, stage)
         yield Issued("pipeline", stages, Operation("broadcast", 4, len(stages) - 1), 1)  # tokens
         if added := layer_losses(self.config):  # the targets, and what each of them is divided by
             yield self._issued("data", rank, Operation("all_reduce", NUMBER * (1 + len(added))), 1, "replicas")
@@ -109,7 +109,7 @@ class StepTraffic:
             yield self._issued("tensor", rank, Operation("all_reduce", 4 * held.summed), 1)
         yield from self._data(rank, stage)
         yield self._issued("model", rank, Operation("all_reduce", 4), 1, self.norm_axis)  # the gradients' norm
-        yield Issued("world", tuple(range(shape.world_size)), Operation("all_reduce", 8), 1)  # whether to stop
+        yield Issued("world", tuple(range(deployment.world_size)), Operation("all_reduce", 8), 1)  # whether to stop
 
     @property
     def norm_axis(self) -> str:
@@ -117,65 +117,65 @@ class StepTraffic:
         return "world" if self.config.optimizer.distributed else "model"
 
     def _issued(self, axis: str, rank: int, operation: Operation, times: int, group: str | None = None) -> Issued:
-        return Issued(axis, tuple(self.shape.group(group or axis, rank)), operation, times)
+        return Issued(axis, tuple(self.deployment.group(group or axis, rank)), operation, times)
 
     def _tensor(self, rank: int, stage: int) -> Iterator[Issued]:
-        shape = self.shape
-        whole = shape.slots * self.config.model.hidden * shape.itemsize
+        deployment = self.deployment
+        whole = deployment.slots * self.config.model.hidden * deployment.itemsize
         gathers = scatters = 0
         sums: tuple[int, ...] = ()
         low_ranks: list[int] = []
-        for chunk in range(shape.chunks):
-            kinds = shape.kinds(stage, chunk)
+        for chunk in range(deployment.chunks):
+            kinds = deployment.kinds(stage, chunk)
             again = 2 if self.config.train.recompute == "full" else 1
-            pairs = sum(1 + len(shape.channels[kind.channels].in_widths()) for kind in kinds)
+            pairs = sum(1 + len(deployment.channels[kind.channels].in_widths()) for kind in kinds)
             gathers += (again + 2) * pairs  # projections in; their inputs again; those out, backward
             scatters += (again + 1) * pairs
-            low_ranks += [each.rank for kind in kinds for each in shape.cards[kind.mixer].low_ranks()]
-            if shape.is_first(stage, chunk):
+            low_ranks += [each.rank for kind in kinds for each in deployment.cards[kind.mixer].low_ranks()]
+            if deployment.is_first(stage, chunk):
                 gathers, scatters = gathers + 1, scatters + 1
-            if shape.is_last(stage, chunk):
+            if deployment.is_last(stage, chunk):
                 gathers, scatters = gathers + final(self.config).gathers, scatters + 1
                 sums += final(self.config).reductions(self.config.train.z_loss)
-        times, part = shape.micro_batches, whole // shape.mesh.tensor
+        times, part = deployment.micro_batches, whole // deployment.mesh.tensor
         yield self._issued("tensor", rank, Operation("all_gather", part), gathers * times)
         yield self._issued("tensor", rank, Operation("reduce_scatter", whole), scatters * times)
         for size, each in Counter(sums).items():
-            yield self._issued("tensor", rank, Operation("all_reduce", size * shape.slots), each * times)
+            yield self._issued("tensor", rank, Operation("all_reduce", size * deployment.slots), each * times)
         for rank_, layers in Counter(low_ranks).items():  # gathered between their two products
-            rows = shape.slots * rank_ * shape.itemsize
+            rows = deployment.slots * rank_ * deployment.itemsize
             again = 3 if self.config.train.recompute == "full" else 2
-            operation = Operation("all_gather", rows // shape.mesh.tensor)
+            operation = Operation("all_gather", rows // deployment.mesh.tensor)
             yield self._issued("tensor", rank, operation, again * layers * times)
             yield self._issued("tensor", rank, Operation("reduce_scatter", rows), layers * times)
 
     def _pipeline(self, rank: int, stage: int) -> Iterator[Issued]:
-        shape, ranks = self.shape, tuple(self.shape.group("pipeline", rank))
+        deployment, ranks = self.deployment, tuple(self.deployment.group("pipeline", rank))
         stages = len(ranks)
         if stages == 1:
             return
-        size, each = self.border_bytes, shape.micro_batches
+        size, each = self.border_bytes, deployment.micro_batches
         up, down = (stage + 1) % stages, (stage - 1) % stages
-        for chunk in range(shape.chunks):
-            if not shape.is_last(stage, chunk):  # outputs go up, their gradients come back
+        for chunk in range(deployment.chunks):
+            if not deployment.is_last(stage, chunk):  # outputs go up, their gradients come back
                 yield Issued("pipeline", ranks, Operation("send", size, up), each)
                 yield Issued("pipeline", ranks, Operation("recv", size, up), each)
-            if not shape.is_first(stage, chunk):
+            if not deployment.is_first(stage, chunk):
                 yield Issued("pipeline", ranks, Operation("recv", size, down), each)
                 yield Issued("pipeline", ranks, Operation("send", size, down), each)
 
     @property
     def border_bytes(self) -> int:
         """Bytes of a micro-batch between two stages."""
-        shape = self.shape
-        return shape.slots // shape.mesh.tensor * self.config.model.hidden * shape.itemsize
+        deployment = self.deployment
+        return deployment.slots // deployment.mesh.tensor * self.config.model.hidden * deployment.itemsize
 
     def _data(self, rank: int, stage: int) -> Iterator[Issued]:
         for size in (4, *(message.bytes for message in self.messages)):
             yield self._issued("data", rank, Operation("all_reduce", size), 1, "replicas")
-        for bucket in (bucket for chunk in weights(self.shape, stage).buckets for bucket in chunk):
+        for bucket in (bucket for chunk in weights(self.deployment, stage).buckets for bucket in chunk):
             if self.config.optimizer.distributed:
-                part = bucket // self.shape.replicas * self.shape.itemsize
+                part = bucket // self.deployment.replicas * self.deployment.itemsize
                 yield self._issued("data", rank, Operation("reduce_scatter", 4 * bucket), 1, "replicas")
                 yield self._issued("data", rank, Operation("all_gather", part), 1, "replicas")
             else:
@@ -185,58 +185,58 @@ class StepTraffic:
 
     def channel_phases(self, kind: str) -> list[Phases]:
         """What the channel mixer of one layer exchanges, in order."""
-        if self.shape.mesh.context == 1:
+        if self.deployment.mesh.context == 1:
             return []
-        exchanges = self.shape.channels[kind].exchanges(self.config.parallel.tensor)
-        return [each.phases(None, self.shape.ranks) for each in exchanges]
+        exchanges = self.deployment.channels[kind].exchanges(self.config.parallel.tensor)
+        return [each.phases(None, self.deployment.ranks) for each in exchanges]
 
     def layer_phases(self, kind: str, is_first: bool = False) -> list[Phases]:
         """What a token mixer exchanges, in order: the halo of a short convolution, its messages; is_first: the first of its kind."""
-        if self.shape.mesh.context == 1:
+        if self.deployment.mesh.context == 1:
             return []
-        method, ranks = self.shape.methods[kind], self.shape.ranks
-        exchanges = self.shape.cards[kind].exchanges(self.config.parallel.tensor, is_first)
+        method, ranks = self.deployment.methods[kind], self.deployment.ranks
+        exchanges = self.deployment.cards[kind].exchanges(self.config.parallel.tensor, is_first)
         return [each.phases(method, ranks) for each in exchanges]
 
     @cached_property
     def firsts(self) -> set[tuple[int, int, int]]:
         """Stage, chunk and place of the layers that are not as the others of their kind: the first of each, where that is so."""
-        kinds, stages = self.config.model.kinds, self.shape.mesh.pipeline
-        each = self.config.model.layers // (stages * self.shape.chunks)
-        numbers = (kinds.index(kind) for kind, card in self.shape.cards.items() if card.is_first_apart)
+        kinds, stages = self.config.model.kinds, self.deployment.mesh.pipeline
+        each = self.config.model.layers // (stages * self.deployment.chunks)
+        numbers = (kinds.index(kind) for kind, card in self.deployment.cards.items() if card.is_first_apart)
         return {(number // each % stages, number // each // stages, number % each) for number in numbers}
 
     def alike(self, stage: int) -> object:
         """What two stages must share to move and take the same."""
-        return self.shape.alike(stage), frozenset(first for first in self.firsts if first[0] == stage)
+        return self.deployment.alike(stage), frozenset(first for first in self.firsts if first[0] == stage)
 
     @cached_property
     def _phases(self) -> dict[tuple[str, bool], list[Phases]]:
-        stages = range(self.shape.mesh.pipeline)
+        stages = range(self.deployment.mesh.pipeline)
         return {key: self.layer_phases(*key) for key in dict.fromkeys(k for s in stages for k in self.layer_counts(s))}
 
     def context_phases(self, rank: int) -> Iterator[tuple[Sequence[tuple[int, int, int]], int]]:
         """The phases of all layers of the rank's stage, and how often each happens in a step."""
-        shape, stage = self.shape, self.shape.mesh.coordinate(rank, "pipeline")
+        deployment, stage = self.deployment, self.deployment.mesh.coordinate(rank, "pipeline")
         again = 1 if self.config.train.recompute == "none" else 2
         found = [(each, n, again) for key, n in self.layer_counts(stage).items() for each in self._phases[key]]
         again = 2 if self.config.train.recompute == "full" else 1  # selective recompute is of token mixers
         found += [(each, n, again) for key, n in self._channel_counts(stage) for each in self.channel_phases(key)]
         for phases, layers, times in found:
             for phase in phases.forward:
-                yield phase, layers * times * shape.micro_batches
+                yield phase, layers * times * deployment.micro_batches
             for phase in phases.backward:
-                yield phase, layers * shape.micro_batches
+                yield phase, layers * deployment.micro_batches
 
     def _channel_counts(self, stage: int) -> Iterable[tuple[str, int]]:
         """Layers of a stage by their channel mixers."""
-        chunks = range(self.shape.chunks)
-        return Counter(kind.channels for chunk in chunks for kind in self.shape.kinds(stage, chunk)).items()
+        chunks = range(self.deployment.chunks)
+        return Counter(kind.channels for chunk in chunks for kind in self.deployment.kinds(stage, chunk)).items()
 
     def layer_counts(self, stage: int) -> Counter[tuple[str, bool]]:
         """Layers of a stage by (token mixer, whether it is one of `firsts`)."""
         counts: Counter[tuple[str, bool]] = Counter()
-        for chunk in range(self.shape.chunks):
-            for number, kind in enumerate(self.shape.kinds(stage, chunk)):
+        for chunk in range(self.deployment.chunks):
+            for number, kind in enumerate(self.deployment.kinds(stage, chunk)):
                 counts[kind.mixer, (stage, chunk, number) in self.firsts] += 1
         return counts

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.messages import Phase
 from lsys.parallel.traffic import Operation, traffic
+from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import Hardware
-from lsys.predict.shape import Shape
 from lsys.predict.traffic import Issued
 
 ROUND = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")  # go around all ranks, so some port crosses nodes
@@ -23,15 +23,17 @@ ROUND = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")  # go around
 class Transfers:
     """Seconds of transfers between the ranks of a configuration, on hardware whose links are known."""
 
-    def __init__(self, shape: Shape, hardware: Hardware) -> None:
-        self.shape, self.hardware, self.links = shape, hardware, hardware.links
+    def __init__(self, deployment: Deployment, hardware: Hardware) -> None:
+        self.deployment, self.hardware, self.links = deployment, hardware, hardware.links
 
     def operation(self, issued: Issued, rank: int) -> float:
         """Seconds of one operation."""
         if len(issued.ranks) == 1:
             return self.hardware.call
         sizes = self._sizes(issued, rank)
-        ports = self._ports([self.shape.nodes[each] for each in issued.ranks]) if issued.operation.kind in ROUND else 1
+        ports = (
+            self._ports([self.deployment.nodes[each] for each in issued.ranks]) if issued.operation.kind in ROUND else 1
+        )
         busy = max(self._busy(size, link, ports) for link, size in sizes.items() if link in self.links)
         return self.hardware.call + self._latency(issued) + busy
 
@@ -41,7 +43,7 @@ class Transfers:
 
     def phase(self, phase: Phase, is_collective: bool = False) -> float:
         """Seconds of context messages that are under way together: the busiest rank's."""
-        nodes, links = self.shape.context_nodes, self.links
+        nodes, links = self.deployment.context_nodes, self.links
         busy: dict[tuple[int, int, str], int] = {}
         peers: dict[int, set[int]] = {}
         for source, destination, size in phase:
@@ -56,7 +58,7 @@ class Transfers:
 
     def _ports(self, nodes: Sequence[int]) -> int:
         """Through how many a collective of ranks on these nodes leaves each: NCCL's, all its ranks' there; gloo's, one."""
-        return min(Counter(nodes).values()) if self.shape.backend == "nccl" else 1
+        return min(Counter(nodes).values()) if self.deployment.backend == "nccl" else 1
 
     def _busy(self, size: float, link: str, ports: int) -> float:
         """Seconds of so many bytes; what goes out by several ports crosses the node to get there."""
@@ -66,12 +68,12 @@ class Transfers:
 
     def _nodes(self, issued: Issued) -> int:
         """How many an operation reaches."""
-        return len({self.shape.nodes[rank] for rank in issued.ranks})
+        return len({self.deployment.nodes[rank] for rank in issued.ranks})
 
     def _sizes(self, issued: Issued, rank: int) -> dict[str, int]:
         """Bytes that the busiest port of each link class moves."""
-        operation, ranks, nodes = issued.operation, issued.ranks, self.shape.nodes
-        moved = traffic(operation, ranks.index(rank), len(ranks), self.shape.backend)
+        operation, ranks, nodes = issued.operation, issued.ranks, self.deployment.nodes
+        moved = traffic(operation, ranks.index(rank), len(ranks), self.deployment.backend)
         if self._nodes(issued) > 1 and operation.kind in ROUND:
             least = operation.bytes if operation.kind == "broadcast" else 0
             return {NODE: 0, NETWORK: max(sum(moved.sent.values()), least)}
@@ -87,7 +89,7 @@ class Transfers:
         steps = special.get(issued.operation.kind, others)
         outside = min(steps, 2 * far)
         ring = self._steps(steps - outside, outside)
-        if self.shape.backend != "nccl" or issued.operation.kind != "all_reduce":
+        if self.deployment.backend != "nccl" or issued.operation.kind != "all_reduce":
             return ring
         return min(ring, self._steps(2 * (-(-(others + 1) // (far + 1)) - 1), 2 * far.bit_length()))
 

@@ -17,7 +17,7 @@ from lsys.config.methods import ITEMSIZE
 from lsys.config.schema import Config
 from lsys.mixers.card import Card, MixerCard
 from lsys.mixers.channel import ChannelCard
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,19 @@ def _pieces(card: MixerCard, tensor: int) -> Iterator[Parameter]:
         yield Parameter(weight.name, numel, weight.is_summed and tensor > 1, is_trained=weight.is_trained)
 
 
-def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
+def chunk_parameters(deployment: Deployment, stage: int, chunk: int) -> list[Parameter]:
     """Parameters of one virtual chunk of a stage, in the order of its modules."""
-    config = shape.config
+    config = deployment.config
     model, tensor = config.model, config.parallel.tensor
     embedding = model.padded_vocab // tensor * model.hidden
-    first, last, one = shape.is_first(stage, chunk), shape.is_last(stage, chunk), shape.mesh.pipeline == 1
+    first, last, one = (
+        deployment.is_first(stage, chunk),
+        deployment.is_last(stage, chunk),
+        deployment.mesh.pipeline == 1,
+    )
     found = [Parameter("embedding", embedding, shared=model.tied and not one)] if first else []
-    for layer in shape.kinds(stage, chunk):
-        found += layer_parameters(config, shape.cards[layer.mixer], shape.channels[layer.channels])
+    for layer in deployment.kinds(stage, chunk):
+        found += layer_parameters(config, deployment.cards[layer.mixer], deployment.channels[layer.channels])
     if last:
         found.append(Parameter("final_layernorm", model.hidden, tensor > 1))
         if not (first and model.tied):
@@ -97,17 +101,21 @@ def chunk_parameters(shape: Shape, stage: int, chunk: int) -> list[Parameter]:
     return found
 
 
-def weights(shape: Shape, stage: int, replica: int = 0) -> Weights:
+def weights(deployment: Deployment, stage: int, replica: int = 0) -> Weights:
     """Bytes of the ranks of a stage; replica: which of the data x context ranks, for the distributed optimizer's part."""
-    config, ranks = shape.config, shape.replicas
+    config, ranks = deployment.config, deployment.replicas
     distributed, itemsize = config.optimizer.distributed, ITEMSIZE[config.train.precision]
     buckets, placed, every = [], 0, []
     updated = tensors = 0
-    for chunk in range(shape.chunks):
-        made = chunk_parameters(shape, stage, chunk)
+    for chunk in range(deployment.chunks):
+        made = chunk_parameters(deployment, stage, chunk)
         every += made
         parameters = [parameter for parameter in made if parameter.is_trained]
-        limit = max(40_000_000, 1_000_000 * shape.mesh.data) if shape.overlap and stage == 0 and chunk == 0 else None
+        limit = (
+            max(40_000_000, 1_000_000 * deployment.mesh.data)
+            if deployment.overlap and stage == 0 and chunk == 0
+            else None
+        )
         cut = _buckets(parameters, ranks if distributed else 0, limit)
         buckets.append(tuple(stop - start for start, stop, _ in cut))
         placed += sum(buckets[-1])

@@ -26,8 +26,8 @@ from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages.heads import shares
 from lsys.parallel.methods import Method
 from lsys.predict.activations import Activations
+from lsys.predict.deployment import Deployment
 from lsys.predict.kernels import intermediate, is_fused, is_linked, least
-from lsys.predict.shape import Shape
 from lsys.predict.weights import weights
 
 
@@ -58,9 +58,9 @@ def backward(work: Mapping[str, float]) -> Work:
 class StageWork:
     """What the ranks of a configuration do, layer by layer."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape, self.config, self.model = shape, shape.config, shape.config.model
-        self.activations = Activations(shape)
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment, self.config, self.model = deployment, deployment.config, deployment.config.model
+        self.activations = Activations(deployment)
         self._mixers: dict[tuple[Layer, bool], Work] = {}
         self._layers: dict[tuple[Layer, bool], Work] = {}
 
@@ -68,16 +68,21 @@ class StageWork:
         """Work of one layer's token mixer without its projections, forward: mean of the context ranks, or of the one that has most."""
         key = (kind, most)
         if key not in self._mixers:
-            layer, card, work, mixer = self.activations.layers[kind], self.shape.cards[kind.mixer], Work(), kind.mixer
+            layer, card, work, mixer = (
+                self.activations.layers[kind],
+                self.deployment.cards[kind.mixer],
+                Work(),
+                kind.mixer,
+            )
             if not card.has_state:
                 flops = self.attention_flops(mixer, methods[mixer])
                 work["attention"] = max(flops) if most else sum(flops) / len(flops)
                 work[f"kernel:{card.symbol}"] = layer.before
-            elif is_fused(self.shape, mixer):
-                work[f"fused:{card.symbol}"] = self.shape.slots * least(self.shape, mixer)
+            elif is_fused(self.deployment, mixer):
+                work[f"fused:{card.symbol}"] = self.deployment.slots * least(self.deployment, mixer)
             else:
-                name = "linked" if is_linked(self.shape, mixer) else "kernel"
-                work[f"{name}:{card.symbol}"] = 4.0 * self.shape.slots * intermediate(self.shape, mixer)
+                name = "linked" if is_linked(self.deployment, mixer) else "kernel"
+                work[f"{name}:{card.symbol}"] = 4.0 * self.deployment.slots * intermediate(self.deployment, mixer)
             work["bytes"] = layer.after + layer.middle
             work[f"layer:{card.symbol}"] = 1
             self._mixers[key] = work
@@ -85,13 +90,13 @@ class StageWork:
 
     def attention_flops(self, kind: str, method: Method) -> list[float]:
         """Forward, by context rank: of the pairs that its queries see, or of its share of the heads."""
-        context, tensor = self.shape.mesh.context, self.shape.mesh.tensor
-        (one,) = (each for each in self.shape.cards[kind].exchanges(tensor) if isinstance(each, KeyValues))
+        context, tensor = self.deployment.mesh.context, self.deployment.mesh.tensor
+        (one,) = (each for each in self.deployment.cards[kind].exchanges(tensor) if isinstance(each, KeyValues))
         pair, mask = 4.0 * one.width, one.mask
         if method.whole:
-            total = sum(mask.visible(0, n, n) for n in self.shape.documents)
+            total = sum(mask.visible(0, n, n) for n in self.deployment.documents)
             return [pair * share.queries * total for share in shares(one.heads, one.kv_heads, context)]
-        pairs, place = [0.0] * context, self.shape.ranks.placement
+        pairs, place = [0.0] * context, self.deployment.ranks.placement
         for part in place.parts:
             start = part.begin - place.places[part.document]
             pairs[part.rank] += mask.visible(start, start + part.length, place.lengths[part.document])
@@ -104,9 +109,9 @@ class StageWork:
         return self._layers[kind, most]
 
     def _layer(self, kind: Layer, methods: Mapping[str, Method], most: bool) -> Work:
-        card, t = self.shape.cards[kind.mixer], self.shape.mesh.tensor
+        card, t = self.deployment.cards[kind.mixer], self.deployment.mesh.tensor
         found = self.channels(kind) + Work(
-            {"matmul": 2.0 * self.shape.slots * card.products / t, "weights": card.products / t}
+            {"matmul": 2.0 * self.deployment.slots * card.products / t, "weights": card.products / t}
         )
         found["bytes"] += self.activations.layers[kind].entry
         if t > 1:
@@ -115,29 +120,29 @@ class StageWork:
 
     def channels(self, kind: Layer) -> Work:
         """Work of a layer's channel mixer alone, forward."""
-        card, t = self.shape.channels[kind.channels], self.shape.mesh.tensor
+        card, t = self.deployment.channels[kind.channels], self.deployment.mesh.tensor
         numbers, inside = card.products / t, self.activations.layers[kind].mlp
-        found = Work({"matmul": 2.0 * self.shape.slots * numbers, "weights": numbers, "bytes": inside})
+        found = Work({"matmul": 2.0 * self.deployment.slots * numbers, "weights": numbers, "bytes": inside})
         if t > 1:
             found["tensor"] += 2 * len(card.in_widths())
         return found
 
     def output(self) -> Work:
         """Output layer and loss, forward."""
-        numbers = self.shape.slots * self.model.padded_vocab / self.shape.mesh.tensor
+        numbers = self.deployment.slots * self.model.padded_vocab / self.deployment.mesh.tensor
         return Work({"matmul": 2.0 * numbers * self.model.hidden, "logits": 4.0 * numbers})
 
     def chunk(self, stage: int, chunk: int, methods: Mapping[str, Method], most: bool = False) -> tuple[Work, Work]:
         """Work of one micro-batch through a chunk of a stage: forward, backward (what is recomputed is in it)."""
         forward, again = Work({"micro_batch": 1}), Work()
-        for kind in self.shape.kinds(stage, chunk):
+        for kind in self.deployment.kinds(stage, chunk):
             layer = self.layer(kind, methods, most)
             forward += layer
             if self.config.train.recompute == "full":
                 again += layer
             elif self.config.train.recompute == "selective":
                 again += self.mixer(kind, methods, most)
-        if self.shape.is_last(stage, chunk):
+        if self.deployment.is_last(stage, chunk):
             forward += self.output()
             if final(self.config).is_recomputed:
                 again += self.output()
@@ -145,5 +150,5 @@ class StageWork:
 
     def update(self, stage: int) -> Work:
         """After the last micro-batch: gradients are cleared, scaled and measured, and the optimizer makes a step."""
-        held = weights(self.shape, stage)
+        held = weights(self.deployment, stage)
         return Work({"optimizer": held.updated, "tensors": held.tensors, "gradients": held.gradients, "step": 1})

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from support import parity, steps
 
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.weights import weights
 
@@ -62,16 +62,16 @@ def check(gloo: Any, ranks: int, changes: dict[str, Any], ranks_per_node: int = 
         expected = {key: size for key, size in found["bytes"].items() if size}
         told: dict[Any, int] = {}
         for lengths in found["lengths"]:  # of each micro-batch
-            shape = Shape(config, ranks, ranks_per_node, gpu=False, lengths=lengths)
-            moved = StepTraffic(shape).bytes(rank)
+            deployment = Deployment(config, ranks, ranks_per_node, gpu=False, lengths=lengths)
+            moved = StepTraffic(deployment).bytes(rank)
             for key, size in moved.items():
                 if key[0] == "context":  # depends on the documents; as if all micro-batches were this one
-                    told[key] = told.get(key, 0) + size // shape.micro_batches
+                    told[key] = told.get(key, 0) + size // deployment.micro_batches
                 elif key[0] != "world":  # asked by the loop, not the engine
                     told[key] = size
         assert {key: size for key, size in told.items() if size} == expected, rank
-        stage, place = shape.mesh.coordinate(rank, "pipeline"), shape.mesh.coordinates(rank)
-        held = weights(shape, stage, place["data"] * shape.mesh.context + place["context"])
+        stage, place = deployment.mesh.coordinate(rank, "pipeline"), deployment.mesh.coordinates(rank)
+        held = weights(deployment, stage, place["data"] * deployment.mesh.context + place["context"])
         assert found["tensors"] == {
             "parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer,
         }  # fmt: skip

@@ -7,12 +7,12 @@ import pytest
 from lsys.config.load import load
 from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.traffic import Operation
+from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import hardware
 from lsys.predict.kernels import FUSED
 from lsys.predict.plan import Plan
 from lsys.predict.search import changed, search
 from lsys.predict.seconds import StepTime
-from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.transfers import Transfers, once
 from lsys.predict.weights import chunk_parameters, weights
@@ -26,7 +26,7 @@ def config(name: str = "hybrid_1b", **changes: Any) -> Any:
 
 
 def transfers(world_size: int, gpu: bool = True) -> Transfers:
-    return Transfers(Shape(config(), world_size, 8, gpu=gpu), H200)
+    return Transfers(Deployment(config(), world_size, 8, gpu=gpu), H200)
 
 
 def test_a_collective_leaves_a_node_through_the_ports_of_all_its_ranks() -> None:
@@ -63,29 +63,29 @@ def test_heads_are_waited_for_and_rings_are_not(linear: str) -> None:
     """A mixer's work hides what is under way beside it, which heads and tokens before a segment are not."""
     changes: dict[str, Any] = {"parallel__context": 8, "parallel__linear": linear}
     ring, heads = (
-        StepTime(Shape(config(**changes, parallel__attention=method), 64), H200) for method in ("ring", "ulysses")
+        StepTime(Deployment(config(**changes, parallel__attention=method), 64), H200) for method in ("ring", "ulysses")
     )
     (there, back), beside = heads.mixer_exchange("softmax", False)
     assert there > 0 and back > 0 and beside == (0, 0)
     assert ring.mixer_exchange("softmax", False)[0] == (0, 0)
     linear_waits, linear_beside = ring.mixer_exchange("lightning", False)
     assert (linear_waits > (0, 0), linear_beside > (0, 0)) == (linear == "ulysses", linear == "lasp2")
-    layers = sum(kind.mixer == "softmax" for kind in heads.shape.kinds(0))
+    layers = sum(kind.mixer == "softmax" for kind in heads.deployment.kinds(0))
     assert heads.context_seconds(0, 0)[0] - ring.context_seconds(0, 0)[0] == pytest.approx(layers * there)
 
 
 def test_halos_are_waited_for() -> None:
-    it = StepTime(Shape(config("delta_1b", parallel__linear="lasp2", parallel__context=8), 64), H200)
+    it = StepTime(Deployment(config("delta_1b", parallel__linear="lasp2", parallel__context=8), 64), H200)
     waits, beside = it.mixer_exchange("gated_delta", False)
     assert min(*waits, *beside) > 0
 
 
 def test_buckets_close_by_the_data_degree_alone() -> None:
     """Megatron: max(40 million, 1 million x data ranks without context ranks) numbers, and the parameter that exceeds it."""
-    shape = Shape(config(parallel__context=8), 512)
-    assert shape.mesh.data == 64 and shape.replicas == 512
-    found = weights(shape, 0).buckets[0]
-    largest = max(parameter.numel for parameter in chunk_parameters(shape, 0, 0))
+    deployment = Deployment(config(parallel__context=8), 512)
+    assert deployment.mesh.data == 64 and deployment.replicas == 512
+    found = weights(deployment, 0).buckets[0]
+    largest = max(parameter.numel for parameter in chunk_parameters(deployment, 0, 0))
     assert all(64_000_000 <= bucket <= 64_000_000 + largest + 512 * 128 for bucket in found[:-1])
 
 
@@ -98,7 +98,7 @@ def test_the_rank_that_receives_most_is_looked_for_on_all_stages() -> None:
         ),
         512, H200,
     )  # fmt: skip
-    last = StepTraffic(plan.shape).bytes(plan.shape.rank(7)).moved("context")
+    last = StepTraffic(plan.deployment).bytes(plan.deployment.rank(7)).moved("context")
     assert plan.traffic()["context"].moved("context") >= last > 0
 
 
@@ -114,9 +114,11 @@ def test_a_group_that_straddles_nodes_is_timed_over_the_network() -> None:
     changes: dict[str, Any] = dict(
         model__heads=24, model__groups=24, model__hidden=3072, model__ffn=8448, model__vocab=30720
     )
-    shape = Shape(config(**changes, parallel__tensor=6, parallel__context=1, train__batch_tokens=65536 * 8), 48)
-    inside = Shape(shape.config, 48, ranks_per_node=12)
-    times = [StepTime(each, H200).tensor_seconds(0, 0)[0] for each in (shape, inside)]
+    deployment = Deployment(
+        config(**changes, parallel__tensor=6, parallel__context=1, train__batch_tokens=65536 * 8), 48
+    )
+    inside = Deployment(deployment.config, 48, ranks_per_node=12)
+    times = [StepTime(each, H200).tensor_seconds(0, 0)[0] for each in (deployment, inside)]
     assert times[0] > 2 * times[1]
 
 
@@ -136,9 +138,9 @@ def test_what_has_no_fused_kernel_is_planned_in_chunks() -> None:
             assert refusal is not None and ("runs on CUDA, not on meta" in refusal) == (key in FUSED), (key, refusal)
     seconds = []
     for letter, wanted in (("D", "fused:D"), ("K", "linked:K")):
-        work = StageWork(Shape(config(model__pattern=letter), 64))
+        work = StageWork(Deployment(config(model__pattern=letter), 64))
         (layer,) = work.activations.layers
-        mixer = work.mixer(layer, work.shape.methods)
+        mixer = work.mixer(layer, work.deployment.methods)
         assert [key for key in mixer if key.partition(":")[0] in ("kernel", "linked", "fused")] == [wanted]
         assert all(amount * H200.costs[key] > 0 for key, amount in mixer.items())
         seconds.append(H200.seconds(mixer))

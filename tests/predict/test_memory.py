@@ -6,7 +6,7 @@ import pytest
 from support import parity, steps
 
 from lsys.predict.activations import Activations
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 
 TOLERANCE = 0.10
 GROUPED = {"heads": 6, "key_heads": 3, "key_dim": 20, "head_dim": 28}
@@ -88,10 +88,10 @@ MORE = {
 
 def check(gloo: Any, ranks: int, changes: dict[str, Any]) -> None:
     config = parity.settings(**changes)
-    shape = Shape(config, ranks, gpu=False)
-    activations = Activations(shape)
+    deployment = Deployment(config, ranks, gpu=False)
+    activations = Activations(deployment)
     for rank, found in enumerate(gloo(ranks, peak, changes, (config.train.micro_batch_tokens,))):
-        told = activations.peak(shape.mesh.coordinate(rank, "pipeline")).total
+        told = activations.peak(deployment.mesh.coordinate(rank, "pipeline")).total
         assert told == pytest.approx(found, rel=TOLERANCE), (rank, told / found - 1)
 
 

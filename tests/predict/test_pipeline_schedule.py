@@ -3,9 +3,9 @@
 import pytest
 from support import parity
 
+from lsys.predict.deployment import Deployment
 from lsys.predict.kernels import chunk_size
 from lsys.predict.schedule import Pass, in_flight, passes
-from lsys.predict.shape import Shape
 from lsys.predict.timeline import Duration, Timeline
 
 
@@ -21,14 +21,14 @@ def test_every_pass_happens_once_and_forward_first(stages: int, chunks: int, mic
                 assert order.index(step._replace(is_forward=True)) < order.index(step)
 
 
-def shape(**changes) -> Shape:
+def deployment(**changes) -> Deployment:
     config = parity.settings(**changes)
-    return Shape(config, config.parallel.pipeline, gpu=False)
+    return Deployment(config, config.parallel.pipeline, gpu=False)
 
 
-def pipeline(stages: int, virtual: int, micro_batches: int) -> Shape:
+def pipeline(stages: int, virtual: int, micro_batches: int) -> Deployment:
     degrees = dict(parallel__pipeline=stages, parallel__virtual_pipeline=virtual, model__layers=stages * virtual)
-    return shape(**degrees, train__batch_tokens=97 * micro_batches)
+    return deployment(**degrees, train__batch_tokens=97 * micro_batches)
 
 
 def test_micro_batches_in_flight() -> None:

@@ -19,9 +19,9 @@ from lsys.mixers.dense import Dense, DenseOptions
 from lsys.mixers.registry import CHANNEL_CARDS, CHANNEL_LETTERS, CHANNELS
 from lsys.observe.flops import flops_per_token, parameters
 from lsys.predict.activations import Activations
+from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import hardware
 from lsys.predict.plan import Plan
-from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.weights import chunk_parameters, weights
 
@@ -111,7 +111,7 @@ def check_parameters(gloo: Any, kind: str) -> None:
         mixer = {weight.name for weight in config.model.cards["lightning"].weights()} | {"in_proj", "out_proj"}
         told = [
             (p.name.removesuffix(".weight"), p.numel, p.summed, p.is_trained)
-            for p in chunk_parameters(Shape(config, tensor, gpu=False), 0, 0)
+            for p in chunk_parameters(Deployment(config, tensor, gpu=False), 0, 0)
             if p.name not in mixer | {"embedding", "output_layer", "final_layernorm"}
         ]
         for found in gloo(tensor, seen, changes(kind, tensor=tensor)):
@@ -143,14 +143,14 @@ def check_bytes(gloo: Any, kind: str) -> None:
         for rank, found in enumerate(gloo(2, operations, changed)):
             told: Counter[Any] = Counter()
             for lengths in found["lengths"]:
-                shape = Shape(config, 2, gpu=False, lengths=lengths)
-                for key, size in StepTraffic(shape).bytes(rank).items():
+                deployment = Deployment(config, 2, gpu=False, lengths=lengths)
+                for key, size in StepTraffic(deployment).bytes(rank).items():
                     if key[0] == "context":
-                        told[key] += size // shape.micro_batches
+                        told[key] += size // deployment.micro_batches
                     elif key[0] != "world":
                         told[key] = size
             assert dict(told) == {key: size for key, size in found["bytes"].items() if size}
-            held = weights(Shape(config, 2, gpu=False), 0, rank if "context" in degrees else 0)
+            held = weights(Deployment(config, 2, gpu=False), 0, rank if "context" in degrees else 0)
             assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
 
 
@@ -216,7 +216,7 @@ def check_memory(gloo: Any, kind: str) -> None:
     for ranks, more in MORE:
         changed = changes(kind) | WIDE | more
         config = parity.settings(**changed)
-        told = Activations(Shape(config, ranks, gpu=False)).peak(0).total
+        told = Activations(Deployment(config, ranks, gpu=False)).peak(0).total
         for found in gloo(ranks, peak, changed, (config.train.micro_batch_tokens,)):
             assert told == pytest.approx(found, rel=0.10), (told / found - 1, more)
 
@@ -262,9 +262,9 @@ def test_one_that_nothing_knows_is_refused_everywhere() -> None:
         for refuses in (
             lambda: parameters(config.model),
             lambda: flops_per_token(config.model, 8),
-            lambda: weights(Shape(config, 1), 0),
-            lambda: Activations(Shape(config, 1)).peak(0),
-            lambda: StepTraffic(Shape(config, 1)).bytes(0),
+            lambda: weights(Deployment(config, 1), 0),
+            lambda: Activations(Deployment(config, 1)).peak(0),
+            lambda: StepTraffic(Deployment(config, 1)).bytes(0),
             lambda: Plan(config, 1, hardware("h100x8", "fp32")).prediction,
         ):
             with pytest.raises(KeyError, match="no channel mixer is called"):

@@ -24,9 +24,9 @@ from lsys.mixers.exchange import States
 from lsys.mixers.registry import CARDS, CHANNEL_CARDS, LETTERS, MIXERS
 from lsys.observe.flops import flops_per_token, parameters
 from lsys.predict.activations import Activations
+from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import hardware
 from lsys.predict.plan import Plan
-from lsys.predict.shape import Shape
 from lsys.predict.traffic import StepTraffic
 from lsys.predict.weights import chunk_parameters, weights
 
@@ -128,7 +128,7 @@ def check_parameters(gloo: Any, name: str) -> None:
         config = settings(name, tensor=tensor)
         told = {
             parameter.name.removesuffix(".weight"): (parameter.numel, parameter.summed, parameter.is_trained)
-            for parameter in chunk_parameters(Shape(config, tensor, gpu=False), 0, 0)
+            for parameter in chunk_parameters(Deployment(config, tensor, gpu=False), 0, 0)
         }
         for found in gloo(tensor, seen, changes(name, tensor=tensor)):
             built = {key.removesuffix(".weight"): tuple(rest) for key, *rest in found["held"]}
@@ -196,14 +196,14 @@ def check_bytes(gloo: Any, name: str) -> None:
         for rank, found in enumerate(gloo(2, operations, changed)):
             told: Counter[Any] = Counter()
             for lengths in found["lengths"]:
-                shape = Shape(config, 2, gpu=False, lengths=lengths)
-                for key, size in StepTraffic(shape).bytes(rank).items():
+                deployment = Deployment(config, 2, gpu=False, lengths=lengths)
+                for key, size in StepTraffic(deployment).bytes(rank).items():
                     if key[0] == "context":
-                        told[key] += size // shape.micro_batches
+                        told[key] += size // deployment.micro_batches
                     elif key[0] != "world":
                         told[key] = size
             assert dict(told) == {key: size for key, size in found["bytes"].items() if size}
-            held = weights(Shape(config, 2, gpu=False), 0, rank if "context" in degrees else 0)
+            held = weights(Deployment(config, 2, gpu=False), 0, rank if "context" in degrees else 0)
             assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
 
 
@@ -259,7 +259,7 @@ def check_kept(gloo: Any, name: str) -> None:
         told: dict[str, float] = dict.fromkeys(("forward", "kernel", "tables"), 0.0)
         for tokens, sign in zip(LENGTHS, (-1, 1), strict=True):
             config = parity.settings(**changed, train__micro_batch_tokens=tokens, train__batch_tokens=tokens)
-            activations = Activations(Shape(config, ranks, gpu=False))
+            activations = Activations(Deployment(config, ranks, gpu=False))
             layer = activations.layers[config.model.layer_kinds[-1]]
             needed = (
                 layer.projected
@@ -288,7 +288,7 @@ def check_memory(gloo: Any, name: str) -> None:
         for layers in (4, 8):
             changed = changes(name) | NARROW | more | {"model__layers": layers}
             config = parity.settings(**changed)
-            told.append(Activations(Shape(config, ranks, gpu=False)).peak(0).total)
+            told.append(Activations(Deployment(config, ranks, gpu=False)).peak(0).total)
             found.append(gloo(ranks, peak, changed, (config.train.micro_batch_tokens,)))
         for few, many in zip(*found, strict=True):
             assert told[1] == pytest.approx(many, rel=0.10), told[1] / many - 1
@@ -348,9 +348,9 @@ def test_one_that_nothing_knows_is_refused_everywhere() -> None:
         for refuses in (
             lambda: parameters(config.model),
             lambda: flops_per_token(config.model, 8),
-            lambda: weights(Shape(config, 1), 0),
-            lambda: Activations(Shape(config, 1)).peak(0),
-            lambda: StepTraffic(Shape(config, 1)).bytes(0),
+            lambda: weights(Deployment(config, 1), 0),
+            lambda: Activations(Deployment(config, 1)).peak(0),
+            lambda: StepTraffic(Deployment(config, 1)).bytes(0),
             lambda: Plan(config, 1, hardware("h100x8", "fp32")).prediction,
         ):
             with pytest.raises(KeyError, match="no token mixer is called"):

@@ -16,8 +16,8 @@ from lsys.predict.traffic import StepTraffic
 def predictions(config: Config, ranks: int, hardware: Hardware) -> dict[str, Any]:
     """Weights, bytes, activations, FLOPs and seconds of a configuration that passes the rules. Numbers alone: no name of a mixer."""
     plan = Plan(config, ranks, hardware)
-    activations, traffic = Activations(plan.shape), StepTraffic(plan.shape)
-    peaks = [activations.peak(stage) for stage in range(plan.shape.mesh.pipeline)]
+    activations, traffic = Activations(plan.deployment), StepTraffic(plan.deployment)
+    peaks = [activations.peak(stage) for stage in range(plan.deployment.mesh.pipeline)]
     seen = sorted({*range(min(ranks, 4)), ranks - 1})
     moved = {axis: found.moved(axis) for axis, found in sorted(plan.traffic().items())}
     return {
@@ -26,7 +26,7 @@ def predictions(config: Config, ranks: int, hardware: Hardware) -> dict[str, Any
         "bytes": [{" ".join(key): size for key, size in sorted(traffic.bytes(rank).items())} for rank in seen],
         "most bytes": moved,
         "parameters": list(parameters(config.model).values()),
-        "flops": list(flops_per_token(config.model, plan.shape.documents).values()),
+        "flops": list(flops_per_token(config.model, plan.deployment.documents).values()),
         "seconds": plan.prediction.seconds,
         "parts": plan.prediction.parts,
         "mfu": plan.mfu,

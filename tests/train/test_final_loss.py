@@ -10,7 +10,7 @@ from support import parity, steps
 
 from lsys.config.losses import LOSSES
 from lsys.predict.activations import Activations
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 from lsys.predict.traffic import StepTraffic
 
 TOLERANCE = 1e-5  # fp32, relative
@@ -68,7 +68,7 @@ def test_messages_of_each_are_predicted(gloo: Any, case: str, loss: str) -> None
     changes = changes | {"train__loss": loss}
     config = parity.settings(**changes)
     for rank, found in enumerate(gloo(ranks, operations, changes)):
-        told = StepTraffic(Shape(config, ranks, gpu=False, lengths=found["lengths"][0])).bytes(rank)
+        told = StepTraffic(Deployment(config, ranks, gpu=False, lengths=found["lengths"][0])).bytes(rank)
         expected = {key: size for key, size in found["bytes"].items() if size and key[0] != "context"}
         assert {key: size for key, size in told.items() if key[0] not in ("context", "world")} == expected
 
@@ -96,7 +96,7 @@ def test_memory_of_each_is_predicted(gloo: Any, ranks: int, more: dict[str, Any]
         loss = {"train__loss": name}
         config = parity.settings(**changes | loss)
         found = gloo(ranks, peak, changes | loss, (4096,))
-        told = Activations(Shape(config, ranks, gpu=False)).peak(0).total
+        told = Activations(Deployment(config, ranks, gpu=False)).peak(0).total
         assert told == pytest.approx(found[0], rel=0.1), (name, told / found[0] - 1)
         seen[name] = found[0]
     assert seen["chunked_cross_entropy"] < 0.75 * seen["cross_entropy"]

@@ -10,7 +10,7 @@ from support import added, parity, steps
 from lsys.config import losses
 from lsys.config.losses import LayerLoss, layer_losses
 from lsys.config.reports import declared
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 from lsys.predict.traffic import StepTraffic
 
 TOLERANCE = 1e-5  # fp32, relative
@@ -98,9 +98,9 @@ def test_their_messages_are_predicted(gloo: Any, case: str) -> None:
     changes = {f"parallel__{name}": degree for name, degree in degrees.items()}
     config = parity.settings(**changes)
     for rank, found in enumerate(gloo(ranks, operations, changes)):
-        shape = Shape(config, ranks, gpu=False)
+        deployment = Deployment(config, ranks, gpu=False)
         with mock.patch.object(losses, "SOURCES", [*losses.SOURCES, added.declare]):
-            told = StepTraffic(shape)
+            told = StepTraffic(deployment)
             moved = {key: size for key, size in told.bytes(rank).items() if key[0] not in ("context", "world")}
             assert [each.operation.bytes for each in told.once(rank)].count(8 * 4) == 1  # what is counted
         assert moved == {key: size for key, size in found["bytes"].items() if size and key[0] != "context"}

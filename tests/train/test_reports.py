@@ -10,7 +10,7 @@ from support import parity, reporting, steps
 
 from lsys.config import reports
 from lsys.config.reports import Metric, Slots, declared
-from lsys.predict.shape import Shape
+from lsys.predict.deployment import Deployment
 from lsys.predict.traffic import StepTraffic
 
 RECOMPUTE = ("none", "selective", "full")
@@ -99,13 +99,13 @@ def test_their_messages_are_predicted(gloo: Any, case: str) -> None:
     changes = keys(degrees, "none")
     sums, maxima = 8 * (3 + 1 + 2 + 1 + 3 + 1 + 2), 8 * (1 + 2 + 1)
     for rank, counts in enumerate(gloo(ranks, operations, changes)):
-        shape = Shape(parity.settings(**changes), ranks, ranks, gpu=False)
-        plain = list(StepTraffic(shape).once(rank))
+        deployment = Deployment(parity.settings(**changes), ranks, ranks, gpu=False)
+        plain = list(StepTraffic(deployment).once(rank))
         with mock.patch.object(reports, "SOURCES", [*reports.SOURCES, reporting.metrics]):
-            told = list(StepTraffic(shape).once(rank))
+            told = list(StepTraffic(deployment).once(rank))
         stages = degrees.get("pipeline", 1)
         sizes = [
-            ("data", len(shape.group("replicas", rank))),
+            ("data", len(deployment.group("replicas", rank))),
             ("pipeline", stages),
             ("tensor", degrees.get("tensor", 1)),
         ]

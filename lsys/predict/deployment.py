@@ -16,7 +16,7 @@ from lsys.parallel.methods import SOFTMAX, STATE, Method
 
 
 @dataclass(frozen=True)
-class Shape:
+class Deployment:
     """A configuration on a number of ranks.
 
     Attributes:
