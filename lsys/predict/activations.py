@@ -21,7 +21,7 @@ from functools import cached_property
 from lsys.config.losses import final
 from lsys.mixers.card import Layer
 from lsys.predict.deployment import Deployment
-from lsys.predict.kernels import linear_saved, workspace
+from lsys.predict.kernel_memory import linear_saved, workspace
 from lsys.predict.schedule import in_flight
 
 

@@ -27,7 +27,7 @@ from lsys.parallel.messages.heads import shares
 from lsys.parallel.methods import Method
 from lsys.predict.activations import Activations
 from lsys.predict.deployment import Deployment
-from lsys.predict.kernels import intermediate, is_fused, is_linked, least
+from lsys.predict.kernel_memory import intermediate, is_fused, is_linked, least
 from lsys.predict.weights import weights
 
 

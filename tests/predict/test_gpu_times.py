@@ -9,7 +9,7 @@ from lsys.parallel.links import NETWORK, NODE
 from lsys.parallel.traffic import Operation
 from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import hardware
-from lsys.predict.kernels import FUSED
+from lsys.predict.kernel_memory import FUSED
 from lsys.predict.plan import Plan
 from lsys.predict.search import changed, search
 from lsys.predict.seconds import StepTime

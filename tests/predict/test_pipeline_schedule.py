@@ -4,7 +4,7 @@ import pytest
 from support import parity
 
 from lsys.predict.deployment import Deployment
-from lsys.predict.kernels import chunk_size
+from lsys.predict.kernel_memory import chunk_size
 from lsys.predict.schedule import Pass, in_flight, passes
 from lsys.predict.timeline import Duration, Timeline
 
@@ -63,9 +63,9 @@ def test_cores_are_shared() -> None:
 def test_chunks_are_those_of_the_kernels() -> None:
     from lsys.kernels.linear_attention.chunked.blocks import BLOCK
     from lsys.kernels.linear_attention.chunked.grid import chunk_size as real
-    from lsys.predict import kernels
+    from lsys.predict import kernel_memory
 
-    assert BLOCK == kernels.BLOCK
+    assert BLOCK == kernel_memory.BLOCK
     for lengths in ([1024], [256, 256], [7], [1], [100_000]):
         for widths in ((16, 16), (64, 64), (128, 256), (20, 28)):
             assert chunk_size(lengths, *widths) == real(lengths, *widths)
