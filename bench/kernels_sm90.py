@@ -44,7 +44,7 @@ class Call(NamedTuple):
     run: Callable[[], object]
 
 
-def linear_attention_calls(member: str) -> Iterator[Call]:
+def linear_attention_calls(variant: str) -> Iterator[Call]:
     """Forward and backward of two linked segments with incoming states, bf16, B1 H16, K = V of WIDTHS."""
     from lsys.kernels.linear_attention.chunked.chunks import Tokens
     from lsys.kernels.linear_attention.gpu import triton_segments
@@ -53,9 +53,9 @@ def linear_attention_calls(member: str) -> Iterator[Call]:
 
         def run(width: int = width) -> None:
             q, k, v = (torch.randn(TOKENS, HEADS, width).bfloat16().requires_grad_() for _ in range(3))
-            shape = {"head": (HEADS,), "channel": (TOKENS, HEADS, width)}.get(member, (TOKENS, HEADS))
-            decay = None if member in ("none", "delta") else torch.full(shape, -0.1, requires_grad=True)
-            beta = torch.rand(TOKENS, HEADS).requires_grad_() if "delta" in member else None
+            shape = {"head": (HEADS,), "channel": (TOKENS, HEADS, width)}.get(variant, (TOKENS, HEADS))
+            decay = None if variant in ("none", "delta") else torch.full(shape, -0.1, requires_grad=True)
+            beta = torch.rand(TOKENS, HEADS).requires_grad_() if "delta" in variant else None
             state = torch.randn(2, HEADS, width, width, requires_grad=True)
             lengths = [TOKENS // 2] * 2
             parts = triton_segments(Tokens(q, k, v, decay, beta), lengths, [0, 1], width**-0.5)

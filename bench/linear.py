@@ -3,7 +3,7 @@
     python bench/linear.py [SECTION ...] [--out docs/benchmarks/linear.json]
 
 Sections (all if none is named):
-  device    chunked forward and backward on one thread, 8K to 64K tokens, every member; beside quadratic attention at 16K
+  device    chunked forward and backward on one thread, 8K to 64K tokens, every variant; beside quadratic attention at 16K
   methods   wall-clock at 2 ranks of one thread, on one node and over a slow link (network namespaces, root); bytes, calls
   replay    one layer of a 1B model at 4, 8, 64 and 256 ranks, replayed over the links of published hardware
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import tyro
 
 from bench.common.tools import launch, run_sections, show
-from bench.workers.linear import MEMBERS, Case, attend
+from bench.workers.linear import VARIANTS, Case, attend
 from lsys.parallel.gpus import GPUS
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import Placement, attention, linear
@@ -74,15 +74,15 @@ def device(options: Options) -> dict[str, Any]:
 
     softmax = seconds(quadratic, 2)
     rows: list[list[Any]] = []
-    for member in MEMBERS:
+    for variant in VARIANTS:
         runs: list[Callable[[], Any]] = []
         for tokens in sizes:
-            one = replace(case, member=member, lengths=(tokens,))
+            one = replace(case, variant=variant, lengths=(tokens,))
             runs.append(partial(attend, one, one.make_layout(1), None, one.tensors(tokens)))
         times = least(runs)
         per_token = times[-1] / sizes[-1] / (times[0] / sizes[0])
-        rows.append([member, *times, per_token, softmax / times[1]])
-    heads = ["member", *(f"{size // 1024}K s" for size in sizes), "64K/8K", "x softmax"]
+        rows.append([variant, *times, per_token, softmax / times[1]])
+    heads = ["variant", *(f"{size // 1024}K s" for size in sizes), "64K/8K", "x softmax"]
     show(
         f"one thread, forward and backward, {case.heads} heads of {case.width}; softmax at 16K {softmax:.3f} s",
         heads,
@@ -108,16 +108,16 @@ def least(runs: list[Callable[[], Any]], rounds: int = 6) -> list[float]:
 
 def methods(options: Options) -> dict[str, Any]:
     cases = [
-        Case(method, member, (options.tokens,), layout)
-        for member in ("head", "token", "gated delta")
+        Case(method, variant, (options.tokens,), layout)
+        for variant in ("head", "token", "gated delta")
         for method in STATE_METHODS
         for layout in ("contiguous", "zigzag")
     ] + [Case("ring", "none", (options.tokens,), "zigzag", repeats=2)]
     rows = [
-        [case.method, case.member, case.layout, near["seconds"], far["seconds"], sum(near["received"]) / 1e6, max(near["calls"])]
+        [case.method, case.variant, case.layout, near["seconds"], far["seconds"], sum(near["received"]) / 1e6, max(near["calls"])]
         for case, near, far in zip(cases, launch(WORKER, cases, 2), launch(WORKER, cases, 2, SHAPED), strict=True)
     ]  # fmt: skip
-    heads = ["method", "member", "layout", "seconds", f"s {SHAPED}", "MB", "calls"]
+    heads = ["method", "variant", "layout", "seconds", f"s {SHAPED}", "MB", "calls"]
     show(f"2 ranks, {options.tokens} tokens, forward and backward", heads, rows)
     return {"heads": heads, "rows": rows}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.common.tools import run_sections, show
 from bench.linear import least
-from bench.workers.linear import MEMBERS
+from bench.workers.linear import VARIANTS
 from lsys.kernels.linear_attention import linear_attention, segments
 from lsys.kernels.linear_attention.transition import carry
 
@@ -38,7 +38,7 @@ class Options:
     out: Path | None = None
 
 
-def made(member: str, tokens: int, heads: int) -> list[Tensor | None]:
+def made(variant: str, tokens: int, heads: int) -> list[Tensor | None]:
     """q, k, v, log-decay, beta, the state before."""
     q, k, v = torch.randn(3, tokens, heads, WIDTH)
     shapes = {
@@ -46,9 +46,10 @@ def made(member: str, tokens: int, heads: int) -> list[Tensor | None]:
         "token": (tokens, heads),
         "channel": (tokens, heads, WIDTH),
         "gated delta": (tokens, heads),
+        "channel delta": (tokens, heads, WIDTH),
     }
-    decay = -0.02 * torch.randn(shapes[member]).abs() if member in shapes else None
-    beta = torch.rand(tokens, heads) if member.endswith("delta") else None
+    decay = -0.02 * torch.randn(shapes[variant]).abs() if variant in shapes else None
+    beta = torch.rand(tokens, heads) if variant.endswith("delta") else None
     k = k if beta is None else F.normalize(k, dim=-1)
     inputs = [q, k, v, decay, beta, torch.randn(1, heads, WIDTH, WIDTH)]
     return [None if x is None else x.requires_grad_() for x in inputs]
@@ -77,14 +78,14 @@ def _gradients(o: Tensor, after: Tensor, inputs: list[Any]) -> tuple[Tensor, ...
 def compare(options: Options) -> dict[str, Any]:
     torch.manual_seed(0)
     rows: list[list[Any]] = []
-    for member in MEMBERS:
-        inputs = made(member, options.tokens, options.heads)
+    for variant in VARIANTS:
+        inputs = made(variant, options.tokens, options.heads)
         apart = max(float((a - b).norm() / a.norm()) for a, b in zip(whole(inputs), phases(inputs), strict=True))
         if apart > 1e-4:
-            raise SystemExit(f"{member}: gradients are {apart:.1e} apart")
+            raise SystemExit(f"{variant}: gradients are {apart:.1e} apart")
         one, two = least([partial(whole, inputs), partial(phases, inputs)])
-        rows.append([member, one, two, two / one])
-    heads = ["member", "whole s", "two phases s", "ratio"]
+        rows.append([variant, one, two, two / one])
+    heads = ["variant", "whole s", "two phases s", "ratio"]
     show(f"one thread, {options.tokens} tokens, {options.heads} heads of {WIDTH}, forward and backward", heads, rows)
     return {"heads": heads, "rows": rows, "tokens": options.tokens, "of_heads": options.heads}
 

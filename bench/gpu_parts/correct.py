@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4}
 # The gradient of a decay per head sums, over all tokens, terms that cancel: rounding of each weighs more.
 SUMMED, TIMES = "d decay of heads", 3
-MEMBERS = ("none", "head", "token", "channel", "delta", "gated delta")
+VARIANTS = ("none", "head", "token", "channel", "delta", "gated delta")
 # No token, one, primes, whole chunks of 64, one more and one less; the last goes over several spans of 1,024.
 PACK = (0, 1, 7, 31, 64, 65, 127, 0, 257, 2503)
 PAIRS = ((7, 9), (0, 3), (128, 128), (1, 1), (1, 300), (131, 131), (977, 1500))  # queries and keys of sequences
@@ -41,18 +41,18 @@ def groups(smoke: bool, scratch: str = "") -> list[list[Case]]:
     return list(_smoke() if smoke else _all())
 
 
-def _linear(kind: str, member: str, dtype: str, width: int, **more: Any) -> Case:
-    name = f"linear attention, {member}, {kind}, {dtype}, {width}"
+def _linear(kind: str, variant: str, dtype: str, width: int, **more: Any) -> Case:
+    name = f"linear attention, {variant}, {kind}, {dtype}, {width}"
     sizes = dict(lengths=PACK, heads=2, key_heads=1, keys=width, values=width)
-    return dict(name=name, family="linear", kind=kind, member=member, dtype=dtype) | sizes | more
+    return dict(name=name, family="linear", kind=kind, variant=variant, dtype=dtype) | sizes | more
 
 
 def _all() -> Iterator[list[Case]]:
     for width in (128, 64):
-        for member in MEMBERS:
+        for variant in VARIANTS:
             kinds: tuple[str, ...] = ("pack", "phases", "causality", "batch")
             kinds += ("large",) if width == 128 else ("both ways",)
-            yield [_linear(kind, member, "bfloat16", width) for kind in kinds]
+            yield [_linear(kind, variant, "bfloat16", width) for kind in kinds]
     for backend in ("cuda", "flash_attn"):
         yield [
             _softmax(backend, kind, "bfloat16", width, window)
@@ -69,17 +69,20 @@ def _all() -> Iterator[list[Case]]:
     for dtype, width in (("float32", 64), ("bfloat16", 256), ("float16", 64), ("float32", 128)):
         short = (0, 1, 7, 65, 1100)
         kinds = ("pack", "phases", "causality")
-        for member in MEMBERS:
-            yield [_linear(kind, member, dtype, width, lengths=short) for kind in kinds]
-    for member in MEMBERS:  # widths that no block divides
-        yield [_linear("pack", member, "bfloat16", 72, values=40), _linear("pack", member, "bfloat16", 140, values=150)]
+        for variant in VARIANTS:
+            yield [_linear(kind, variant, dtype, width, lengths=short) for kind in kinds]
+    for variant in VARIANTS:  # widths that no block divides
+        yield [
+            _linear("pack", variant, "bfloat16", 72, values=40),
+            _linear("pack", variant, "bfloat16", 140, values=150),
+        ]
 
 
 def _smoke() -> Iterator[list[Case]]:
     """One of each kind, of so few tokens and channels that interpreting them takes seconds."""
 
-    def tiny(kind: str, member: str, *lengths: int) -> Case:
-        return _linear(kind, member, "float32", 16, lengths=lengths)
+    def tiny(kind: str, variant: str, *lengths: int) -> Case:
+        return _linear(kind, variant, "float32", 16, lengths=lengths)
 
     yield [tiny("pack", "token", 0, 1, 70), tiny("causality", "none", 2, 66), tiny("batch", "none", 9, 9)]
     yield [tiny("pack", "gated delta", 0, 1, 18), tiny("phases", "head", 3, 0, 5)]
@@ -180,10 +183,10 @@ def bits_before(run: Callable[[Tensors], Tensor], leaves: Tensors, lengths: Any)
 def linear_tensors(case: Case, device: str, tokens: int, states: int) -> tuple[Tensors, Tensors]:
     """Leaves [T, H, ...] and the gradients of output and states. Keys of the delta rule have unit length."""
     random, dtype = draw(device, tokens + case["heads"]), getattr(torch, case["dtype"])
-    heads, keys, values, member = case["heads"], case["keys"], case["values"], case["member"]
+    heads, keys, values, variant = case["heads"], case["keys"], case["values"], case["variant"]
     q, k = random(tokens, case["key_heads"], keys), random(tokens, case["key_heads"], keys)
     v, do = random(tokens, heads, values), random(tokens, heads, values)
-    k = F.normalize(k, dim=-1) if "delta" in member else k
+    k = F.normalize(k, dim=-1) if "delta" in variant else k
     leaves = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
     shapes = {
         "head": (heads,),
@@ -191,9 +194,9 @@ def linear_tensors(case: Case, device: str, tokens: int, states: int) -> tuple[T
         "channel": (tokens, heads, keys),
         "gated delta": (tokens, heads),
     }
-    if member in shapes:
-        leaves["decay of heads" if member == "head" else "decay"] = -0.05 * random(*shapes[member]).abs()
-    if "delta" in member:
+    if variant in shapes:
+        leaves["decay of heads" if variant == "head" else "decay"] = -0.05 * random(*shapes[variant]).abs()
+    if "delta" in variant:
         leaves["beta"] = 2 * torch.sigmoid(random(tokens, heads))
     if states:
         leaves["initial"] = 3 * random(states, heads, keys, values)

@@ -31,7 +31,7 @@ def said(failure: Exception) -> str:
 
 
 def linear_peer(
-    member: str,
+    variant: str,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     cu_seqlens: Tensor | None,
     leaves: list[Tensor],
@@ -41,15 +41,15 @@ def linear_peer(
     q, k, v, decay, beta = inputs
     if not v.is_cuda:
         return None, "flash-linear-attention needs a GPU"
-    folder, name = FLA[member]
+    folder, name = FLA[variant]
     try:
         operation = getattr(importlib.import_module(f"fla.ops.{folder}"), name)
     except Exception as failure:  # whatever a foreign package does at its import
         return None, f"no flash-linear-attention ({said(failure)})"
     options: dict[str, Any] = {"head": {"g_gamma": decay}, "token": {"g": decay}, "channel": {"g": decay}}.get(
-        member, {}
+        variant, {}
     )
-    options |= {"delta": {"beta": beta}, "gated delta": {"g": decay, "beta": beta}}.get(member, {})
+    options |= {"delta": {"beta": beta}, "gated delta": {"g": decay, "beta": beta}}.get(variant, {})
 
     def attend() -> Tensor:
         return operation(q, k, v, scale=k.shape[-1] ** -0.5, cu_seqlens=cu_seqlens, **options)[0]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_parts.correct import MEMBERS, cumulative, error, linear_tensors
+from bench.gpu_parts.correct import VARIANTS, cumulative, error, linear_tensors
 from bench.gpu_parts.peers import linear_peer, softmax_sides
 from lsys.kernels.linear_attention import linear_attention
 
@@ -45,8 +45,8 @@ def groups(smoke: bool, scratch: str = "") -> list[list[Case]]:
 
 
 def _cases(tokens: int, packed: bool, smoke: bool) -> list[Case]:
-    members = ("token",) if smoke else MEMBERS
-    found = [_case("linear", member, tokens, packed, smoke) for member in members]
+    variants = ("token",) if smoke else VARIANTS
+    found = [_case("linear", variant, tokens, packed, smoke) for variant in variants]
     # The work of softmax attention grows with the square.
     return found + ([_case("softmax", "softmax", tokens, packed, smoke)] if tokens <= 32768 else [])
 
@@ -55,16 +55,16 @@ def warming(smoke: bool) -> list[list[Case]]:
     """Every side once, in processes of its own, side by side: compiles what the timed process then finds compiled."""
     if smoke:
         return []
-    cases = [_case("linear", member, 8192, packed, smoke) for member in MEMBERS for packed in (False, True)]
+    cases = [_case("linear", variant, 8192, packed, smoke) for variant in VARIANTS for packed in (False, True)]
     return [[case | {"warm": side}] for case in cases for side in ("lsys", "peer")]
 
 
-def _case(family: str, member: str, tokens: int, packed: bool, smoke: bool) -> Case:
-    name = f"{member}, {f'{tokens // 1024}K' if tokens >= 1024 else tokens} tokens, {'packed' if packed else 'one document'}"
+def _case(family: str, variant: str, tokens: int, packed: bool, smoke: bool) -> Case:
+    name = f"{variant}, {f'{tokens // 1024}K' if tokens >= 1024 else tokens} tokens, {'packed' if packed else 'one document'}"
     sizes = dict(heads=1, keys=16, values=16, dtype="float32") if smoke else {}
     sizes = dict(heads=HEADS, keys=WIDTH, values=WIDTH, dtype="bfloat16") | sizes
     return (
-        dict(name=name, family=family, member=member, tokens=tokens, packed=packed)
+        dict(name=name, family=family, variant=variant, tokens=tokens, packed=packed)
         | sizes
         | {"key_heads": sizes["heads"]}
     )
@@ -226,7 +226,7 @@ def bound_ms(case: Case) -> tuple[float, float]:
         pairs = sum(n * (n + 1) // 2 for n in lengths(case)) * case["heads"]
         return 4e3 * k * pairs / flops, 14e3 * k * pairs / flops
     element = torch.finfo(getattr(torch, case["dtype"])).bits // 8
-    more = {"token": 4, "channel": 4 * k, "delta": 4, "gated delta": 8}.get(case["member"], 0)
+    more = {"token": 4, "channel": 4 * k, "delta": 4, "gated delta": 8}.get(case["variant"], 0)
     forward, backward = (2 * k + 2 * v) * element + more, (4 * k + 3 * v) * element + 2 * more
     work = 4 * k * v + 4 * CHUNK * v
     moved = (forward * rows / bandwidth, (forward + backward) * rows / bandwidth)
@@ -260,7 +260,7 @@ def linear_sides(case: Case) -> tuple[dict[str, tuple[Work, Work]], str]:
     if case.get("warm") == "lsys":
         return sides, ""
     peer, note = linear_peer(
-        case["member"], (q, k, v, decay, beta), None if cu is None else cu.to(device()), leaves, do
+        case["variant"], (q, k, v, decay, beta), None if cu is None else cu.to(device()), leaves, do
     )
     return sides | ({} if peer is None else {"fla": both(peer, leaves, do)}), note
 

@@ -24,15 +24,15 @@ from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.ledger import record
 from lsys.parallel.linear import linear_attention
 
-MEMBERS = ("none", "head", "token", "channel", "delta", "gated delta")
+VARIANTS = ("none", "head", "token", "channel", "delta", "gated delta", "channel delta")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. method: of linear attention, or "ring", softmax attention's. member: which linear attention."""
+    """One measurement. method: of linear attention, or "ring", softmax attention's. variant: which linear attention."""
 
     method: str
-    member: str
+    variant: str
     lengths: tuple[int, ...]
     layout: str = "contiguous"
     heads: int = 4
@@ -43,7 +43,7 @@ class Case:
         return getattr(SequenceLayout, self.layout)(self.lengths, ranks)
 
     def tensors(self, tokens: int) -> dict[str, Tensor | None]:
-        """q, k, v, log_decay, beta and the gradient of o: what the member takes, fp32."""
+        """q, k, v, log_decay, beta and the gradient of o: what the variant takes, fp32."""
         generator = torch.Generator().manual_seed(tokens)
 
         def draw(*shape: int) -> Tensor:
@@ -52,10 +52,10 @@ class Case:
         q, k, v, do = (draw(tokens, self.heads, self.width) for _ in range(4))
         shapes: dict[str, tuple[int, ...]] = {
             "head": (self.heads,), "token": (tokens, self.heads), "channel": (tokens, self.heads, self.width),
-            "gated delta": (tokens, self.heads),
+            "gated delta": (tokens, self.heads), "channel delta": (tokens, self.heads, self.width),
         }  # fmt: skip
-        delta = self.member.endswith("delta")
-        decay = -0.02 * draw(*shapes[self.member]).abs() if self.member in shapes else None
+        delta = self.variant.endswith("delta")
+        decay = -0.02 * draw(*shapes[self.variant]).abs() if self.variant in shapes else None
         return {
             "q": q, "k": F.normalize(k, dim=-1) if delta else k, "v": v, "log_decay": decay,
             "beta": torch.rand(tokens, self.heads, generator=generator) if delta else None, "do": do,

@@ -8,7 +8,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bet
     """q, k [T, H_k, K], v [T, H, V], log_decay None, [H], [T, H] or [T, H, K], beta None or [T, H].
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together; on CPU also values that no member has.
+        ValueError: shapes, dtypes or devices that do not fit together; on CPU also values that no variant has.
     """
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape; got {[*q.shape]} and {[*k.shape]}")

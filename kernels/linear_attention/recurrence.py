@@ -1,4 +1,4 @@
-"""Linear attention token by token: the definition of every member of the family."""
+"""Linear attention token by token: the definition of all variants."""
 
 from collections.abc import Sequence
 from itertools import accumulate

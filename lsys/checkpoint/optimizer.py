@@ -11,11 +11,11 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
-def _members(optimizer: Any) -> list[Any]:
+def _sub_optimizers(optimizer: Any) -> list[Any]:
     """The Megatron optimizers of a chain that hold parameters and drive torch's Adam, of Megatron's making."""
-    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
     kinds = (torch.optim.Adam, torch.optim.AdamW)
-    return [each for each in members if isinstance(each.optimizer, kinds) and not getattr(each, "is_own", False)]
+    return [each for each in chained if isinstance(each.optimizer, kinds) and not getattr(each, "is_own", False)]
 
 
 def allocate(optimizer: Any) -> None:
@@ -23,10 +23,10 @@ def allocate(optimizer: Any) -> None:
 
     Before loading, Megatron asks for the common step of all parameters (DistributedOptimizer), which have none yet.
     """
-    for member in _members(optimizer):
-        for parameter in (p for group in member.optimizer.param_groups for p in group["params"]):
-            if not member.optimizer.state[parameter]:
-                member.optimizer.state[parameter] = {
+    for each in _sub_optimizers(optimizer):
+        for parameter in (p for group in each.optimizer.param_groups for p in group["params"]):
+            if not each.optimizer.state[parameter]:
+                each.optimizer.state[parameter] = {
                     "step": torch.tensor(0.0),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
@@ -39,8 +39,8 @@ def separate_steps(optimizer: Any) -> None:
     Megatron puts one tensor into all of them; Adam adds 1 to it once per parameter, and its bias correction is wrong
     from then on.
     """
-    for member in _members(optimizer):
-        for state in member.optimizer.state.values():
+    for each in _sub_optimizers(optimizer):
+        for state in each.optimizer.state.values():
             state["step"] = state["step"].clone()
 
 
@@ -50,21 +50,21 @@ def without_step_per_parameter(optimizer: Any) -> Iterator[None]:
 
     It copies every entry that Adam keeps for a parameter from what was loaded; the step is not there, since it is stored once for all.
     """
-    members = [member for member in _members(optimizer) if isinstance(member, DistributedOptimizer)]
-    for member in members:
-        member._set_main_param_and_optimizer_states = _completed(member)
+    distributed = [each for each in _sub_optimizers(optimizer) if isinstance(each, DistributedOptimizer)]
+    for each in distributed:
+        each._set_main_param_and_optimizer_states = _completed(each)
     try:
         yield
     finally:
-        for member in members:
-            del member._set_main_param_and_optimizer_states  # the class's shows again
+        for each in distributed:
+            del each._set_main_param_and_optimizer_states  # the class's shows again
 
 
-def _completed(member: DistributedOptimizer) -> Any:
-    original = member._set_main_param_and_optimizer_states
+def _completed(optimizer: DistributedOptimizer) -> Any:
+    original = optimizer._set_main_param_and_optimizer_states
 
     def set_states(parameter: Any, loaded: dict[str, Any]) -> None:
-        original(parameter, {**member._get_main_param_and_optimizer_states(parameter), **loaded})
+        original(parameter, {**optimizer._get_main_param_and_optimizer_states(parameter), **loaded})
 
     return set_states
 
@@ -76,8 +76,8 @@ def positions_without_padding(optimizer: Any) -> Iterator[None]:
     Megatron gathers its states without the padding at the end of each bucket, then cuts them at positions that count it: from the
     second bucket on every state is stored shifted. There are several with tied embeddings over pipeline stages, or overlap.
     """
-    members = [member for member in _members(optimizer) if isinstance(member, DistributedOptimizer)]
-    buffers = [buffer for member in members for buffer in member.buffers]
+    distributed = [each for each in _sub_optimizers(optimizer) if isinstance(each, DistributedOptimizer)]
+    buffers = [buffer for each in distributed for buffer in each.buffers]
     padded = [buffer.param_index_map for buffer in buffers]
     for buffer in buffers:
         buffer.param_index_map = _unpadded(buffer)

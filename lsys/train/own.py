@@ -33,15 +33,15 @@ def take_over(optimizer: Any, options: Optimizer) -> None:
     """
     if options.kind == ADAMW:
         return
-    for member in optimizer.chained_optimizers:
-        if member.optimizer is None:  # a stage without parameters
+    for each in optimizer.chained_optimizers:
+        if each.optimizer is None:  # a stage without parameters
             continue
-        adams = member.optimizer.defaults.keys() - {"lr", "weight_decay"}
-        groups = [{key: value for key, value in g.items() if key not in adams} for g in member.optimizer.param_groups]
+        adams = each.optimizer.defaults.keys() - {"lr", "weight_decay"}
+        groups = [{key: value for key, value in g.items() if key not in adams} for g in each.optimizer.param_groups]
         made, problem = _made(groups, options)
         if problem:
             raise RunError(f"optimizer.kind: {problem}")
-        member.optimizer, member.init_state_fn, member.is_own = made, allocate, True
+        each.optimizer, each.init_state_fn, each.is_own = made, allocate, True
 
 
 def require_optimizer(options: Optimizer) -> None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support.linear_kernels import MEMBERS, NAMES, TOLERANCE, cu, errors, mixing, parts, tensors
+from support.linear_kernels import NAMES, TOLERANCE, VARIANTS, cu, errors, mixing, parts, tensors
 
 from lsys.kernels.linear_attention import linear_attention
 
@@ -19,12 +19,12 @@ def with_gradients(inputs, o):
     return [o.detach(), *torch.autograd.grad((o * inputs.do).sum(), leaves)]
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("key_heads", [1, 4])
-def test_both_directions_are_the_mixing_matrix(member, dtype, key_heads):
+def test_both_directions_are_the_mixing_matrix(variant, dtype, key_heads):
     lengths = [0, 1, 7, 40, 17]
-    inputs = tensors(member, lengths, dtype, key_heads=key_heads)
+    inputs = tensors(variant, lengths, dtype, key_heads=key_heads)
     exact = inputs.exact()
     wanted = with_gradients(exact, explicit(exact, lengths))
     for backend in ("chunked", "reference"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.linear_kernels import MEMBERS, error, tensors
+from support.linear_kernels import VARIANTS, error, tensors
 
 from lsys.kernels.linear_attention import segments
 from lsys.kernels.linear_attention.chunked import ChunkedSegments, blocks
@@ -18,8 +18,8 @@ ONCE = "`segment_map`, `intra` and `apply` are called once each, in this order; 
 class Call:
     """Two phases of tokens that begin with the states [L, H, K, V] of `inputs`."""
 
-    def __init__(self, member="delta token", backend="chunked", frozen=()):
-        self.inputs = tensors(member, LENGTHS)
+    def __init__(self, variant="delta token", backend="chunked", frozen=()):
+        self.inputs = tensors(variant, LENGTHS)
         q, k, v, state, log_decay, beta = self.inputs[:6]
         self.state: Any = state[LINKED].detach().requires_grad_()
         self.tokens = [x for x in (q, k, v, log_decay, beta) if x is not None]
@@ -126,7 +126,7 @@ def test_a_second_backward_pass_needs_the_graph():
 @pytest.mark.parametrize("broken", ["intra", "maps"])
 def test_a_pass_that_breaks_off_does_not_spoil_the_next(broken, monkeypatch):
     one = Call()
-    o, of = one.output(), one.phases.member
+    o, of = one.output(), one.phases.variant
     name = {"intra": "read_gradients", "maps": "map_gradients"}[broken]
     with monkeypatch.context() as patch:
         patch.setattr(of, name, lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
@@ -136,9 +136,9 @@ def test_a_pass_that_breaks_off_does_not_spoil_the_next(broken, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(again, whole(Call()), strict=True))
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_what_is_handed_over_is_gone_when_it_was_taken(member):
-    one = Call(member)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_handed_over_is_gone_when_it_was_taken(variant):
+    one = Call(variant)
     assert isinstance(one.phases, ChunkedSegments)
     found = one.phases.segment_map()
     handover = one.phases.work.handover
@@ -147,7 +147,7 @@ def test_what_is_handed_over_is_gone_when_it_was_taken(member):
         weakref.ref(x) for pair in handover.written if pair is not None for x in pair if isinstance(x, torch.Tensor)
     ]
     updates = [weakref.ref(update) for update, _ in handover.maps]
-    assert bool(written) == member.startswith("delta")
+    assert bool(written) == variant.startswith("delta")
     intra = one.phases.intra()
     queries = [weakref.ref(x) for x in handover.queries]
     gc.collect()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from support.linear_kernels import (
     DECAYS,
-    MEMBERS,
     PACKS,
     TOLERANCE,
+    VARIANTS,
     cu,
     error,
     errors,
@@ -69,21 +69,21 @@ def test_the_definition_is_the_quadratic_form(decay, lengths):
     assert max(errors(found, wanted).values()) < 1e-10
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_the_definition_is_a_product_of_matrices(member):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_definition_is_a_product_of_matrices(variant):
     lengths = [0, 1, 5, 11]
-    inputs = tensors(member, lengths)
+    inputs = tensors(variant, lengths)
     wanted = with_gradients(inputs, *matrices(inputs, lengths))
     found = run(inputs, cu_seqlens=cu(lengths), backend="reference")
     assert max(errors(found, wanted).values()) < 1e-10
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_chunked_is_the_definition(member, dtype, key_heads):
+def test_chunked_is_the_definition(variant, dtype, key_heads):
     for lengths in PACKS if key_heads == 2 else PACKS[-1:]:
-        inputs, options = tensors(member, lengths, dtype, key_heads=key_heads), dict(cu_seqlens=cu(lengths))
+        inputs, options = tensors(variant, lengths, dtype, key_heads=key_heads), dict(cu_seqlens=cu(lengths))
         wanted = run(inputs.exact(), **options, backend="reference")
         found = run(inputs, **options, backend="chunked")
         assert max(errors(found, wanted).values()) < TOLERANCE[dtype], lengths
@@ -113,36 +113,36 @@ def two_phases(inputs, lengths, linked, backend):
     return with_gradients(inputs._replace(d_state=inputs.d_state[linked]), o[None], after)
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("linked", [[0, 3, 4, 5], [4], []])
-def test_two_phases_are_the_definition(member, linked):
+def test_two_phases_are_the_definition(variant, linked):
     """Linked segments of no, one and several chunks, and others."""
     lengths = [40, 3, 100, 0, 130, 5, 300]
-    inputs = tensors(member, lengths)
+    inputs = tensors(variant, lengths)
     wanted = two_phases(inputs, lengths, linked, "reference")
     assert max(errors(two_phases(inputs, lengths, linked, "chunked"), wanted).values()) < 1e-10
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("size", "block"), [(16, 1), (32, 2**11)])
-def test_two_phases_by_blocks_are_the_definition(member, size, block, monkeypatch):
+def test_two_phases_by_blocks_are_the_definition(variant, size, block, monkeypatch):
     """Blocks of one and of several chunks: their borders are in linked segments, in others, and beside empty ones."""
     monkeypatch.setattr(blocks, "BLOCK", block)
     for of in (ScalarChunks, ChannelChunks, DeltaChunks):
         monkeypatch.setattr(of, "chunk_size", staticmethod(lambda *_: size))
     lengths = [2 * size, 0, size + 3, 1, 0, 3 * size + 5, 5 * size, 0, 4]
-    inputs = tensors(member, lengths)
+    inputs = tensors(variant, lengths)
     for linked in ([0, 1, 5, 7], [2, 3, 4], [6], [*range(9)], [1]):
         wanted = two_phases(inputs, lengths, linked, "reference")
         assert max(errors(two_phases(inputs, lengths, linked, "chunked"), wanted).values()) < 1e-10, linked
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_two_phases_give_any_gradient_alone(member, monkeypatch):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_phases_give_any_gradient_alone(variant, monkeypatch):
     """Of the output or of the states alone, one tensor at a time: nodes that others count on need not run."""
     monkeypatch.setattr(blocks, "BLOCK", 2**10)
     lengths, linked = [70, 0, 150, 9], [0, 2]
-    inputs, found = tensors(member, lengths), {}
+    inputs, found = tensors(variant, lengths), {}
     flat = packed(inputs)
     for backend in ("reference", "chunked"):
         phases = segments(*flat, lengths, linked, backend=backend)
@@ -157,9 +157,9 @@ def test_two_phases_give_any_gradient_alone(member, monkeypatch):
     assert max(map(error, found["chunked"], found["reference"])) < 1e-10
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_two_phases_keep_inputs_and_a_state_a_chunk(member):
-    inputs = tensors(member, [640, 100])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_phases_keep_inputs_and_a_state_a_chunk(variant):
+    inputs = tensors(variant, [640, 100])
     flat = packed(inputs)
     given, kept = {x.untyped_storage().data_ptr() for x in inputs.leaves}, {}
 
@@ -179,10 +179,10 @@ def test_two_phases_keep_inputs_and_a_state_a_chunk(member):
     assert not phases.work.handover.maps and o.grad_fn is not None
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_a_batch_is_sequences(member):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_is_sequences(variant):
     for tokens in (64, 77):
-        inputs = tensors(member, [tokens] * 3, batch=3)
+        inputs = tensors(variant, [tokens] * 3, batch=3)
         assert max(errors(run(inputs), run(inputs, backend="reference")).values()) < 1e-10, tokens
 
 
@@ -191,18 +191,18 @@ def test_chunks_and_blocks_cover_the_tokens_in_any_size(size, block, monkeypatch
     monkeypatch.setattr(blocks, "BLOCK", block)  # one chunk, two chunks
     for of in (ScalarChunks, ChannelChunks, DeltaChunks):
         monkeypatch.setattr(of, "chunk_size", staticmethod(lambda *_: size))
-    for member in MEMBERS:
+    for variant in VARIANTS:
         for lengths in ([3 * size, 0, size], [size + 1, size - 1, 5, 2 * size + 9]):
-            inputs = tensors(member, lengths)
+            inputs = tensors(variant, lengths)
             options = dict(cu_seqlens=cu(lengths))
             wanted = run(inputs, **options, backend="reference")
-            assert max(errors(run(inputs, **options), wanted).values()) < 1e-10, (member, lengths)
+            assert max(errors(run(inputs, **options), wanted).values()) < 1e-10, (variant, lengths)
             q, k, v, _, log_decay, beta = inputs[:6]
             fresh, definition = (
                 linear_attention(q, k, v, log_decay, beta, **options, backend=backend)[0]
                 for backend in ("auto", "reference")
             )
-            assert error(fresh, definition) < 1e-10, (member, lengths)
+            assert error(fresh, definition) < 1e-10, (variant, lengths)
 
 
 def test_whole_chunks_are_views():
@@ -231,9 +231,9 @@ def test_unlinked_segments_have_no_states():
     assert torch.allclose(segment_map.transition, 5 * log_decay.expand(2, 4))
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_without_links_maps_have_the_form_of_the_member(member):
-    inputs = tensors(member, [5, 9])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_links_maps_have_the_form_of_the_member(variant):
+    inputs = tensors(variant, [5, 9])
     flat = packed(inputs)
     found, wanted = (segments(*flat, [5, 9], (), backend=backend).segment_map() for backend in ("auto", "reference"))
     assert found.state.shape == wanted.state.shape == (0, 4, 8, 6)

@@ -45,8 +45,8 @@ def check(inputs, theirs):
         torch.testing.assert_close(x, y, atol=2e-4, rtol=2e-4)
 
 
-def inputs(member):
-    return tensors(member, LENGTHS, torch.float32, batch=BATCH, key_heads=4)
+def inputs(variant):
+    return tensors(variant, LENGTHS, torch.float32, batch=BATCH, key_heads=4)
 
 
 def test_scalar_gate(monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.linear_kernels import MEMBERS, cu, errors, run, tensors
+from support.linear_kernels import VARIANTS, cu, errors, run, tensors
 
 from lsys.kernels.linear_attention import _log_choice, linear_attention, segments
 from lsys.kernels.linear_attention.chunked import blocks
@@ -16,25 +16,25 @@ from lsys.kernels.linear_attention.chunked.scalar import ScalarChunks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("member", [member for member in MEMBERS if "none" not in member and member != "delta"])
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if "none" not in variant and variant != "delta"])
 @pytest.mark.parametrize("strength", [50.0, 1e4])
-def test_strong_decay_is_finite_and_right(dtype, member, strength):
+def test_strong_decay_is_finite_and_right(dtype, variant, strength):
     lengths = [130, 5]
-    inputs = tensors(member, lengths, dtype, strength=strength)
+    inputs = tensors(variant, lengths, dtype, strength=strength)
     found = run(inputs, cu_seqlens=cu(lengths))
     assert all(x.isfinite().all() for x in found)
     # Scalar decay takes differences of sums, which fp32 rounds: 2^-24 of them is the relative error. Others never subtract.
-    rounding = 0 if "channel" in member else strength * 64 * 2**-24
+    rounding = 0 if "channel" in variant else strength * 64 * 2**-24
     tolerance = 1e-8 if dtype == torch.float64 else 1e-4 + rounding
     wanted = run(inputs.exact(), cu_seqlens=cu(lengths), backend="reference")
     assert max(errors(found, wanted).values()) < tolerance, errors(found, wanted)
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_the_state_matters(member):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_state_matters(variant):
     """What comes from before the chunk is a good part of the output, so its loss is noticed."""
-    q, k, v, _, log_decay, beta = tensors(member, [512], strength=0.02)[:6]
-    of = DeltaChunks if beta is not None else ChannelChunks if member == "channel" else ScalarChunks
+    q, k, v, _, log_decay, beta = tensors(variant, [512], strength=0.02)[:6]
+    of = DeltaChunks if beta is not None else ChannelChunks if variant == "channel" else ScalarChunks
     with_states = linear_attention(q, k, v, log_decay, beta)[0]
     bounds = torch.arange(0, 513, of.chunk_size([512], 8, 6))
     assert len(bounds) > 3
@@ -42,12 +42,12 @@ def test_the_state_matters(member):
     assert (with_states - without).norm() > 0.1 * with_states.norm()
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_token_changes_only_those_from_there_on(member, dtype, monkeypatch):
+def test_a_token_changes_only_those_from_there_on(variant, dtype, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 2**11)  # several blocks
     lengths, begin = [50, 200, 30], 50
-    inputs = tensors(member, lengths, dtype, strength=0.02)
+    inputs = tensors(variant, lengths, dtype, strength=0.02)
     every: list[Any] = [x if x is None else x.detach() for x in inputs[:6]]
     q, k, v, _, log_decay, beta = every
     before, _ = linear_attention(q, k, v, log_decay, beta, cu_seqlens=cu(lengths))
@@ -66,10 +66,10 @@ def test_a_token_changes_only_those_from_there_on(member, dtype, monkeypatch):
             assert (before[0, sees] != after[0, sees]).flatten(1).any(1).all(), at
 
 
-@pytest.mark.parametrize("member", ["none", "token"])
-def test_a_million_tokens_in_single_precision(member):
+@pytest.mark.parametrize("variant", ["none", "token"])
+def test_a_million_tokens_in_single_precision(variant):
     tokens = 2**20
-    inputs = tensors(member, [tokens], torch.float32, key_heads=1, heads=1, width=8, value_width=8, strength=1e-4)
+    inputs = tensors(variant, [tokens], torch.float32, key_heads=1, heads=1, width=8, value_width=8, strength=1e-4)
     outputs = []
     for q, k, v, _, log_decay, _ in (inputs[:6], inputs.exact()[:6]):
         with torch.no_grad():

@@ -244,14 +244,14 @@ def test_without_a_gpu_the_backend_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("member", ["no decay", "decay per token", "decay per channel"])
-def test_kernels_compile_for_sm90_without_spills_and_with_tensor_cores(member):
+@pytest.mark.parametrize("variant", ["no decay", "decay per token", "decay per channel"])
+def test_kernels_compile_for_sm90_without_spills_and_with_tensor_cores(variant):
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not (tools / "ptxas-blackwell").exists():
         pytest.skip("this Triton has no ptxas that reads its PTX")
-    command = [sys.executable, str(BENCH), "--family", f"linear attention, {member}"]
+    command = [sys.executable, str(BENCH), "--family", f"linear attention, {variant}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support.layouts import drawn_layouts
 from support.linear import (
     DECAYS,
-    MEMBERS,
     NAMES,
+    VARIANTS,
     Case,
     all_layouts,
     by_definition,
@@ -68,12 +68,12 @@ def check(gloo, world_size, cases):
 
 
 def sample(world_size):
-    """Each member with each method once; packs, layouts and flags take turns that do not beat with either."""
-    pairs = [(member, method) for member in MEMBERS for method in METHODS]
-    for i, (member, method) in enumerate(pairs):
+    """Each variant with each method once; packs, layouts and flags take turns that do not beat with either."""
+    pairs = [(variant, method) for variant in VARIANTS for method in METHODS]
+    for i, (variant, method) in enumerate(pairs):
         i = 5 * i + world_size
         lengths = PACKS[(0, 1, 5)[i % 3]]
-        yield Case(method, member, lengths, LAYOUTS[(i + i // 6) % 5 if i % 7 else 5], *FLAGS[(i + i // 10) % 5])
+        yield Case(method, variant, lengths, LAYOUTS[(i + i // 6) % 5 if i % 7 else 5], *FLAGS[(i + i // 10) % 5])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -91,7 +91,10 @@ def test_every_member_by_every_method_over_every_layout(gloo, world_size, causal
     lengths, methods = PACKS[0] if causal else PACKS[5], METHODS if world_size > 1 else METHODS[:1]
     flags = (causal, causal, causal)
     cases = [
-        Case(method, member, lengths, layout, *flags) for method in methods for member in MEMBERS for layout in LAYOUTS
+        Case(method, variant, lengths, layout, *flags)
+        for method in methods
+        for variant in VARIANTS
+        for layout in LAYOUTS
     ]
     assert check(gloo, world_size, cases) or world_size == 1
 
@@ -100,7 +103,7 @@ def test_every_member_by_every_method_over_every_layout(gloo, world_size, causal
 def test_tiny_packs(gloo, method):
     """Nothing at all, empty documents, single tokens; every combination of states."""
     packs = [(lengths, layout) for lengths in PACKS[2:5] for layout in ("contiguous", "random", "idle ranks")]
-    cases = [Case(method, member, *each, *flags) for each in packs for member in ("head", "token") for flags in FLAGS]
+    cases = [Case(method, variant, *each, *flags) for each in packs for variant in ("head", "token") for flags in FLAGS]
     cases += [
         Case(method, "delta channel", PACKS[0], "zigzag", *flags, backend=b) for flags in FLAGS for b in ("reference",)
     ]
@@ -112,15 +115,17 @@ def test_tiny_packs(gloo, method):
 def test_gradients_of_final_states_alone(gloo, method):
     """Of the output there is none then, nor of what tokens get from their own chunk."""
     layouts = ("contiguous", "zigzag", "idle ranks")
-    check(gloo, 3, [Case(method, member, PACKS[0], x, True, True, alone=True) for member in MEMBERS for x in layouts])
+    check(
+        gloo, 3, [Case(method, variant, PACKS[0], x, True, True, alone=True) for variant in VARIANTS for x in layouts]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(gloo, dtype):
     cases = [
-        Case(method, member, PACKS[5], layout, *FLAGS[1], dtype=dtype)
+        Case(method, variant, PACKS[5], layout, *FLAGS[1], dtype=dtype)
         for method in METHODS
-        for member, layout in (
+        for variant, layout in (
             ("head", "zigzag"),
             ("token", "random"),
             ("channel", "contiguous"),
@@ -145,9 +150,9 @@ def _without_carry(rank, world_size, cases):
 
 def test_a_lost_state_is_noticed(gloo):
     cases = [
-        Case(method, member, PACKS[1], layout, causal=causal)
+        Case(method, variant, PACKS[1], layout, causal=causal)
         for method in METHODS[:3]
-        for member in MEMBERS
+        for variant in VARIANTS
         for layout, causal in (("contiguous", True), ("fragments", False))
     ]
     full = [(case, expected(case)) for case in cases]
@@ -159,12 +164,12 @@ def _perturbed(rank, world_size, cases):
     """Whether each change reached the tokens from there on; others are checked to be bitwise equal."""
     comm, lengths, document = comm_of(world_size), (11, 70, 17), 1
     reached = []
-    for method, member, dtype, name in cases:
+    for method, variant, dtype, name in cases:
         layout = all_layouts(lengths, world_size)[name]
         for at in (15, 32, 50):
             outputs = []
             for factor in (1.0, 0.5):
-                tensors: list[Any] = list(inputs(lengths, member, dtype)[:5])
+                tensors: list[Any] = list(inputs(lengths, variant, dtype)[:5])
                 for i, x in enumerate(tensors):
                     if x is not None and x.dim() > 1:
                         x = x.clone()
@@ -175,7 +180,7 @@ def _perturbed(rank, world_size, cases):
                 with small_blocks():
                     outputs.append(linear_attention(q, k, v, layout, comm, **options)[0])
             sees = (layout.documents(rank) == document) & (layout.positions(rank) >= at)
-            assert torch.equal(outputs[0][~sees], outputs[1][~sees]), (method, member, name, at)
+            assert torch.equal(outputs[0][~sees], outputs[1][~sees]), (method, variant, name, at)
             reached.append(bool((outputs[0][sees] != outputs[1][sees]).flatten(1).any(1).all()))
     return all(reached)
 
@@ -183,7 +188,7 @@ def _perturbed(rank, world_size, cases):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_token_changes_only_those_from_there_on(gloo, world_size):
     methods = METHODS if world_size > 1 else METHODS[:1]
-    pairs = [(method, member) for method in methods for member in MEMBERS]
+    pairs = [(method, variant) for method in methods for variant in VARIANTS]
     cases = [
         (*pair, (torch.float64, torch.float32)[i % 2], ("contiguous", "zigzag", "random")[i % 3])
         for i, pair in enumerate(pairs)

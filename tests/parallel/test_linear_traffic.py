@@ -11,8 +11,8 @@ import torch.distributed as dist
 from support.linear import (
     HEADS,
     KEY_HEADS,
-    MEMBERS,
     VALUE_WIDTH,
+    VARIANTS,
     WIDTH,
     Case,
     all_layouts,
@@ -38,8 +38,8 @@ CROSSING = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [(1, 0, 4), (2, 0, 9)], [(2,
 APART = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [], [(1, 0, 4)], [(2, 0, 30)]])
 
 
-def shape_of(member, itemsize=8):
-    *delta, decay = member.split()
+def shape_of(variant, itemsize=8):
+    *delta, decay = variant.split()
     return Shape(HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH, decay, bool(delta), itemsize)
 
 
@@ -47,9 +47,9 @@ def small_blocks():
     return mock.patch.object(chain, "LATENCY_BYTES", 64)
 
 
-def call(layout, comm, member, method, dtype=torch.float64, **options):
+def call(layout, comm, variant, method, dtype=torch.float64, **options):
     """The output, whose backward pass is ready to go; and its gradient."""
-    tensors = inputs(layout.lengths, member, dtype)
+    tensors = inputs(layout.lengths, variant, dtype)
     local = [layout.shard(x, comm.rank) if x is not None and x.dim() > 1 else x for x in tensors[:5]]
     every: list[Any] = [None if x is None else x.clone().requires_grad_() for x in local]
     q, k, v, log_decay, beta = every
@@ -64,11 +64,13 @@ def _received(rank, world_size, cases):
     """Of each case bytes received, forward and backward, by link: as measured, and as the cost table says."""
     nodes, found = [r // 2 for r in range(world_size)], []
     comm = SequenceComm(None, node_of_rank=nodes)
-    for layout, member, method, causal, final, dtype in cases:
+    for layout, variant, method, causal, final, dtype in cases:
         with small_blocks():
-            told = traffic(method, layout, shape_of(member, dtype.itemsize), causal=causal, final=final).received(nodes)
+            told = traffic(method, layout, shape_of(variant, dtype.itemsize), causal=causal, final=final).received(
+                nodes
+            )
             with record() as forward:
-                o, do = call(layout, comm, member, method, dtype, causal=causal, output_final_state=final)
+                o, do = call(layout, comm, variant, method, dtype, causal=causal, output_final_state=final)
             with record() as backward:
                 o.backward(do)
         moved = [
@@ -80,7 +82,7 @@ def _received(rank, world_size, cases):
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_cost_table_is_exact(gloo, world_size):
-    settings = [(member, method) for method in METHODS for member in MEMBERS]
+    settings = [(variant, method) for method in METHODS for variant in VARIANTS]
     names = ("contiguous", "zigzag", "fragments", "random", "all on last", "idle ranks")
     cases = [
         (
@@ -101,8 +103,8 @@ def test_traffic_of_one_long_document(gloo):
     """Formulas for W ranks of s tokens of one document, in bytes received forward and backward."""
     ranks, s, state, word = 4, 8, NUMBERS * 8, 8
     layout, zigzag = SequenceLayout.contiguous([ranks * s], ranks), SequenceLayout.zigzag([ranks * s], ranks)
-    members = ("none", "head", "token", "channel", "delta head")
-    cases = [(layout, member, "lasp2", True, False, torch.float64) for member in members]
+    variants = ("none", "head", "token", "channel", "delta head")
+    cases = [(layout, variant, "lasp2", True, False, torch.float64) for variant in variants]
     cases += [(layout, "token", method, True, False, torch.float64) for method in ("lasp1", "zeco", "ulysses")]
     cases += [
         (zigzag, "token", "lasp1", True, False, torch.float64),
@@ -237,9 +239,9 @@ def test_states_travel_while_ranks_compute(gloo):
 # ---- recomputation
 
 
-def _checkpointed(rank, world_size, member, method, flags):
+def _checkpointed(rank, world_size, variant, method, flags):
     """Gradients of a layer; and of two that are recomputed, without and with re-entrance."""
-    comm, tensors = SequenceComm(None), inputs(CROSSING.lengths, member)
+    comm, tensors = SequenceComm(None), inputs(CROSSING.lengths, variant)
     local = [CROSSING.shard(x, rank) if x is not None and x.dim() > 1 else x for x in tensors[:5]]
     do, leaves = CROSSING.shard(tensors.do, rank), [None if x is None else x.clone().requires_grad_() for x in local]
     causal, final = flags
@@ -264,10 +266,10 @@ def _checkpointed(rank, world_size, member, method, flags):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_recomputation_keeps_communication_in_order(gloo, method):
-    for member, flags in (("head", (True, True)), ("token", (False, False)), ("delta channel", (True, False))):
-        for plain, recomputed in gloo(4, _checkpointed, member, method, flags):
+    for variant, flags in (("head", (True, True)), ("token", (False, False)), ("delta channel", (True, False))):
+        for plain, recomputed in gloo(4, _checkpointed, variant, method, flags):
             for found in recomputed:
-                assert all(torch.equal(x, 2 * y) for x, y in zip(found, plain, strict=True)), member
+                assert all(torch.equal(x, 2 * y) for x, y in zip(found, plain, strict=True)), variant
 
 
 def _partly_frozen(rank, world_size, method):

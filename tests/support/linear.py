@@ -15,7 +15,7 @@ from support.layouts import layouts
 
 HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
 DECAYS = ("none", "head", "token", "channel")
-MEMBERS = (*DECAYS, *(f"delta {decay}" for decay in DECAYS))
+VARIANTS = (*DECAYS, *(f"delta {decay}" for decay in DECAYS))
 NAMES = ("o", "final state", "dq", "dk", "dv", "d decay", "d beta", "d initial")
 
 
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     """One call: see `linear_attention`."""
 
     method: str
-    member: str
+    variant: str
     lengths: tuple[int, ...]
     layout: str
     initial: bool = False
@@ -76,7 +76,7 @@ def all_layouts(lengths, ranks):
 
 
 @cache
-def inputs(lengths, member, dtype=torch.float64) -> Inputs:
+def inputs(lengths, variant, dtype=torch.float64) -> Inputs:
     """Gentle decays and betas: strong ones would hide a missing state."""
     total, generator = sum(lengths), torch.Generator().manual_seed(sum(lengths))
 
@@ -86,7 +86,7 @@ def inputs(lengths, member, dtype=torch.float64) -> Inputs:
     q, k = draw(total, KEY_HEADS, WIDTH), draw(total, KEY_HEADS, WIDTH)
     v, do = draw(total, HEADS, VALUE_WIDTH), draw(total, HEADS, VALUE_WIDTH)
     shapes = {"head": (HEADS,), "token": (total, HEADS), "channel": (total, HEADS, WIDTH)}
-    *delta, decay = member.split()
+    *delta, decay = variant.split()
     log_decay = -0.02 * draw(*shapes[decay]).abs() if decay != "none" else None
     beta = 0.1 + 0.3 * torch.rand(total, HEADS, generator=generator, dtype=torch.float64) if delta else None
     k = k / k.norm(dim=-1, keepdim=True) if delta else k
@@ -116,12 +116,12 @@ def leaves_of(tensors, initial):
 
 def expected(case):
     """What NAMES names, of the stream, in fp64."""
-    return _expected(case.lengths, case.member, case.initial, case.final, case.causal, case.dtype, case.alone)
+    return _expected(case.lengths, case.variant, case.initial, case.final, case.causal, case.dtype, case.alone)
 
 
 @cache
-def _expected(lengths, member, initial, final, causal, dtype, alone):
-    exact: list[Any] = [None if x is None else x.double() for x in inputs(lengths, member, dtype)]
+def _expected(lengths, variant, initial, final, causal, dtype, alone):
+    exact: list[Any] = [None if x is None else x.double() for x in inputs(lengths, variant, dtype)]
     tensors = Inputs(*exact)
     q, k, v, log_decay, beta, state = leaves = leaves_of(tensors, initial)
     o, after = by_definition(q, k, v, log_decay, beta, state, lengths, causal)
@@ -135,7 +135,7 @@ def carried(case, ranks):
     """How much of the output is due to states that come into a rank's run, where any does; None: nowhere."""
     layout = all_layouts(case.lengths, ranks)[case.layout]
     runs = all_runs(layout, causal=True)
-    cut = by_definition(*inputs(case.lengths, case.member)[:5], None, runs.length.tolist(), case.causal)[0]
+    cut = by_definition(*inputs(case.lengths, case.variant)[:5], None, runs.length.tolist(), case.causal)[0]
     enters = (runs.places > 1) & (runs.place > 0) if case.causal else runs.places > 1
     tokens = (enters | case.initial).repeat_interleave(runs.length)
     o = expected(case._replace(dtype=torch.float64))[0]
@@ -145,7 +145,7 @@ def carried(case, ranks):
 def distributed(case, comm, ranks):
     """This rank's share of `expected`, and all of replicated gradients. Each rank weighs the final states alike."""
     rank, layout = 0 if comm is None else comm.rank, all_layouts(case.lengths, ranks)[case.layout]
-    tensors = inputs(case.lengths, case.member, case.dtype)
+    tensors = inputs(case.lengths, case.variant, case.dtype)
     local: list[Any] = [layout.shard(x, rank) if is_sharded(i, x) else x for i, x in enumerate(tensors)]
     leaves = leaves_of(local, case.initial)
     q, k, v, log_decay, beta, initial = leaves

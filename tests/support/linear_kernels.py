@@ -1,4 +1,4 @@
-"""Inputs for every member of the linear attention family on one device, and what they are compared with."""
+"""Inputs for every variant of linear attention on one device, and what they are compared with."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import torch
 from lsys.kernels.linear_attention import linear_attention
 
 DECAYS = ("none", "head", "token", "channel")
-MEMBERS = (*DECAYS, *(f"delta {decay}" for decay in DECAYS))
+VARIANTS = (*DECAYS, *(f"delta {decay}" for decay in DECAYS))
 NAMES = ("o", "final state", "dq", "dk", "dv", "d initial", "d decay", "d beta")
 # Zero and one token, primes, whole chunks of several sizes and one token more or less, several chunks.
 PACKS = [[0, 1, 7, 31, 64, 65, 128, 301, 0], [16, 16], [64], [512, 64], [5] * 9, [0, 0], [], [127, 1, 33]]
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 def tensors(
-    member, lengths, dtype=torch.float64, *, batch=1, key_heads=2, heads=4, width=8, value_width=6, strength=0.05
+    variant, lengths, dtype=torch.float64, *, batch=1, key_heads=2, heads=4, width=8, value_width=6, strength=0.05
 ):
     """Of sequences of these lengths, of `batch` times one length if there are several."""
     tokens = sum(lengths) // batch
@@ -52,8 +52,8 @@ def tensors(
     v, do = draw(batch, tokens, heads, value_width), draw(batch, tokens, heads, value_width)
     # A large initial state, so that its loss would be noticed after many tokens.
     state, d_state = (size * draw(len(lengths), heads, width, value_width) for size in (3, 1))
-    decay, beta = member.split()[-1], None
-    if member.startswith("delta"):  # of unit keys, so that states do not grow
+    decay, beta = variant.split()[-1], None
+    if variant.startswith("delta"):  # of unit keys, so that states do not grow
         k, beta = k / k.norm(dim=-1, keepdim=True), 2 * torch.rand(v.shape[:3], generator=generator)
     shape = {"none": None, "head": (heads,), "token": v.shape[:3], "channel": (*v.shape[:3], width)}[decay]
     log_decay = None if shape is None else -draw(*shape).abs() * strength

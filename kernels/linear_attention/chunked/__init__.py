@@ -28,29 +28,29 @@ class SegmentMap(NamedTuple):
 
 
 class ChunkedSegments:
-    """Packed segments, as `Chunks` of a member of the family. See `lsys.kernels.linear_attention.Segments`.
+    """Packed segments, as the `Chunks` of a variant. See `lsys.kernels.linear_attention.Segments`.
 
     Where no segment is linked, nothing waits for a state, and the output is made as a whole.
     """
 
     def __init__(
         self,
-        member: type[Chunks],
+        variant: type[Chunks],
         tokens: Tokens,
         lengths: Sequence[int],
         linked: Sequence[int],
         scale: float,
     ) -> None:
-        self.member, self.tokens, self.scale = member, tokens, scale
+        self.variant, self.tokens, self.scale = variant, tokens, scale
         self.lengths, self.linked = lengths, linked
 
     @cached_property
     def work(self) -> Work:
         among = set(self.linked)
         apart = [i for i in range(len(self.lengths)) if i not in among]
-        linked = in_blocks(self.member, self.tokens, self.lengths, self.linked, True)
-        others = in_blocks(self.member, self.tokens, self.lengths, apart, False)
-        return Work(self.member, linked, others, self.scale, [x is not None and x.requires_grad for x in self.tokens])
+        linked = in_blocks(self.variant, self.tokens, self.lengths, self.linked, True)
+        others = in_blocks(self.variant, self.tokens, self.lengths, apart, False)
+        return Work(self.variant, linked, others, self.scale, [x is not None and x.requires_grad for x in self.tokens])
 
     @cached_property
     def mapped(self) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -83,7 +83,7 @@ class ChunkedSegments:
 
         The output [T, H, V] and, if `final`, the states after the segments [N, H, K, V].
         """
-        return sweep(self.member, self.tokens, self.lengths, self.scale, initial, final)
+        return sweep(self.variant, self.tokens, self.lengths, self.scale, initial, final)
 
     def _no_maps(self) -> SegmentMap:
         _, k, v, log_decay, beta = self.tokens

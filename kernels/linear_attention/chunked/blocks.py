@@ -88,12 +88,12 @@ class _Part(NamedTuple):
 
 
 def in_blocks(
-    member: type[Chunks], tokens: Tokens, lengths: Sequence[int], chosen: Sequence[int] | None, linked: bool
+    variant: type[Chunks], tokens: Tokens, lengths: Sequence[int], chosen: Sequence[int] | None, linked: bool
 ) -> tuple[Block, ...]:
     """The blocks of the chosen segments (None: all) of `lengths` tokens, of which all are linked or none."""
     k, v = tokens.k, tokens.v
     mine = lengths if chosen is None else [lengths[i] for i in chosen]
-    size = member.chunk_size(mine, k.shape[-1], v.shape[-1])
+    size = variant.chunk_size(mine, k.shape[-1], v.shape[-1])
     block = BLOCK if v.device.type == "cpu" else GPU_BLOCK
     room = max(1, block // (size * max(1, v.shape[1] * max(k.shape[-1], v.shape[-1]))))
     return _blocks(tuple(lengths), None if chosen is None else tuple(chosen), linked, size, room, v.device)

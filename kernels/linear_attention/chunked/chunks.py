@@ -1,7 +1,7 @@
 """Chunks of packed segments in PyTorch operations: what each gives of a state S before it, and what it makes of it.
 
-What all members share; `scalar.py`, `channel.py` and `delta.py` say how it decays and what it writes. The README has the
-mathematics. A member makes *factors* of the tokens, by operations that record gradients; what is made of factors and
+What all variants share; `scalar.py`, `channel.py` and `delta.py` say how it decays and what it writes. The README has the
+mathematics. A variant makes *factors* of the tokens, by operations that record gradients; what is made of factors and
 states are matrix products, whose gradients are products too and are here beside them, so that each is computed once and
 when it is wanted: the states alone, the output alone, or both.
 """

@@ -19,7 +19,7 @@ from lsys.kernels.linear_attention.scan import adjoint, compose
 
 
 def outputs(
-    member: type[Chunks],
+    variant: type[Chunks],
     parts: Sequence[Block],
     tokens: Tokens,
     scale: float,
@@ -35,7 +35,7 @@ def outputs(
     carried = []
     for block in parts:
         carried.append(end[-1:] if block.resumes and end is not None else None)
-        chunks, grid = member(block.of(tokens), block.grid, scale), block.grid
+        chunks, grid = variant(block.of(tokens), block.grid, scale), block.grid
         before: Tensor | None = None
         if grid.plan.counts:
             state = grid.among_scanned(block.entering(carried[-1], initial))
@@ -48,7 +48,7 @@ def outputs(
 
 
 def gradients(
-    member: type[Chunks],
+    variant: type[Chunks],
     parts: Sequence[Block],
     carried: Sequence[Tensor | None],
     scale: float,
@@ -62,7 +62,7 @@ def gradients(
     running: Tensor | None = None
     for block, resumed in zip(reversed(parts), reversed(carried), strict=True):
         leaves, grid = found.leaves(block), block.grid
-        chunks, d_chunks = member(leaves, grid, scale), grid.cut(do[block.tokens], found.dtype)
+        chunks, d_chunks = variant(leaves, grid, scale), grid.cut(do[block.tokens], found.dtype)
         with torch.enable_grad():
             chunks.record()
         before = d_update = None
@@ -83,15 +83,15 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, member: type[Chunks], parts: tuple[Block, ...], scale: float, final: int | None, *inputs: Any
+        ctx: Any, variant: type[Chunks], parts: tuple[Block, ...], scale: float, final: int | None, *inputs: Any
     ) -> tuple[Tensor, Tensor | None]:
         tokens, initial = Tokens(*inputs[:5]), inputs[5]
         k, v = tokens.k, tokens.v
         dtype = torch.promote_types(v.dtype, torch.float32)
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         after = None if final is None else v.new_zeros(final, v.shape[1], k.shape[2], v.shape[2], dtype=dtype)
-        carried = outputs(member, parts, tokens, scale, o, None if initial is None else initial.to(dtype), after)
-        ctx.member, ctx.parts, ctx.scale = member, parts, scale
+        carried = outputs(variant, parts, tokens, scale, o, None if initial is None else initial.to(dtype), after)
+        ctx.variant, ctx.parts, ctx.scale = variant, parts, scale
         ctx.save_for_backward(*inputs, *carried)
         return o, after
 
@@ -103,12 +103,12 @@ class _Sweep(torch.autograd.Function):
         found = Gradients(Tokens(*tokens), ctx.needs_input_grad[4:9])
         d_initial = torch.zeros_like(initial) if ctx.needs_input_grad[9] else None
         initial = None if initial is None else initial.to(found.dtype)
-        gradients(ctx.member, ctx.parts, saved[6:], ctx.scale, found, do, initial, d_initial, d_after)
+        gradients(ctx.variant, ctx.parts, saved[6:], ctx.scale, found, do, initial, d_initial, d_after)
         return None, None, None, None, *found.of(NAMES), d_initial
 
 
 def sweep(
-    member: type[Chunks],
+    variant: type[Chunks],
     tokens: Tokens,
     lengths: Sequence[int],
     scale: float,
@@ -119,5 +119,5 @@ def sweep(
 
     `initial` [N, H, K, V] are the states before the sequences.
     """
-    parts = in_blocks(member, tokens, lengths, None, final or initial is not None)
-    return _Sweep.apply(member, parts, scale, len(lengths) if final else None, *tokens, initial)
+    parts = in_blocks(variant, tokens, lengths, None, final or initial is not None)
+    return _Sweep.apply(variant, parts, scale, len(lengths) if final else None, *tokens, initial)

@@ -45,17 +45,17 @@ class Work:
 
     def __init__(
         self,
-        member: type[Chunks],
+        variant: type[Chunks],
         linked: Sequence[Block],
         apart: Sequence[Block],
         scale: float,
         wanted: Sequence[bool],
     ) -> None:
-        self.member, self.linked, self.apart, self.scale, self.wanted = member, linked, apart, scale, wanted
+        self.variant, self.linked, self.apart, self.scale, self.wanted = variant, linked, apart, scale, wanted
         self.handover = Handover()
 
     def chunks(self, block: Block, tokens: Tokens, written: Written | None = None) -> Chunks:
-        return self.member(tokens, block.grid, self.scale, written)
+        return self.variant(tokens, block.grid, self.scale, written)
 
 
 class Maps(torch.autograd.Function):
@@ -131,7 +131,7 @@ class Intra(torch.autograd.Function):
             block.write(o, block.grid.join(chunks.intra()))
             queries.append(chunks.queries())
         work.handover.read(queries)
-        carried = one_pass.outputs(work.member, work.apart, tokens, work.scale, o)
+        carried = one_pass.outputs(work.variant, work.apart, tokens, work.scale, o)
         ctx.set_materialize_grads(False)
         ctx.work = work
         ctx.save_for_backward(*inputs, *carried)
@@ -154,7 +154,7 @@ class Intra(torch.autograd.Function):
             d_written.append(d_block)
             found.take(block, leaves, factors, first="qkg")
         work.handover.have_read(found, d_written, last=not ctx.needs_input_grad[1])
-        one_pass.gradients(work.member, work.apart, saved[5:], work.scale, found, do)
+        one_pass.gradients(work.variant, work.apart, saved[5:], work.scale, found, do)
         return None, do.new_empty(0), *found.of("q"), None, None, None, None
 
 
@@ -222,7 +222,7 @@ def _maps_alone(
     leaves = Tokens(*(x if x is None else x.detach().requires_grad_(is_wanted) for x, is_wanted in kinds))  # type: ignore[arg-type]
     with torch.enable_grad():
         grid = chunk_grid(lengths, range(len(lengths)), work.linked[0].grid.size, tokens.v.device)
-        scanned = scan(*work.member(leaves.each(lambda x: x[linked]), grid, work.scale).maps(), grid.plan)
+        scanned = scan(*work.variant(leaves.each(lambda x: x[linked]), grid, work.scale).maps(), grid.plan)
     pairs = ((scanned.total, d_state), (scanned.total_reach, d_total))
     given = [(x, dx) for x, dx in pairs if x is not None and x.requires_grad and dx is not None]
     if not given:

@@ -172,12 +172,12 @@ class Passes:
         programs = len(spans) * heads * options["BLOCKS"]
         if programs == 0:
             return
-        family, member = (scalar, "scalar") if g is None or g.dim() == 2 else (channel, "channel")
-        if member == "channel" and name == "pass":
+        family, variant = (scalar, "scalar") if g is None or g.dim() == 2 else (channel, "channel")
+        if variant == "channel" and name == "pass":
             options |= dict(C=CHANNEL_CHUNK, LEVELS=CHANNEL_CHUNK.bit_length() - 1)
         strides, options = (0, 0) if g is None else g.stride()[:2], dict(options, H=heads, DECAY=g is not None)
         with torch.cuda.device(spans.table.device) if spans.table.is_cuda else nullcontext():
-            getattr(family, f"{member}_{name}_kernel")[(programs,)](
+            getattr(family, f"{variant}_{name}_kernel")[(programs,)](
                 *arrays, spans.table, self.scale, *strides, *more, **options
             )
 
