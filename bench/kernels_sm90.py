@@ -45,7 +45,7 @@ class Call(NamedTuple):
 
 
 def linear_attention_calls(variant: str) -> Iterator[Call]:
-    """Forward and backward of two linked segments with incoming states, bf16, B1 H16, K = V of WIDTHS."""
+    """Forward and backward of two segments with external state with incoming states, bf16, B1 H16, K = V of WIDTHS."""
     from lsys.kernels.linear_attention.chunked.chunks import Tokens
     from lsys.kernels.linear_attention.gpu import triton_segments
 

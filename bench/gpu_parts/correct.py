@@ -207,8 +207,8 @@ def attend_linear(case: Case, x: Tensors, backend: str) -> Tensors:
     """The output, and the states after the sequences where there are some before."""
     kind, decay = case["kind"], x.get("decay", x.get("decay of heads"))
     if kind == "phases":
-        linked = range(len(case["lengths"]))
-        parts = segments(x["q"], x["k"], x["v"], decay, x.get("beta"), case["lengths"], linked, backend=backend)
+        external = range(len(case["lengths"]))
+        parts = segments(x["q"], x["k"], x["v"], decay, x.get("beta"), case["lengths"], external, backend=backend)
         maps = parts.segment_map()
         o = parts.apply(maps, parts.intra(), x["initial"])
         return {"o": o, "final": maps.state + carry(maps.transition, x["initial"].to(maps.state.dtype))}

@@ -26,8 +26,8 @@ BACKENDS = ("auto", "reference", "chunked", "triton")
 class Segments(Protocol):
     """Segments of packed documents in two phases, between which states are exchanged.
 
-    `segment_map` gives what each linked segment does to a state; `intra` needs no state, so that it can run while maps
-    are under way; `apply` completes the output, given the state [L, H, K, V] before each linked segment (None is zero).
+    `segment_map` gives what each segment with external state does to a state; `intra` needs no state, so that it can run while maps
+    are under way; `apply` completes the output, given the state [L, H, K, V] before each segment with external state (None is zero).
     The states of the first phase serve in the second. `intra` and `apply` are called once each, in this order.
     """
 
@@ -123,8 +123,8 @@ def _attend(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """With a state [N, H, K, V] before each sequence or zero: the output [T, H, V] and, if `final`, the states after."""
-    linked = range(len(lengths)) if final or initial is not None else ()
-    parts = segments(*tokens, lengths, linked, scale=scale, backend=backend)
+    external = range(len(lengths)) if final or initial is not None else ()
+    parts = segments(*tokens, lengths, external, scale=scale, backend=backend)
     whole = getattr(parts, "whole", None)  # both phases at once, where that is quicker
     if whole is not None:
         return whole(initial, final)
@@ -140,7 +140,7 @@ def segments(
     log_decay: Tensor | None,
     beta: Tensor | None,
     lengths: Sequence[int],
-    linked: Sequence[int],
+    external: Sequence[int],
     *,
     scale: float | None = None,
     backend: str = "auto",
@@ -153,7 +153,7 @@ def segments(
         log_decay: None, [H], [T, H] or [T, H, K], at most 0 (checked on CPU).
         beta: None or [T, H], in [0, 2] (checked on CPU).
         lengths: tokens of each segment, zero allowed; their sum is T.
-        linked: the L segments, ascending, whose maps are wanted or which receive a state.
+        external: the L segments with external state, ascending: those whose maps are wanted or which receive a state.
         scale, backend: as in `linear_attention`.
 
     Raises:
@@ -164,19 +164,19 @@ def segments(
         raise ValueError(f"linear attention backend {backend!r} is not one of: {', '.join(BACKENDS)}")
     tokens, scale = Tokens(q, k, v, log_decay, beta), k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return ReferenceSegments(tokens, lengths, linked, scale)
+        return ReferenceSegments(tokens, lengths, external, scale)
     if backend == "triton" or (backend == "auto" and v.device.type != "cpu"):
         refusal = triton_refusal(tokens)
         if refusal is None:
             if backend == "auto":
                 _log_choice("triton", f"the fastest on {v.device.type}")
-            return triton_segments(tokens, lengths, linked, scale)
+            return triton_segments(tokens, lengths, external, scale)
         if backend == "triton":
             raise ValueError(f"linear attention backend 'triton' {refusal}; backend 'chunked' computes it")
         _log_choice("chunked", f"since triton {refusal}", logging.WARNING)
     elif backend == "auto":
         _log_choice("chunked", f"the fastest on {v.device.type}")
-    return ChunkedSegments(_chunks(log_decay, beta), tokens, lengths, linked, scale)
+    return ChunkedSegments(_chunks(log_decay, beta), tokens, lengths, external, scale)
 
 
 def _chunks(log_decay: Tensor | None, beta: Tensor | None) -> type[Chunks]:

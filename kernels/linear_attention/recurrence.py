@@ -48,16 +48,16 @@ def recurrence(
 class ReferenceSegments:
     """The two phases by the definition, which runs once in each."""
 
-    def __init__(self, tokens: Tokens, lengths: Sequence[int], linked: Sequence[int], scale: float) -> None:
+    def __init__(self, tokens: Tokens, lengths: Sequence[int], external: Sequence[int], scale: float) -> None:
         self.inputs = (*tokens, lengths, scale)
-        self.linked = torch.tensor(linked, dtype=torch.int64, device=tokens.v.device)
+        self.external = torch.tensor(external, dtype=torch.int64, device=tokens.v.device)
 
     def segment_map(self) -> SegmentMap:
-        """The maps of the linked segments."""
+        """The maps of the segments with external state."""
         _, state = recurrence(*self.inputs)
         transition = self._transition(state)
-        transition = None if transition is None else transition.index_select(0, self.linked)
-        return SegmentMap(transition, state.index_select(0, self.linked))
+        transition = None if transition is None else transition.index_select(0, self.external)
+        return SegmentMap(transition, state.index_select(0, self.external))
 
     def _transition(self, state: Tensor) -> Tensor | None:
         """By segment, what its tokens make of a state before: [N, H], [N, H, K] or, of the delta rule, of 1 without values, [N, H, K, K]."""
@@ -77,10 +77,10 @@ class ReferenceSegments:
         return torch.zeros_like(self.inputs[2])
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
-        """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
+        """The output [T, H, V]; `state` [L, H, K, V] is that before each segment with external state, None is zero."""
         lengths = self.inputs[5]
         if state is not None:
             zero = state.new_zeros(len(lengths), *state.shape[1:])
-            state = zero.index_copy(0, self.linked, state)
+            state = zero.index_copy(0, self.external, state)
         o, _ = recurrence(*self.inputs, state)
         return intra + o

@@ -67,17 +67,17 @@ class Scanned(NamedTuple):
     """
 
     before: Tensor  # [n, H, K, V]
-    reach: Tensor | None  # [n, H ...]
+    cumulative: Tensor | None  # [n, H ...]
     total: Tensor  # [sequences, H, K, V]
-    total_reach: Tensor | None  # [sequences, H ...]
+    total_cumulative: Tensor | None  # [sequences, H ...]
 
 
 def compose(
-    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None, reach: bool = True
+    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None, cumulative: bool = True
 ) -> Scanned:
     """Compose the maps S -> A S + update of each sequence, from `initial` (default zero). No autograd.
 
-    update [n, H, K, V], transition [n, H ...], initial [sequences, H, K, V]. `reach` only if asked for, and not of
+    update [n, H, K, V], transition [n, H ...], initial [sequences, H, K, V]. `cumulative` only if asked for, and not of
     matrices: see `scan`.
     """
     sequences = len(plan.counts)
@@ -89,7 +89,7 @@ def compose(
         before[rows] = now
         step(now, None if a is None else a[rows]).add_(update[rows])
     total = plan.restored(running)
-    if transition is None or is_matrix(transition) or not reach:
+    if transition is None or is_matrix(transition) or not cumulative:
         return Scanned(before, None, total, None)
     passed = torch.empty_like(transition, memory_format=torch.contiguous_format)
     running = transition.new_zeros(sequences, *transition.shape[1:])
@@ -100,10 +100,10 @@ def compose(
 
 
 def last(
-    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor, reach: Tensor | None
+    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor, cumulative: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The states [sequences, H, K, V] and transitions [sequences, H ...] after the maps, given those before. No autograd."""
-    running, passed = plan.sorted(initial), None if reach is None else plan.sorted(reach)
+    running, passed = plan.sorted(initial), None if cumulative is None else plan.sorted(cumulative)
     a = None if transition is None else operator(transition)
     for rows, active in plan.steps:
         now = None if a is None else a[rows]
@@ -174,13 +174,13 @@ class _Scan(torch.autograd.Function):
 
 
 def scan(
-    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None, reach: bool = True
+    update: Tensor, transition: Tensor | None, plan: ScanPlan, initial: Tensor | None = None, cumulative: bool = True
 ) -> Scanned:
-    """`compose`, differentiable, and with the reach of matrices: they are what the maps without update make of 1.
+    """`compose`, differentiable, and with the cumulative transition of matrices: they are what the maps without update make of 1.
 
-    That doubles the work; `reach=False` leaves it out.
+    That doubles the work; `cumulative=False` leaves it out.
     """
-    if transition is None or not (reach and is_matrix(transition)):
+    if transition is None or not (cumulative and is_matrix(transition)):
         return Scanned(*_Scan.apply(update, transition, initial, plan))
     sequences, width = len(plan.counts), update.shape[-1]
     start = update.new_zeros(sequences, *update.shape[1:]) if initial is None else initial

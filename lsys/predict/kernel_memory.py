@@ -25,9 +25,9 @@ WHOLE: dict[str, Counts] = {
     "channel delta": (4, 6, 16, 7, 3, 1),
 }
 
-# The same of linked segments, whose backward pass goes through all blocks once for states, once for outputs and once for maps:
+# The same of segments with external state, whose backward pass goes through all blocks once for states, once for outputs and once for maps:
 # of a block, and of all tokens, what one turn tells the next.
-LINKED: dict[str, Counts] = {
+EXTERNAL: dict[str, Counts] = {
     "head": (5, 1, 4, 2, 0, 0),
     "channel": (2, 1, 14, 2, 0, 0),
     "token": (5, 1, 3, 4, 0, 0),
@@ -39,7 +39,7 @@ ACROSS: dict[str, Counts] = {
     **dict.fromkeys(("delta", "channel delta"), (0, 2, 2, 0, 1, 0)),
 }
 
-# The same of what is kept of linked segments beside their inputs: the states before chunks, and how far these reach.
+# The same of what is kept of segments with external state beside their inputs: the states before chunks, and how far these reach.
 SAVED: dict[str, Counts] = {
     **dict.fromkeys(("head", "channel", "token"), (0, 0, 0, 0, 1, 0)),
     **dict.fromkeys(("delta", "channel delta"), (0, 0, 0, 0, 1, 1)),
@@ -74,9 +74,9 @@ def _widths(deployment: Deployment, kind: str) -> tuple[int, int, int, int, int]
     """H, H_k, K, V of a tensor rank, and C."""
     card, t = _card(deployment, kind), deployment.mesh.tensor
     k = card.widened(is_first=False)
-    linked = is_linked(deployment, kind)  # else documents are whole, or were put together
-    parts = 2 if linked and deployment.config.parallel.layout == "zigzag" else 1
-    length = max(1, max(deployment.documents) // (parts * deployment.mesh.context if linked else 1))
+    external = has_external_state(deployment, kind)  # else documents are whole, or were put together
+    parts = 2 if external and deployment.config.parallel.layout == "zigzag" else 1
+    length = max(1, max(deployment.documents) // (parts * deployment.mesh.context if external else 1))
     return card.heads // t, card.key_heads // t, k, card.value_width, chunk_size([length] * parts, k, card.value_width)
 
 
@@ -86,15 +86,15 @@ def _card(deployment: Deployment, kind: str) -> StateCard:
     return card
 
 
-def _counts(card: StateCard, linked: bool, size: int, grouped: bool) -> Counts:
+def _counts(card: StateCard, external: bool, size: int, grouped: bool) -> Counts:
     """Counts of a block of chunks of `size` tokens. Where heads share keys, scores that decays or corrections are in have copies for each.
 
     With a decay a channel, chunks are halved down to spans of 4, and the decays into and out of halves are kept at each level: of the
-    scores of queries and, at the same time but where segments are linked, of those of keys.
+    scores of queries and, at the same time but where segments have external state, of those of keys.
     """
-    keys, values, heads, *others = (LINKED if linked else WHOLE)[variant(card)]
+    keys, values, heads, *others = (EXTERNAL if external else WHOLE)[variant(card)]
     channel = card.decay == "channel"
-    scores = 2 if card.delta and not linked else 1
+    scores = 2 if card.delta and not external else 1
     heads += 2 * (grouped and (channel or card.delta)) + (scores * ((size // 4).bit_length() - 1) if channel else 0)
     return keys, values, heads, *others
 
@@ -109,9 +109,9 @@ def _numbers(deployment: Deployment, kind: str, counts: Counts) -> float:
 def intermediate(deployment: Deployment, kind: str, tokens: float = 1.0, room: float = 1.0) -> float:
     """Numbers that a kernel makes on its way, of so many tokens, `room` of them in a block."""
     heads, key_heads, *_, size = _widths(deployment, kind)
-    linked = is_linked(deployment, kind)
-    found = room * _numbers(deployment, kind, _counts(_card(deployment, kind), linked, size, heads > key_heads))
-    return found + tokens * _numbers(deployment, kind, ACROSS[variant(_card(deployment, kind))]) if linked else found
+    external = has_external_state(deployment, kind)
+    found = room * _numbers(deployment, kind, _counts(_card(deployment, kind), external, size, heads > key_heads))
+    return found + tokens * _numbers(deployment, kind, ACROSS[variant(_card(deployment, kind))]) if external else found
 
 
 def least(deployment: Deployment, kind: str) -> float:
@@ -139,17 +139,17 @@ def is_fused(deployment: Deployment, kind: str) -> bool:
     return deployment.gpu and variant(_card(deployment, kind)) in FUSED
 
 
-def is_linked(deployment: Deployment, kind: str) -> bool:
+def has_external_state(deployment: Deployment, kind: str) -> bool:
     """Whether states come from and go to other ranks."""
     return deployment.mesh.context > 1 and deployment.cards[kind].has_state and not deployment.methods[kind].whole
 
 
 def linear_saved(deployment: Deployment, kind: str) -> float:
-    """Bytes that the kernel itself keeps where segments are linked; else nothing but its inputs and output, which mixers count.
+    """Bytes that the kernel itself keeps where segments have external state; else nothing but its inputs and output, which mixers count.
 
     The gather of states (`lasp2`) keeps all ranks' where their transitions travel beside them.
     """
-    if not is_linked(deployment, kind):
+    if not has_external_state(deployment, kind):
         return 0.0
     card = _card(deployment, kind)
     heads, _, k, v, _ = _widths(deployment, kind)

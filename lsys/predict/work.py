@@ -27,7 +27,7 @@ from lsys.parallel.messages.heads import shares
 from lsys.parallel.methods import Method
 from lsys.predict.activations import Activations
 from lsys.predict.deployment import Deployment
-from lsys.predict.kernel_memory import intermediate, is_fused, is_linked, least
+from lsys.predict.kernel_memory import has_external_state, intermediate, is_fused, least
 from lsys.predict.weights import weights
 
 
@@ -81,7 +81,7 @@ class StageWork:
             elif is_fused(self.deployment, mixer):
                 work[f"fused:{card.symbol}"] = self.deployment.slots * least(self.deployment, mixer)
             else:
-                name = "linked" if is_linked(self.deployment, mixer) else "kernel"
+                name = "linked" if has_external_state(self.deployment, mixer) else "kernel"
                 work[f"{name}:{card.symbol}"] = 4.0 * self.deployment.slots * intermediate(self.deployment, mixer)
             work["bytes"] = layer.after + layer.middle
             work[f"layer:{card.symbol}"] = 1

@@ -10,7 +10,7 @@ from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear import exchange
 from lsys.parallel.linear.exchange import Inputs
-from lsys.parallel.linear.state_exchange_plan import links
+from lsys.parallel.linear.state_exchange_plan import external_segments
 from lsys.parallel.methods import STATE
 
 __all__ = ["METHODS", "linear_attention"]
@@ -73,17 +73,17 @@ def linear_attention(
     if row.whole and not alone:
         return row.function()(inputs, layout, comm, initial_state, output_final_state, causal, scale, backend)
     has_initial = initial_state is not None
-    linked = links(layout, rank, causal, has_initial, output_final_state, v.device)
+    external = external_segments(layout, rank, causal, has_initial, output_final_state, v.device)
     lengths = layout.table(rank).length.tolist()
-    parts = [kernel.segments(*inputs, lengths, linked.linked[0], scale=scale, backend=backend)]
+    parts = [kernel.segments(*inputs, lengths, external.segments[0], scale=scale, backend=backend)]
     if not causal:
         back = (q.flip(0), k.flip(0), v.flip(0), _flipped(log_decay), _flipped(beta))
-        parts.append(kernel.segments(*back, lengths[::-1], linked.linked[1], scale=scale, backend=backend))
-    way = None if alone else row.function()(comm, layout, linked, inputs)
+        parts.append(kernel.segments(*back, lengths[::-1], external.segments[1], scale=scale, backend=backend))
+    way = None if alone else row.function()(comm, layout, external, inputs)
     reached: tuple[Tensor | None, ...] = (*inputs[1:], initial_state)  # by gradients of states
     if any(x is not None and x.requires_grad for x in reached):
         reached = (q, *reached)  # whose gradient alone starts the backward exchange as well
-    (o, *others), final = exchange.attention(parts, linked, way, comm, initial_state, reached)
+    (o, *others), final = exchange.attention(parts, external, way, comm, initial_state, reached)
     if others:
         o = o + others[0].flip(0) - kernel.diagonal(q, k, v, beta, scale)
     return o, final

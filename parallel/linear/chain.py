@@ -29,7 +29,7 @@ from lsys.kernels.linear_attention.transition import act, gradient, operator, tr
 from lsys.parallel.comm import Pending, SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.exchange import Exchanged, Inputs
-from lsys.parallel.linear.state_exchange_plan import Links, Runs, all_runs
+from lsys.parallel.linear.state_exchange_plan import ExternalSegments, Runs, all_runs
 from lsys.parallel.messages import chain as messages
 from lsys.parallel.messages.chain import columns
 
@@ -80,15 +80,15 @@ def _longest(runs: Runs) -> int:
     return int(runs.places.max()) if len(runs.places) else 0
 
 
-def chain_steps(layout: SequenceLayout, links: Links, blocks: int, reverse: bool) -> tuple[Step, ...]:
-    """The steps in which the rank of these links sends or receives, ascending; `reverse`: gradients. Made once."""
-    key = (*links.key, "chain", blocks, reverse)
-    return layout.derived(key, None, lambda: _steps(layout, links, blocks, reverse))
+def chain_steps(layout: SequenceLayout, external: ExternalSegments, blocks: int, reverse: bool) -> tuple[Step, ...]:
+    """The steps in which the rank of these segments sends or receives, ascending; `reverse`: gradients. Made once."""
+    key = (*external.key, "chain", blocks, reverse)
+    return layout.derived(key, None, lambda: _steps(layout, external, blocks, reverse))
 
 
-def _steps(layout: SequenceLayout, links: Links, blocks: int, reverse: bool) -> tuple[Step, ...]:
-    rank, ranks, numbers = links.rank, layout.ranks, links.numbers
-    runs = all_runs(layout, links.causal)
+def _steps(layout: SequenceLayout, external: ExternalSegments, blocks: int, reverse: bool) -> tuple[Step, ...]:
+    rank, ranks, numbers = external.rank, layout.ranks, external.numbers
+    runs = all_runs(layout, external.causal)
     every = hops(runs, reverse)
     keys, rows = [], []
     for is_receive, mine, theirs in ((0, every.source, every.destination), (1, every.destination, every.source)):
@@ -109,7 +109,7 @@ def _steps(layout: SequenceLayout, links: Links, blocks: int, reverse: bool) -> 
         number, peer = divmod(number, ranks)
         at, is_receive = divmod(number, 2)
         messages = found.setdefault(at, Step({}, {}))[is_receive]
-        messages[peer] = (*messages.get(peer, ()), Piece(_rows(chosen, links.run.device), len(chosen), block))
+        messages[peer] = (*messages.get(peer, ()), Piece(_rows(chosen, external.run.device), len(chosen), block))
     return tuple(found.values())
 
 
@@ -120,18 +120,18 @@ def _rows(rows: Tensor, device: torch.device) -> Tensor | slice:
     return rows.to(device)
 
 
-def lasp1(comm: SequenceComm, layout: SequenceLayout, links: Links, inputs: Inputs) -> Chain | None:
+def lasp1(comm: SequenceComm, layout: SequenceLayout, external: ExternalSegments, inputs: Inputs) -> Chain | None:
     """The exchange of whole states; None if no document crosses ranks."""
-    return Chain(comm, layout, links, 1) if links.crosses else None
+    return Chain(comm, layout, external, 1) if external.crosses else None
 
 
-def zeco(comm: SequenceComm, layout: SequenceLayout, links: Links, inputs: Inputs) -> Chain | None:
+def zeco(comm: SequenceComm, layout: SequenceLayout, external: ExternalSegments, inputs: Inputs) -> Chain | None:
     """The exchange of states in blocks; None if no document crosses ranks."""
-    if not links.crosses:
+    if not external.crosses:
         return None
     _, k, v, *_ = inputs
     state = v.shape[1] * k.shape[2] * v.shape[2] * max(4, v.element_size())
-    return Chain(comm, layout, links, block_count(layout, links.causal, state, v.shape[2]))
+    return Chain(comm, layout, external, block_count(layout, external.causal, state, v.shape[2]))
 
 
 class Chain:
@@ -139,12 +139,12 @@ class Chain:
 
     Args:
         comm: the ranks.
-        layout, links: of the tokens, and this rank's.
+        layout, external: of the tokens, and this rank's.
         blocks: that states are cut in.
     """
 
-    def __init__(self, comm: SequenceComm, layout: SequenceLayout, links: Links, blocks: int) -> None:
-        self.comm, self.layout, self.links, self.blocks = comm, layout, links, blocks
+    def __init__(self, comm: SequenceComm, layout: SequenceLayout, external: ExternalSegments, blocks: int) -> None:
+        self.comm, self.layout, self.external, self.blocks = comm, layout, external, blocks
 
     def forward(self, update: Tensor, transition: Tensor | None) -> Callable[[], Exchanged]:
         before = torch.zeros_like(update, memory_format=torch.contiguous_format)
@@ -180,7 +180,7 @@ class Chain:
         On return all is under way that needs nothing of others, and what this rank receives first.
         """
         cut = columns(values.shape[-1], self.blocks)
-        steps = iter(chain_steps(self.layout, self.links, self.blocks, reverse))
+        steps = iter(chain_steps(self.layout, self.external, self.blocks, reverse))
         sent: list[Pending] = []
 
         def message(pieces: Sequence[Piece]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from lsys.kernels.linear_attention import Segments
 from lsys.kernels.linear_attention.transition import carry
 from lsys.parallel.comm import SequenceComm
-from lsys.parallel.linear.state_exchange_plan import Composed, Links
+from lsys.parallel.linear.state_exchange_plan import Composed, ExternalSegments
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, log_decay, beta
 
@@ -41,7 +41,7 @@ Exchanged = tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]
 
 def attention(
     parts: Sequence[Segments],
-    links: Links,
+    external: ExternalSegments,
     exchange: Exchange | None,
     comm: SequenceComm | None,
     initial: Tensor | None,
@@ -52,9 +52,9 @@ def attention(
     `exchange` None: no state leaves a rank. `inputs` are all that has a gradient if states have one; initial [documents, H, K, V].
     """
     maps = [part.segment_map() for part in parts]
-    composed = links.compose(maps)
-    starts = None if initial is None else initial.to(composed.update.dtype).index_select(0, links.starts)
-    composed = composed if starts is None else _begin(composed, links, starts)
+    composed = external.compose(maps)
+    starts = None if initial is None else initial.to(composed.update.dtype).index_select(0, external.starts)
+    composed = composed if starts is None else _begin(composed, external, starts)
     state = final = None
     if exchange is None:
         intra = [part.intra() for part in parts]
@@ -63,30 +63,30 @@ def attention(
         ticket = _Send.apply(composed.update, composed.transition, shared, *inputs)
         intra = [part.intra() for part in parts]
         intra[0], state, final = _Receive.apply(ticket, intra[0], shared)
-    if links.finals is not None and final is None:
-        final, intra[0] = _final(composed, links, comm, state, intra[0])
+    if external.finals is not None and final is None:
+        final, intra[0] = _final(composed, external, comm, state, intra[0])
     if starts is not None:
         assert initial is not None
         state = torch.zeros_like(composed.update) if state is None else state
-        state = state.index_add(0, links.first, starts)
+        state = state.index_add(0, external.first, starts)
         if final is not None:
-            final = final.index_add(0, links.empty, initial.to(final.dtype).index_select(0, links.empty))
-    ends = zip(parts, maps, intra, links.enter(composed, state), strict=True)
+            final = final.index_add(0, external.empty, initial.to(final.dtype).index_select(0, external.empty))
+    ends = zip(parts, maps, intra, external.enter(composed, state), strict=True)
     return [part.apply(its_map, its_intra, before) for part, its_map, its_intra, before in ends], final
 
 
-def _begin(composed: Composed, links: Links, starts: Tensor) -> Composed:
+def _begin(composed: Composed, external: ExternalSegments, starts: Tensor) -> Composed:
     """With the states before documents as part of the updates of their first runs."""
     transition = composed.transition
-    carried = carry(None if transition is None else transition.index_select(0, links.first), starts)
-    return composed._replace(update=composed.update.index_add(0, links.first, carried))
+    carried = carry(None if transition is None else transition.index_select(0, external.first), starts)
+    return composed._replace(update=composed.update.index_add(0, external.first, carried))
 
 
 def _final(
-    composed: Composed, links: Links, comm: SequenceComm | None, state: Tensor | None, intra: Tensor
+    composed: Composed, external: ExternalSegments, comm: SequenceComm | None, state: Tensor | None, intra: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The states after documents, zero of those without tokens; and `intra`, for ranks that have no use for the states."""
-    finals, transition = links.finals, composed.transition
+    finals, transition = external.finals, composed.transition
     assert finals is not None
     after = composed.update.index_select(0, finals.rows)
     if state is not None:
@@ -95,7 +95,7 @@ def _final(
     if comm is not None and comm.size > 1:
         after, intra = GatherRows.apply(after, intra, comm, finals.sizes)
     after = after.index_select(0, finals.order)
-    return after.new_zeros(links.documents, *after.shape[1:]).index_copy(0, finals.documents, after), intra
+    return after.new_zeros(external.documents, *after.shape[1:]).index_copy(0, finals.documents, after), intra
 
 
 class GatherRows(torch.autograd.Function):

@@ -22,7 +22,7 @@ from lsys.kernels.linear_attention.transition import gradient
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.exchange import Exchanged, Inputs
-from lsys.parallel.linear.state_exchange_plan import Links, all_runs
+from lsys.parallel.linear.state_exchange_plan import ExternalSegments, all_runs
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,23 @@ class GatherPlan:
     plan: ScanPlan
 
 
-def gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
-    """The plan of the rank that these links of the layout are of: made once."""
-    return layout.derived((*links.key, "gathered"), None, lambda: _gather_plan(layout, links))
+def gather_plan(layout: SequenceLayout, external: ExternalSegments) -> GatherPlan:
+    """The plan of the rank that these segments of the layout are of: made once."""
+    return layout.derived((*external.key, "gathered"), None, lambda: _gather_plan(layout, external))
 
 
-def _gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
-    rank, final, device = links.rank, links.finals is not None, links.run.device
-    every = all_runs(layout, links.causal)
+def _gather_plan(layout: SequenceLayout, external: ExternalSegments) -> GatherPlan:
+    rank, final, device = external.rank, external.finals is not None, external.run.device
+    every = all_runs(layout, external.causal)
     numbers = ((every.places > 1) | final).nonzero().flatten()
     sent = every.take(numbers)
     own = (sent.rank == rank).nonzero().flatten()
     counts = torch.bincount(sent.chain, minlength=len(layout.lengths)) if final else sent.places[sent.place == 0]
     return GatherPlan(
         sizes=tuple(torch.bincount(sent.rank, minlength=layout.ranks).tolist()),
-        rows=None if len(own) == len(links.numbers) else torch.searchsorted(links.numbers, numbers[own]).to(device),
+        rows=None
+        if len(own) == len(external.numbers)
+        else torch.searchsorted(external.numbers, numbers[own]).to(device),
         own=own.to(device),
         order=sent.rank.argsort(stable=True).argsort().to(device),
         length=sent.length.to(device),
@@ -68,11 +70,13 @@ def _gather_plan(layout: SequenceLayout, links: Links) -> GatherPlan:
     )
 
 
-def exchange(comm: SequenceComm, layout: SequenceLayout, links: Links, inputs: Inputs) -> Gather | None:
+def exchange(comm: SequenceComm, layout: SequenceLayout, external: ExternalSegments, inputs: Inputs) -> Gather | None:
     """The exchange of a call; None if no state leaves a rank: alike on all ranks."""
     *_, log_decay, beta = inputs
     is_fixed = log_decay is not None and log_decay.dim() == 1 and beta is None
-    return Gather(comm, layout, links, log_decay if is_fixed else None) if links.crosses or links.finals else None
+    return (
+        Gather(comm, layout, external, log_decay if is_fixed else None) if external.crosses or external.finals else None
+    )
 
 
 class Gather:
@@ -80,12 +84,14 @@ class Gather:
 
     Args:
         comm: the ranks.
-        layout, links: of the tokens, and this rank's.
+        layout, external: of the tokens, and this rank's.
         log_decay: [H] if transitions follow from it and lengths; else None.
     """
 
-    def __init__(self, comm: SequenceComm, layout: SequenceLayout, links: Links, log_decay: Tensor | None) -> None:
-        self.comm, self.plan, self.final = comm, gather_plan(layout, links), links.finals is not None
+    def __init__(
+        self, comm: SequenceComm, layout: SequenceLayout, external: ExternalSegments, log_decay: Tensor | None
+    ) -> None:
+        self.comm, self.plan, self.final = comm, gather_plan(layout, external), external.finals is not None
         self.log_decay = None if log_decay is None else log_decay.detach()
 
     def forward(self, update: Tensor, transition: Tensor | None) -> Callable[[], Exchanged]:

@@ -51,32 +51,32 @@ class Composed(NamedTuple):
     Attributes:
         update: [R, H, K, V], the state after each run when zero before it.
         transition: over the run, in one of the forms of the kernel's `transition.py`, [R, H ...].
-        before: [L, H, K, V], the state before each linked segment when zero before its run, run after run; None if
+        before: [L, H, K, V], the state before each segment with external state when zero before its run, run after run; None if
             each run is one segment.
-        reach: the transition from the start of the run to the segment, [L, H ...].
+        cumulative: the transition from the start of the run to the segment, [L, H ...].
     """
 
     update: Tensor
     transition: Tensor | None
     before: Tensor | None = None
-    reach: Tensor | None = None
+    cumulative: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Links:
-    """The linked segments of one rank, L in all directions together, and its R runs that they make.
+class ExternalSegments:
+    """The segments with external state of one rank, L in all directions together, and its R runs that they make.
 
-    Linked are segments that send or receive a state: those of documents in several segments, or all if there are
+    External state is what a segment receives or sends: that of documents in several segments, or of all if there are
     initial or final states.
 
     Attributes:
         key: all that they depend on beside the layout, for what is derived from it and them.
         rank, causal: whose they are; without `causal` of both directions.
         documents: how many there are.
-        linked: by direction, numbers of segments in the order of the direction's tokens, ascending.
-        order: linked segments run after run, int64 [L]; None if that is the order that they have.
+        segments: by direction, numbers of segments in the order of the direction's tokens, ascending.
+        order: segments with external state run after run, int64 [L]; None if that is the order that they have.
         back: the inverse of `order`.
-        run: of each linked segment, in that order, its run: int64 [L].
+        run: of each segment with external state, in that order, its run: int64 [L].
         plan: of the scan over the segments of each run; None if each run is one segment.
         numbers: of the runs among all ranks' (`all_runs`), ascending, on the host: int64 [R].
         crosses: whether some document is held by several ranks: alike on all ranks.
@@ -89,7 +89,7 @@ class Links:
     rank: int
     causal: bool
     documents: int
-    linked: tuple[tuple[int, ...], ...]
+    segments: tuple[tuple[int, ...], ...]
     order: Tensor | None
     back: Tensor | None
     run: Tensor
@@ -102,7 +102,7 @@ class Links:
     finals: Finals | None
 
     def compose(self, maps: Sequence[SegmentMap]) -> Composed:
-        """The maps of the runs, of those of the linked segments, by direction. Differentiable."""
+        """The maps of the runs, of those of the segments with external state, by direction. Differentiable."""
         update, transition = maps[0].state, maps[0].transition
         if len(maps) > 1:
             update = torch.cat([each.state for each in maps])
@@ -113,21 +113,21 @@ class Links:
         if self.plan is None:
             return Composed(update, transition)
         scanned = scan(update, transition, self.plan)
-        return Composed(scanned.total, scanned.total_reach, scanned.before, scanned.reach)
+        return Composed(scanned.total, scanned.total_cumulative, scanned.before, scanned.cumulative)
 
     def enter(self, composed: Composed, state: Tensor | None) -> list[Tensor | None]:
-        """The states before the linked segments [L_direction, H, K, V], of those before the runs [R, H, K, V] (None is 0)."""
+        """The states before the segments with external state [L_direction, H, K, V], of those before the runs [R, H, K, V] (None is 0)."""
         if composed.before is not None:
             before = composed.before
             if state is not None:
-                before = before + carry(composed.reach, state.index_select(0, self.run))
+                before = before + carry(composed.cumulative, state.index_select(0, self.run))
         elif state is None:
-            return [None] * len(self.linked)
+            return [None] * len(self.segments)
         else:
             before = state
         if self.back is not None:
             before = before.index_select(0, self.back)
-        return list(before.split([len(linked) for linked in self.linked]))
+        return list(before.split([len(numbers) for numbers in self.segments]))
 
 
 class Finals(NamedTuple):
@@ -186,15 +186,17 @@ def _mapped_runs(layout: SequenceLayout, causal: bool) -> _MappedRuns:
     return layout.derived(("linear runs", causal), None, build)
 
 
-def links(layout: SequenceLayout, rank: int, causal: bool, initial: bool, final: bool, device: torch.device) -> Links:
-    """The links of `rank`, if there are initial states, and if final ones are wanted: made once for a layout."""
-    key = ("linear links", rank, causal, initial, final, device)
-    return layout.derived(key, None, lambda: _links(layout, rank, causal, initial, final, device, key))
+def external_segments(
+    layout: SequenceLayout, rank: int, causal: bool, initial: bool, final: bool, device: torch.device
+) -> ExternalSegments:
+    """Those of `rank`, if there are initial states, and if final ones are wanted: made once for a layout."""
+    key = ("segments with external state", rank, causal, initial, final, device)
+    return layout.derived(key, None, lambda: _external_segments(layout, rank, causal, initial, final, device, key))
 
 
-def _links(
+def _external_segments(
     layout: SequenceLayout, rank: int, causal: bool, initial: bool, final: bool, device: torch.device, key: Key
-) -> Links:
+) -> ExternalSegments:
     table, (runs, run, mirror) = position_order(layout), _mapped_runs(layout, causal)
     segments = torch.bincount(table.document, minlength=len(layout.lengths))
     is_held = table.rank == rank
@@ -206,9 +208,9 @@ def _links(
     ways = [_Way(number, run[held])]
     if not causal:
         ways.append(_Way(len(rows) - 1 - number.flip(0), mirror[run[held]].flip(0)))
-    linked = [way.number.sort() for way in ways]
+    ascending = [way.number.sort() for way in ways]
     order, before = [], 0
-    for way, (_, by_number) in zip(ways, linked, strict=True):
+    for way, (_, by_number) in zip(ways, ascending, strict=True):
         order.append(by_number.argsort()[way.run.argsort(stable=True)] + before)
         before += len(by_number)
     composed, in_order = torch.cat(order), torch.arange(before)
@@ -217,12 +219,12 @@ def _links(
     mine = runs.take(numbers)
     first = (mine.place == 0).nonzero().flatten()
     is_ordered = torch.equal(composed, in_order)
-    return Links(
+    return ExternalSegments(
         key=key,
         rank=rank,
         causal=causal,
         documents=len(layout.lengths),
-        linked=tuple(tuple(ascending.tolist()) for ascending, _ in linked),
+        segments=tuple(tuple(numbers.tolist()) for numbers, _ in ascending),
         order=None if is_ordered else composed.to(device),
         back=None if is_ordered else composed.argsort().to(device),
         run=of_run.to(device),
@@ -237,7 +239,7 @@ def _links(
 
 
 class _Way(NamedTuple):
-    """A rank's linked segments in the order of one direction: their numbers in the order of its tokens, and their runs."""
+    """A rank's segments with external state in the order of one direction: their numbers in the order of its tokens, and their runs."""
 
     number: Tensor
     run: Tensor

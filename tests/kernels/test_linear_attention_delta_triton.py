@@ -19,7 +19,7 @@ PACK = [0, 1, 7, 63, 64, 65]
 
 class Case(NamedTuple):
     lengths: list[int]
-    linked: list[int]
+    external: list[int]
     decay: str
     key_heads: int = 1
     heads: int = 2
@@ -42,20 +42,20 @@ CASES = {
 
 
 def tensors(case):
-    """q, k of unit length, v, beta up to 2, states before the linked segments, log-decay; and gradients of the results."""
+    """q, k of unit length, v, beta up to 2, states before the segments with external state, log-decay; and gradients of the results."""
     generator = torch.Generator().manual_seed(sum(case.lengths))
-    tokens, linked, heads = sum(case.lengths), len(case.linked), case.heads
+    tokens, external, heads = sum(case.lengths), len(case.external), case.heads
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
     q, k = draw(tokens, case.key_heads, case.keys), draw(tokens, case.key_heads, case.keys)
-    v, state = draw(tokens, heads, case.values), draw(linked, heads, case.keys, case.values)
+    v, state = draw(tokens, heads, case.values), draw(external, heads, case.keys, case.values)
     k = torch.nn.functional.normalize(k, dim=-1)
     beta = 2 * torch.rand(tokens, heads, generator=generator)
     shape = {"none": None, "head": (heads,), "token": (tokens, heads)}[case.decay]
     decay = None if shape is None else -case.strength * draw(*shape).abs()
-    gradients = (draw(*v.shape), draw(*state.shape), draw(linked, heads, case.keys, case.keys))
+    gradients = (draw(*v.shape), draw(*state.shape), draw(external, heads, case.keys, case.keys))
     return [q, k, v, beta, state, decay], gradients
 
 
@@ -74,14 +74,14 @@ def run(make, leaves, gradients):
 def triton(case):
     def make(*inputs):
         sizes = dict(chunk=case.chunk, span=case.span)
-        return DeltaTritonSegments(Tokens(*inputs), case.lengths, case.linked, case.keys**-0.5, **sizes)
+        return DeltaTritonSegments(Tokens(*inputs), case.lengths, case.external, case.keys**-0.5, **sizes)
 
     return make
 
 
 def definition(case):
     def make(q, k, v, log_decay, beta):
-        return segments(q, k, v, log_decay, beta, case.lengths, case.linked, backend="reference")
+        return segments(q, k, v, log_decay, beta, case.lengths, case.external, backend="reference")
 
     return make
 
@@ -106,7 +106,7 @@ def test_forward_and_backward_are_the_definition(interpreter, name):
     case = CASES[name]
     found, entering = interpreter(differences, case)
     assert all(x < TOLERANCE for x in found.values()), found  # NaN fails, too
-    assert entering > 0.1 or not case.linked or not sum(case.lengths)  # lost, it would be noticed
+    assert entering > 0.1 or not case.external or not sum(case.lengths)  # lost, it would be noticed
 
 
 def test_strong_decay_is_finite_and_right(interpreter):
@@ -148,13 +148,13 @@ def test_spans_hold_every_token_once():
     for table in (division.every.table[:, :2], division.every.chunks):
         held = [i for first, count in table.tolist() for i in range(first, first + count)]
         assert held == list(range(sum(lengths)))
-    assert division.plan.counts == (1, 2, 3, 5)  # linked, or of several spans
-    assert division.linked_plan.counts == (1, 3) and division.entry.tolist() == [0, 1, 1, 1]
+    assert division.plan.counts == (1, 2, 3, 5)  # with external state, or of several spans
+    assert division.external_plan.counts == (1, 3) and division.entry.tolist() == [0, 1, 1, 1]
     rows = division.every.table[:, 3].tolist()
     assert rows == [0, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert division.linked_rows is not None
-    assert [rows[i] for i in (0, 4, 5, 6)] == division.linked_rows.tolist()
-    assert not division.linked.whole and division.every.whole
+    assert division.external_rows is not None
+    assert [rows[i] for i in (0, 4, 5, 6)] == division.external_rows.tolist()
+    assert not division.external.whole and division.every.whole
 
 
 def test_spans_grow_with_the_work():

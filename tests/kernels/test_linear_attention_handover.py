@@ -11,7 +11,7 @@ from support.linear_kernels import VARIANTS, error, tensors
 from lsys.kernels.linear_attention import segments
 from lsys.kernels.linear_attention.chunked import ChunkedSegments, blocks
 
-LENGTHS, LINKED = [70, 0, 150, 9], [0, 2]
+LENGTHS, EXTERNAL = [70, 0, 150, 9], [0, 2]
 ONCE = "`segment_map`, `intra` and `apply` are called once each, in this order; make new `segments` for another call"
 
 
@@ -21,13 +21,13 @@ class Call:
     def __init__(self, variant="delta token", backend="chunked", frozen=()):
         self.inputs = tensors(variant, LENGTHS)
         q, k, v, state, log_decay, beta = self.inputs[:6]
-        self.state: Any = state[LINKED].detach().requires_grad_()
+        self.state: Any = state[EXTERNAL].detach().requires_grad_()
         self.tokens = [x for x in (q, k, v, log_decay, beta) if x is not None]
         kinds = {"tokens": self.tokens, "state": [self.state], "queries": [q], "others": self.tokens[1:]}
         for x in (x for name in frozen for x in kinds[name]):
             x.requires_grad_(False)
         flat: list[Any] = [x if x is None or x.dim() == 1 else x[0] for x in (q, k, v, log_decay, beta)]
-        self.phases: Any = segments(flat[0], flat[1], flat[2], flat[3], flat[4], LENGTHS, LINKED, backend=backend)
+        self.phases: Any = segments(flat[0], flat[1], flat[2], flat[3], flat[4], LENGTHS, EXTERNAL, backend=backend)
 
     def output(self):
         self.map, self.intra = self.phases.segment_map(), self.phases.intra()
@@ -142,7 +142,7 @@ def test_what_is_handed_over_is_gone_when_it_was_taken(variant):
     assert isinstance(one.phases, ChunkedSegments)
     found = one.phases.segment_map()
     handover = one.phases.work.handover
-    assert len(handover.maps) == len(handover.written) == len(one.phases.work.linked) > 1
+    assert len(handover.maps) == len(handover.written) == len(one.phases.work.external) > 1
     written = [
         weakref.ref(x) for pair in handover.written if pair is not None for x in pair if isinstance(x, torch.Tensor)
     ]

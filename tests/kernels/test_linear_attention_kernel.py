@@ -103,53 +103,53 @@ def packed(inputs) -> Tokens:
     return Tokens(*every)
 
 
-def two_phases(inputs, lengths, linked, backend):
-    """Output, the states after the linked segments and all gradients, by maps that are applied afterwards."""
+def two_phases(inputs, lengths, external, backend):
+    """Output, the states after the segments with external state and all gradients, by maps that are applied afterwards."""
     flat = packed(inputs)
-    phases = segments(*flat, lengths, linked, backend=backend)
-    segment_map, intra, state = phases.segment_map(), phases.intra(), inputs.state[linked]
-    o = phases.apply(segment_map, intra, state if linked else None)
+    phases = segments(*flat, lengths, external, backend=backend)
+    segment_map, intra, state = phases.segment_map(), phases.intra(), inputs.state[external]
+    o = phases.apply(segment_map, intra, state if external else None)
     after = segment_map.state + carry(segment_map.transition, state)
-    return with_gradients(inputs._replace(d_state=inputs.d_state[linked]), o[None], after)
+    return with_gradients(inputs._replace(d_state=inputs.d_state[external]), o[None], after)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("linked", [[0, 3, 4, 5], [4], []])
-def test_two_phases_are_the_definition(variant, linked):
-    """Linked segments of no, one and several chunks, and others."""
+@pytest.mark.parametrize("external", [[0, 3, 4, 5], [4], []])
+def test_two_phases_are_the_definition(variant, external):
+    """Segments with external state of no, one and several chunks, and others."""
     lengths = [40, 3, 100, 0, 130, 5, 300]
     inputs = tensors(variant, lengths)
-    wanted = two_phases(inputs, lengths, linked, "reference")
-    assert max(errors(two_phases(inputs, lengths, linked, "chunked"), wanted).values()) < 1e-10
+    wanted = two_phases(inputs, lengths, external, "reference")
+    assert max(errors(two_phases(inputs, lengths, external, "chunked"), wanted).values()) < 1e-10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("size", "block"), [(16, 1), (32, 2**11)])
 def test_two_phases_by_blocks_are_the_definition(variant, size, block, monkeypatch):
-    """Blocks of one and of several chunks: their borders are in linked segments, in others, and beside empty ones."""
+    """Blocks of one and of several chunks: their borders are in segments with external state, in others, and beside empty ones."""
     monkeypatch.setattr(blocks, "BLOCK", block)
     for of in (ScalarChunks, ChannelChunks, DeltaChunks):
         monkeypatch.setattr(of, "chunk_size", staticmethod(lambda *_: size))
     lengths = [2 * size, 0, size + 3, 1, 0, 3 * size + 5, 5 * size, 0, 4]
     inputs = tensors(variant, lengths)
-    for linked in ([0, 1, 5, 7], [2, 3, 4], [6], [*range(9)], [1]):
-        wanted = two_phases(inputs, lengths, linked, "reference")
-        assert max(errors(two_phases(inputs, lengths, linked, "chunked"), wanted).values()) < 1e-10, linked
+    for external in ([0, 1, 5, 7], [2, 3, 4], [6], [*range(9)], [1]):
+        wanted = two_phases(inputs, lengths, external, "reference")
+        assert max(errors(two_phases(inputs, lengths, external, "chunked"), wanted).values()) < 1e-10, external
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_phases_give_any_gradient_alone(variant, monkeypatch):
     """Of the output or of the states alone, one tensor at a time: nodes that others count on need not run."""
     monkeypatch.setattr(blocks, "BLOCK", 2**10)
-    lengths, linked = [70, 0, 150, 9], [0, 2]
+    lengths, external = [70, 0, 150, 9], [0, 2]
     inputs, found = tensors(variant, lengths), {}
     flat = packed(inputs)
     for backend in ("reference", "chunked"):
-        phases = segments(*flat, lengths, linked, backend=backend)
-        segment_map, intra, state = phases.segment_map(), phases.intra(), inputs.state[linked]
+        phases = segments(*flat, lengths, external, backend=backend)
+        segment_map, intra, state = phases.segment_map(), phases.intra(), inputs.state[external]
         o = phases.apply(segment_map, intra, state)
         after = segment_map.state + carry(segment_map.transition, state)
-        losses = (o * inputs.do[0]).sum(), (after * inputs.d_state[linked]).sum()
+        losses = (o * inputs.do[0]).sum(), (after * inputs.d_state[external]).sum()
         asked = [(loss, x) for _ in range(2) for x in inputs.leaves for loss in losses]
         found[backend] = [
             torch.autograd.grad(loss, x, retain_graph=True, materialize_grads=True)[0] for loss, x in asked
@@ -173,7 +173,7 @@ def test_two_phases_keep_inputs_and_a_state_a_chunk(variant):
         segment_map, intra = phases.segment_map(), phases.intra()
         o = phases.apply(segment_map, intra, inputs.state[[0]])
     assert isinstance(phases, ChunkedSegments)
-    (chunks,) = {-(-640 // block.grid.size) for block in phases.work.linked}
+    (chunks,) = {-(-640 // block.grid.size) for block in phases.work.external}
     transition = 0 if segment_map.transition is None else segment_map.transition[0].numel()
     assert sum(kept.values()) <= chunks * (segment_map.state[0].numel() + transition) + 3 * inputs.state[0].numel()
     assert not phases.work.handover.maps and o.grad_fn is not None
@@ -222,7 +222,7 @@ def test_many_short_documents_are_quick():
     assert torch.allclose(o[:, -7:], alone, atol=1e-5)
 
 
-def test_unlinked_segments_have_no_states():
+def test_segments_without_external_state_have_no_states():
     q, k, v, _, log_decay, _ = tensors("head", [75])[:6]
     phases = segments(q[0], k[0], v[0], log_decay, None, [5] * 15, [2, 7])
     segment_map = phases.segment_map()

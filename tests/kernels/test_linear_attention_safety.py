@@ -92,12 +92,12 @@ def test_a_channel_s_decay_with_the_delta_rule_runs_in_chunks_on_any_device_and_
             o, _ = linear_attention(*inputs, cu_seqlens=cu(lengths))
             o.sum().backward()
             assert o.device.type == "meta" and all(x.grad is not None and x.grad.device.type == "meta" for x in inputs)
-            linked = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
-            q, k, v, log_decay, beta = linked
+            leaves = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+            q, k, v, log_decay, beta = leaves
             parts: Any = segments(q, k, v, log_decay, beta, lengths, [0, 2])
             found = parts.segment_map()
             parts.apply(found, parts.intra(), found.state).sum().backward()
-            assert found.transition.shape == (2, 4, 8, 8) and all(x.grad is not None for x in linked)
+            assert found.transition.shape == (2, 4, 8, 8) and all(x.grad is not None for x in leaves)
     said = "linear attention: chunked backend, since triton has no decay per key channel with the delta rule"
     assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", said)]
 

@@ -22,9 +22,9 @@ BENCH = Path(__file__).parents[2] / "bench" / "kernels_sm90.py"
 
 class Case(NamedTuple):
     lengths: list[int]
-    linked: list[int]
+    external: list[int]
     decay: str
-    enters: bool = True  # whether states come from before the linked segments
+    enters: bool = True  # whether states come from before the segments with external state
     key_heads: int = 1
     heads: int = 2
     keys: int = 12
@@ -55,25 +55,25 @@ CASES = {
 
 
 def tensors(case):
-    """q, k, v, states before the linked segments, log-decay; and the gradients of the output, states and transitions."""
+    """q, k, v, states before the segments with external state, log-decay; and the gradients of the output, states and transitions."""
     generator = torch.Generator().manual_seed(sum(case.lengths))
-    tokens, linked, heads = sum(case.lengths), len(case.linked), case.heads
+    tokens, external, heads = sum(case.lengths), len(case.external), case.heads
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
     q, k = draw(tokens, case.key_heads, case.keys), draw(tokens, case.key_heads, case.keys)
-    v, state = draw(tokens, heads, case.values), 3 * draw(linked, heads, case.keys, case.values)
+    v, state = draw(tokens, heads, case.values), 3 * draw(external, heads, case.keys, case.values)
     shapes = {"none": None, "head": (heads,), "token": (tokens, heads), "channel": (tokens, heads, case.keys)}
     shape = shapes[case.decay]
     decay = None if shape is None else -case.strength * draw(*shape).abs()
-    form = (linked, heads, case.keys) if case.decay == "channel" else (linked, heads)
+    form = (external, heads, case.keys) if case.decay == "channel" else (external, heads)
     q, k, v = (x.to(case.dtype) for x in (q, k, v))
     return [q, k, v, state if case.enters else None, decay], (draw(*v.shape), draw(*state.shape), draw(*form))
 
 
 def run(case, make, leaves, gradients):
-    """Output, states after the linked segments, the leaves' gradients and, of two phases, the transitions."""
+    """Output, states after the segments with external state, the leaves' gradients and, of two phases, the transitions."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in leaves]
     q, k, v, state, decay = leaves
     parts = make(q, k, v, decay)
@@ -104,14 +104,14 @@ def after(maps, state):
 def with_triton(case):
     def make(q, k, v, decay):
         tokens = Tokens(q, k, v, decay, None)
-        return TritonSegments(tokens, case.lengths, case.linked, case.keys**-0.5, span=1)
+        return TritonSegments(tokens, case.lengths, case.external, case.keys**-0.5, span=1)
 
     return make
 
 
 def definition(case):
     def make(q, k, v, decay):
-        return segments(q, k, v, decay, None, case.lengths, case.linked, backend="reference")
+        return segments(q, k, v, decay, None, case.lengths, case.external, backend="reference")
 
     return make
 

@@ -26,7 +26,7 @@ from support.linear import (
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear import METHODS, linear_attention
-from lsys.parallel.linear.state_exchange_plan import Links
+from lsys.parallel.linear.state_exchange_plan import ExternalSegments
 from lsys.parallel.messages import chain
 
 PACKS = [(0, 1, 7, 13, 0, 23), (31,), (1, 0, 1), (), (0,), (2, 37, 5, 3, 11)]
@@ -141,7 +141,7 @@ def test_lower_precision(gloo, dtype):
 def _without_carry(rank, world_size, cases):
     """The largest error of the output when no state comes in."""
     comm, errors = comm_of(world_size), {}
-    with mock.patch.object(Links, "enter", lambda self, *_: [None] * len(self.linked)):
+    with mock.patch.object(ExternalSegments, "enter", lambda self, *_: [None] * len(self.segments)):
         for case, full in cases:
             layout = all_layouts(case.lengths, world_size)[case.layout]
             errors[case] = largest_error(distributed(case, comm, world_size), full, layout, rank)["o"]

@@ -14,7 +14,7 @@ from lsys.kernels.linear_attention.chunked.two_phase import Apply, Intra, Maps, 
 
 
 class SegmentMap(NamedTuple):
-    """What each of the L linked segments does to a state, S -> A S + state.
+    """What each of the L segments with external state does to a state, S -> A S + state.
 
     S is the state that `apply` is given: gradients through `transition` are taken to be those of such states.
 
@@ -30,7 +30,7 @@ class SegmentMap(NamedTuple):
 class ChunkedSegments:
     """Packed segments, as the `Chunks` of a variant. See `lsys.kernels.linear_attention.Segments`.
 
-    Where no segment is linked, nothing waits for a state, and the output is made as a whole.
+    Where no segment has external state, nothing waits for a state, and the output is made as a whole.
     """
 
     def __init__(
@@ -38,43 +38,45 @@ class ChunkedSegments:
         variant: type[Chunks],
         tokens: Tokens,
         lengths: Sequence[int],
-        linked: Sequence[int],
+        external: Sequence[int],
         scale: float,
     ) -> None:
         self.variant, self.tokens, self.scale = variant, tokens, scale
-        self.lengths, self.linked = lengths, linked
+        self.lengths, self.external = lengths, external
 
     @cached_property
     def work(self) -> Work:
-        among = set(self.linked)
+        among = set(self.external)
         apart = [i for i in range(len(self.lengths)) if i not in among]
-        linked = in_blocks(self.variant, self.tokens, self.lengths, self.linked, True)
+        external = in_blocks(self.variant, self.tokens, self.lengths, self.external, True)
         others = in_blocks(self.variant, self.tokens, self.lengths, apart, False)
-        return Work(self.variant, linked, others, self.scale, [x is not None and x.requires_grad for x in self.tokens])
+        return Work(
+            self.variant, external, others, self.scale, [x is not None and x.requires_grad for x in self.tokens]
+        )
 
     @cached_property
     def mapped(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The states and transitions of the linked segments, and the ticket to `Intra`."""
+        """The states and transitions of the segments with external state, and the ticket to `Intra`."""
         q, *others = self.tokens
-        return Maps.apply(self.work, [self.lengths[i] for i in self.linked], q.detach(), *others)
+        return Maps.apply(self.work, [self.lengths[i] for i in self.external], q.detach(), *others)
 
     def segment_map(self) -> SegmentMap:
-        """The maps of the linked segments."""
-        if not self.linked:
+        """The maps of the segments with external state."""
+        if not self.external:
             return self._no_maps()
         state, transition, _ = self.mapped
         return SegmentMap(transition, state)
 
     def intra(self) -> Tensor:
-        """What tokens get from their own chunk, of segments that are not linked all, [T, H, V]."""
-        if not self.linked:
+        """What tokens get from their own chunk, of segments without external state all, [T, H, V]."""
+        if not self.external:
             return self.whole()[0]
         q, *others = self.tokens
         return Intra.apply(self.work, self.mapped[2], q, *(x if x is None else x.detach() for x in others))
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
-        """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
-        if not self.linked:
+        """The output [T, H, V]; `state` [L, H, K, V] is that before each segment with external state, None is zero."""
+        if not self.external:
             return intra
         return Apply.apply(self.work, intra, state, *(x if x is None else x.detach() for x in self.tokens))
 

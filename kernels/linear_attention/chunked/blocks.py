@@ -26,10 +26,10 @@ class Block:
 
     Attributes:
         tokens: of all tokens those of the block; int64 if they do not lie in a row.
-        grid: of its parts; linked are those that a state enters or leaves.
-        segments: of each linked part its segment's number among the chosen ones, int64 [L].
-        resumes: whether the first part goes on with a segment of the block before; then it is linked.
-        goes_on: whether the last part goes on in the next block; then it is linked.
+        grid: of its parts; its `external` ones are those that a state enters or leaves.
+        segments: of each part with external state its segment's number among the chosen ones, int64 [L].
+        resumes: whether the first part goes on with a segment of the block before; then its state is external.
+        goes_on: whether the last part goes on in the next block; then its state is external.
     """
 
     tokens: slice | Tensor
@@ -45,10 +45,10 @@ class Block:
         """To the block's tokens of x."""
         x[self.tokens] = part.to(x.dtype)
 
-    def entering(self, end: Tensor | None, given: Tensor | None) -> Tensor | None:
-        """The states before the linked parts [L, H, K, V]: of the first that after the block before, else those given.
+    def states_before(self, end: Tensor | None, given: Tensor | None) -> Tensor | None:
+        """The states before the parts with external state [L, H, K, V]: of the first that after the block before, else those given.
 
-        end: after the linked parts of the block before. given: of all chosen segments. None is zero.
+        end: after the parts with external state of the block before. given: of all chosen segments. None is zero.
         """
         running = end[-1:] if self.resumes and end is not None else None
         if given is not None:
@@ -61,8 +61,8 @@ class Block:
             state[:1] = running
         return state
 
-    def leaving(self, like: Tensor, running: Tensor | None, given: Tensor | None) -> Tensor:
-        """The gradients of the states after the linked parts: `running` of the next block, else those given; None is zero."""
+    def state_gradients(self, like: Tensor, running: Tensor | None, given: Tensor | None) -> Tensor:
+        """The gradients of the states after the parts with external state: `running` of the next block, else those given; None is zero."""
         if given is None:
             d_end = like.new_zeros(len(self.segments), *like.shape[1:])
         else:
@@ -72,7 +72,7 @@ class Block:
         return d_end
 
     def begun(self, d_start: Tensor, found: Tensor | None) -> Tensor | None:
-        """`running` for the block before, of the gradients of the states before the linked parts; the others go to `found`."""
+        """`running` for the block before, of the gradients of the states before the parts with external state; the others go to `found`."""
         if found is not None:
             fresh = slice(int(self.resumes), None)
             found.index_copy_(0, self.segments[fresh], d_start[fresh].to(found.dtype))
@@ -88,15 +88,15 @@ class _Part(NamedTuple):
 
 
 def in_blocks(
-    variant: type[Chunks], tokens: Tokens, lengths: Sequence[int], chosen: Sequence[int] | None, linked: bool
+    variant: type[Chunks], tokens: Tokens, lengths: Sequence[int], chosen: Sequence[int] | None, external: bool
 ) -> tuple[Block, ...]:
-    """The blocks of the chosen segments (None: all) of `lengths` tokens, of which all are linked or none."""
+    """The blocks of the chosen segments (None: all) of `lengths` tokens, all with external state or none."""
     k, v = tokens.k, tokens.v
     mine = lengths if chosen is None else [lengths[i] for i in chosen]
     size = variant.chunk_size(mine, k.shape[-1], v.shape[-1])
     block = BLOCK if v.device.type == "cpu" else GPU_BLOCK
     room = max(1, block // (size * max(1, v.shape[1] * max(k.shape[-1], v.shape[-1]))))
-    return _blocks(tuple(lengths), None if chosen is None else tuple(chosen), linked, size, room, v.device)
+    return _blocks(tuple(lengths), None if chosen is None else tuple(chosen), external, size, room, v.device)
 
 
 @lru_cache(maxsize=64)  # the layers of a step ask for the same few
@@ -104,7 +104,7 @@ def in_blocks(
 def _blocks(
     lengths: tuple[int, ...],
     chosen: tuple[int, ...] | None,
-    linked: bool,
+    external: bool,
     size: int,
     room: int,
     device: torch.device,
@@ -115,7 +115,7 @@ def _blocks(
     left = room
     for segment, number in enumerate(range(len(lengths)) if chosen is None else chosen):
         start, length = 0, lengths[number]
-        while start < length or (linked and start == length == 0):
+        while start < length or (external and start == length == 0):
             tokens = min(length - start, left * size)
             parts[-1].append(_Part(segment, first[number] + start, tokens, start > 0, start + tokens < length))
             start, left = start + tokens, left - -(-tokens // size)
@@ -124,12 +124,12 @@ def _blocks(
                 left = room
             if length == 0:
                 break
-    return tuple(_block(held, linked, size, device) for held in parts if held)
+    return tuple(_block(held, external, size, device) for held in parts if held)
 
 
-def _block(parts: list[_Part], linked: bool, size: int, device: torch.device) -> Block:
+def _block(parts: list[_Part], external: bool, size: int, device: torch.device) -> Block:
     lengths = tuple(part.tokens for part in parts)
-    tied = tuple(i for i, part in enumerate(parts) if linked or part.resumes or part.goes_on)
+    tied = tuple(i for i, part in enumerate(parts) if external or part.resumes or part.goes_on)
     segments = torch.tensor([parts[i].segment for i in tied], dtype=torch.int64, device=device)
     begin, end = parts[0].start, parts[-1].start + parts[-1].tokens
     tokens: slice | Tensor = slice(begin, end)
@@ -139,8 +139,8 @@ def _block(parts: list[_Part], linked: bool, size: int, device: torch.device) ->
 
 
 @lru_cache(maxsize=256)  # long segments are made of equal blocks
-def _grid(lengths: tuple[int, ...], linked: tuple[int, ...], size: int, device: torch.device) -> ChunkGrid:
-    return chunk_grid(lengths, linked, size, device)
+def _grid(lengths: tuple[int, ...], external: tuple[int, ...], size: int, device: torch.device) -> ChunkGrid:
+    return chunk_grid(lengths, external, size, device)
 
 
 class Gradients:

@@ -31,10 +31,10 @@ class ChannelDecay:
     def total(self) -> Tensor:
         return self.upto[:, :, -1].clone()  # a view would keep all of the sums wherever this is kept
 
-    def entering(self, x: Tensor) -> Tensor:
+    def from_start(self, x: Tensor) -> Tensor:
         return x * self.upto.exp()
 
-    def leaving(self, x: Tensor) -> Tensor:
+    def to_end(self, x: Tensor) -> Tensor:
         return x * self.after.exp()
 
     def scores(self, q: Tensor, k: Tensor, group: int) -> Tensor:

@@ -42,10 +42,10 @@ class ChunkDecay(Protocol):
     def total(self) -> Tensor | None:
         """G, [n, H] or [n, H, K]; None without decay."""
 
-    def entering(self, x: Tensor) -> Tensor:
+    def from_start(self, x: Tensor) -> Tensor:
         """From before the chunk to token i, e^(b_i) x_i: [n, H, C, K] -> the same."""
 
-    def leaving(self, x: Tensor) -> Tensor:
+    def to_end(self, x: Tensor) -> Tensor:
         """From token j to after the chunk, e^(G - b_j) x_j: [n, H, C, K] -> the same."""
 
     def scores(self, q: Tensor, k: Tensor, group: int) -> Tensor:
@@ -99,14 +99,14 @@ class Chunks(ABC):
         return self.decay.scores(self.q, self.k, self.group)
 
     @cached_property
-    def entering(self) -> Tensor:
+    def q_from_start(self) -> Tensor:
         """e^b q of the scanned chunks: [m, H, C, K]."""
-        return self.grid.scan_rows(self.decay.entering(self.heads(self.q)))
+        return self.grid.scan_rows(self.decay.from_start(self.heads(self.q)))
 
     @cached_property
-    def leaving(self) -> Tensor:
+    def k_to_end(self) -> Tensor:
         """e^(G - b) k of the scanned chunks: [m, H, C, K]."""
-        return self.grid.scan_rows(self.decay.leaving(self.heads(self.k)))
+        return self.grid.scan_rows(self.decay.to_end(self.heads(self.k)))
 
     @cached_property
     def total(self) -> Tensor | None:
@@ -123,7 +123,7 @@ class Chunks(ABC):
         """Make all factors."""
         _ = self.scores, self.written
         if self.grid.plan.counts:
-            _ = self.entering, self.leaving, self.total
+            _ = self.q_from_start, self.k_to_end, self.total
 
     def costly(self) -> Written | None:
         """What is written, if it is dear to make again."""
@@ -134,7 +134,7 @@ class Chunks(ABC):
     def maps(self) -> tuple[Tensor, Tensor | None]:
         """The updates [m, H, K, V] and transitions A [m, H ...] of the scanned chunks."""
         (u, w), rows, total = self.written, self.grid.scan_rows, self.total
-        k = self.leaving.mT
+        k = self.k_to_end.mT
         update = matmul(k, rows(u))
         if w is None:
             return update, total
@@ -150,7 +150,7 @@ class Chunks(ABC):
     def queries(self) -> Tensor:
         """What reads the states before the scanned chunks: [m, H, C, K]."""
         w, rows = self.written[1], self.grid.scan_rows
-        return self.entering if w is None else matmul(rows(self.scores), rows(w), -1.0, add=self.entering)
+        return self.q_from_start if w is None else matmul(rows(self.scores), rows(w), -1.0, add=self.q_from_start)
 
     def output(self, before: Tensor | None, intra: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
         """[n, H, C, V], from the states before the scanned chunks [m, H, K, V], if any are; the rest may be known."""
@@ -175,26 +175,26 @@ class Chunks(ABC):
         if w is not None:
             dw = self._unscanned(matmul(rows(self.scores).mT, d_queries, -1.0))
             d_scores = self._add(d_scores, d_queries, rows(w).mT, -1.0)
-        return [(self.scores, d_scores), (self.entering, d_queries)], (du, dw)
+        return [(self.scores, d_scores), (self.q_from_start, d_queries)], (du, dw)
 
     def map_gradients(self, d_update: Tensor | None, before: Tensor | None, d_written: Written) -> Pairs:
         """Gradients of all else, if the state after each scanned chunk has the gradient `d_update`, and also of what is written."""
         (u, w), (du, dw), rows, total = self.written, d_written, self.grid.scan_rows, self.total
         if d_update is None or before is None:
             return [(u, du), (w, dw)]
-        d_leaving, d_total = matmul(rows(u), d_update.mT), None
-        du = self._add(du, self.leaving, d_update)
+        dk_to_end, d_total = matmul(rows(u), d_update.mT), None
+        du = self._add(du, self.k_to_end, d_update)
         if total is not None and w is None:
             d_total = gradient(total, d_update, before)
         if w is not None:
             assert dw is not None
             d_matrix = matmul(d_update, before.mT)  # of the transition
-            d_leaving = matmul(rows(w), d_matrix.mT, -1.0, add=d_leaving)
-            dw = self._add(dw, self.leaving, d_matrix, -1.0)
+            dk_to_end = matmul(rows(w), d_matrix.mT, -1.0, add=dk_to_end)
+            dw = self._add(dw, self.k_to_end, d_matrix, -1.0)
             if total is not None:
                 kept = d_matrix.diagonal(dim1=2, dim2=3)
                 d_total = total.exp() * (kept if total.dim() == 3 else kept.sum(-1))
-        return [(self.leaving, d_leaving), (total, d_total), (u, du), (w, dw)]
+        return [(self.k_to_end, dk_to_end), (total, d_total), (u, du), (w, dw)]
 
     def _add(self, x: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
         """x [n, ...] + scale left right of the scanned chunks [m, ...]."""

@@ -36,7 +36,7 @@ class DeltaChunks(Chunks):
         assert tokens.beta is not None
         beta, v = grid.cut(tokens.beta.unsqueeze(-1), self.dtype), grid.cut(tokens.v, self.dtype)  # beta [n, H, C, 1]
         unmixed = _Inverse.apply(beta * self.decay.scores(self.k, self.k, self.group))
-        return matmul(unmixed, beta * v), matmul(unmixed, beta * self.decay.entering(self.heads(self.k)))
+        return matmul(unmixed, beta * v), matmul(unmixed, beta * self.decay.from_start(self.heads(self.k)))
 
     def costly(self) -> Written:
         return self.written

@@ -17,7 +17,7 @@ SIZES = (16, 32, 64, 128, 256)
 class ChunkGrid:
     """Chunks of `size` tokens, segment after segment.
 
-    Segments of one chunk that are not linked need no states at all; the others are *scanned*.
+    Segments of one chunk without external state need no states at all; the others are *scanned*.
 
     Attributes:
         chunks: n, how many.
@@ -25,7 +25,7 @@ class ChunkGrid:
         filled: tokens of each chunk, int64 [n]; None if all are full.
         scanned: the chunks of scanned segments, int64 [m]; None if all n are.
         plan: of the scan over these chunks.
-        linked: of each linked segment its row among the scanned segments, int64 [L]; None if it is these in order.
+        external: of each segment with external state its row among the scanned segments, int64 [L]; None if it is these in order.
     """
 
     size: int
@@ -34,7 +34,7 @@ class ChunkGrid:
     filled: Tensor | None
     scanned: Tensor | None
     plan: ScanPlan
-    linked: Tensor | None
+    external: Tensor | None
 
     def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, H, D] -> [n, H, C, D], contiguous; zeros where there is no token."""
@@ -53,14 +53,14 @@ class ChunkGrid:
         return x if self.scanned is None or x.shape[0] != self.chunks else x.index_select(0, self.scanned)
 
     def among_scanned(self, state: Tensor | None) -> Tensor | None:
-        """Rows of linked segments [L, ...] -> of scanned ones, zero where one is not linked; None is zero."""
-        if state is None or self.linked is None:
+        """Rows of segments with external state [L, ...] -> of scanned ones, zero where one is without; None is zero."""
+        if state is None or self.external is None:
             return state
-        return state.new_zeros(len(self.plan.counts), *state.shape[1:]).index_copy(0, self.linked, state)
+        return state.new_zeros(len(self.plan.counts), *state.shape[1:]).index_copy(0, self.external, state)
 
-    def of_linked(self, x: Tensor) -> Tensor:
+    def of_external(self, x: Tensor) -> Tensor:
         """The reverse."""
-        return x if self.linked is None else x.index_select(0, self.linked)
+        return x if self.external is None else x.index_select(0, self.external)
 
 
 def chunk_size(lengths: Sequence[int], key_width: int, value_width: int) -> int:
@@ -80,8 +80,8 @@ def chunk_size(lengths: Sequence[int], key_width: int, value_width: int) -> int:
 MOVE, STEP = 32, 50_000
 
 
-def chunk_grid(lengths: Sequence[int], linked: Sequence[int], size: int, device: torch.device) -> ChunkGrid:
-    """The grid of segments of `lengths` tokens, of which `linked` send or receive states."""
+def chunk_grid(lengths: Sequence[int], external: Sequence[int], size: int, device: torch.device) -> ChunkGrid:
+    """The grid of segments of `lengths` tokens, of which `external` send or receive states."""
     length = torch.tensor(lengths, dtype=torch.int64)
     counts = -(-length // size)  # chunks of each segment
     chunks, full = int(counts.sum()), not (length % size).any()
@@ -92,14 +92,14 @@ def chunk_grid(lengths: Sequence[int], linked: Sequence[int], size: int, device:
         skipped = first * size - (length.cumsum(0) - length)  # empty places before each segment
         slots = torch.repeat_interleave(skipped, length) + torch.arange(int(length.sum()))
         filled = (length[segment] - (torch.arange(chunks) - first[segment]) * size).clamp(max=size)
-    is_linked = torch.zeros(len(lengths), dtype=torch.bool)
-    linked_segments = torch.tensor(linked, dtype=torch.int64)
-    is_linked[linked_segments] = True
-    is_scanned = is_linked | (counts > 1)
+    is_external = torch.zeros(len(lengths), dtype=torch.bool)
+    external_segments = torch.tensor(external, dtype=torch.int64)
+    is_external[external_segments] = True
+    is_scanned = is_external | (counts > 1)
     chunk_scanned = is_scanned[segment]
     row = is_scanned.cumsum(0) - 1  # of a segment among the scanned ones
-    linked_rows = row[linked_segments]
-    identity = torch.equal(linked_rows, torch.arange(int(is_scanned.sum())))
+    external_rows = row[external_segments]
+    identity = torch.equal(external_rows, torch.arange(int(is_scanned.sum())))
 
     def place(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(device)
@@ -111,5 +111,5 @@ def chunk_grid(lengths: Sequence[int], linked: Sequence[int], size: int, device:
         filled=place(filled),
         scanned=None if chunk_scanned.all() else place(chunk_scanned.nonzero()[:, 0]),
         plan=scan_plan(counts[is_scanned].tolist(), device),
-        linked=None if identity else place(linked_rows),
+        external=None if identity else place(external_rows),
     )

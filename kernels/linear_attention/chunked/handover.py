@@ -27,7 +27,7 @@ class Stage(Enum):
 
 @dataclass
 class Pass:
-    """One backward pass between the nodes; all but `found` by block of the linked segments.
+    """One backward pass between the nodes; all but `found` by block of the segments with external state.
 
     Attributes:
         task: the graph task of autograd (one call of `backward` or `grad`) that it is part of.

@@ -38,9 +38,9 @@ def outputs(
         chunks, grid = variant(block.of(tokens), block.grid, scale), block.grid
         before: Tensor | None = None
         if grid.plan.counts:
-            state = grid.among_scanned(block.entering(carried[-1], initial))
-            before, _, end, _ = compose(*chunks.maps(), grid.plan, state, reach=False)
-            end = grid.of_linked(end)
+            state = grid.among_scanned(block.states_before(carried[-1], initial))
+            before, _, end, _ = compose(*chunks.maps(), grid.plan, state, cumulative=False)
+            end = grid.of_external(end)
         block.write(o, grid.join(chunks.output(before)))
         if after is not None and end is not None:  # of a segment that goes on, the next block writes again
             after.index_copy_(0, block.segments, end)
@@ -68,11 +68,11 @@ def gradients(
         before = d_update = None
         if grid.plan.counts:
             update, transition = chunks.maps()
-            state = grid.among_scanned(block.entering(resumed, initial))
-            before = compose(update, transition, grid.plan, state, reach=False).before
-            d_end = grid.among_scanned(block.leaving(before, running, d_after))
+            state = grid.among_scanned(block.states_before(resumed, initial))
+            before = compose(update, transition, grid.plan, state, cumulative=False).before
+            d_end = grid.among_scanned(block.state_gradients(before, running, d_after))
             d_update, d_start = adjoint(chunks.before_gradients(d_chunks), d_end, transition, grid.plan)
-            running = block.begun(grid.of_linked(d_start), d_initial)
+            running = block.begun(grid.of_external(d_start), d_initial)
         factors, d_written = chunks.read_gradients(d_chunks, before)
         factors += chunks.map_gradients(d_update, before, d_written)
         found.take(block, leaves, factors)

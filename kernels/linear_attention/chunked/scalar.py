@@ -17,10 +17,10 @@ class NoDecay:
 
     total = None
 
-    def entering(self, x: Tensor) -> Tensor:
+    def from_start(self, x: Tensor) -> Tensor:
         return x
 
-    def leaving(self, x: Tensor) -> Tensor:
+    def to_end(self, x: Tensor) -> Tensor:
         return x
 
     def scores(self, q: Tensor, k: Tensor, group: int) -> Tensor:
@@ -37,10 +37,10 @@ class ScalarDecay:
     def total(self) -> Tensor:
         return self.b[..., -1].expand(self.chunks, -1)
 
-    def entering(self, x: Tensor) -> Tensor:
+    def from_start(self, x: Tensor) -> Tensor:
         return x * self.b.exp()[..., None]
 
-    def leaving(self, x: Tensor) -> Tensor:
+    def to_end(self, x: Tensor) -> Tensor:
         return x * (self.b[..., -1:] - self.b).exp()[..., None]
 
     def scores(self, q: Tensor, k: Tensor, group: int) -> Tensor:

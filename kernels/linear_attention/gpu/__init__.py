@@ -42,12 +42,12 @@ def _interpreted() -> bool:
     return not isinstance(scan_kernel, JITFunction)
 
 
-def triton_segments(tokens: Tokens, lengths: Sequence[int], linked: Sequence[int], scale: float) -> Any:
+def triton_segments(tokens: Tokens, lengths: Sequence[int], external: Sequence[int], scale: float) -> Any:
     """The two phases. See `lsys.kernels.linear_attention.segments`."""
     if tokens.beta is not None:
         from lsys.kernels.linear_attention.gpu.delta.segments import DeltaTritonSegments
 
-        return DeltaTritonSegments(tokens, lengths, linked, scale)
+        return DeltaTritonSegments(tokens, lengths, external, scale)
     from lsys.kernels.linear_attention.gpu.segments import TritonSegments
 
-    return TritonSegments(tokens, lengths, linked, scale)
+    return TritonSegments(tokens, lengths, external, scale)

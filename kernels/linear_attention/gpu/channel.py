@@ -48,7 +48,7 @@ def channel_outer_kernel(
 ):  # fmt: skip
     """`scalar_outer_kernel`."""
     first, count, _, span, head, block = place(spans, H, BLOCKS)
-    state, reach = tl.zeros((BZ, BX), tl.float32), tl.zeros((BX,), tl.float32)  # transposed
+    state, cumulative = tl.zeros((BZ, BX), tl.float32), tl.zeros((BX,), tl.float32)  # transposed
     chunks = tl.cdiv(count, C)
     for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         at = ((chunks - 1 - n) if REVERSE else n) * C
@@ -57,12 +57,12 @@ def channel_outer_kernel(
         zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
         xs = (xs * leave).to(xs.dtype)
         state = tl.dot(tl.trans(zs), xs, state * tl.exp(G)[None, :], input_precision=PRECISION)
-        reach += G
+        cumulative += G
     state = tl.trans(state * scale if REVERSE else state)
     store_state(out, state, span, head, block * BZ, H, DX, DZ, BX, BZ)
     if not REVERSE:
         keys = tl.arange(0, BX)
-        tl.store(total + (span * H + head) * DX + keys, reach, mask=keys < tl.where(block == 0, DX, 0))
+        tl.store(total + (span * H + head) * DX + keys, cumulative, mask=keys < tl.where(block == 0, DX, 0))
 
 
 @triton.jit

@@ -62,10 +62,10 @@ class Passes:
         return self._recur("keys", self.division.every, q, k, v, g, before, torch.empty_like(v))
 
     def enter(self, q: Tensor, g: Tensor | None, start: Tensor, intra: Tensor) -> Tensor:
-        """`intra` [T, H, V] plus what states before the linked spans [ml, H, K, V] add to the output."""
-        linked = self.division.linked
-        o = torch.empty_like(intra) if linked.whole else intra.clone()
-        return self._recur("keys", linked, q, None, intra, g, start, o, add=intra)
+        """`intra` [T, H, V] plus what states before the spans of segments with external state [ml, H, K, V] add to the output."""
+        external = self.division.external
+        o = torch.empty_like(intra) if external.whole else intra.clone()
+        return self._recur("keys", external, q, None, intra, g, start, o, add=intra)
 
     def state_gradients(self, q: Tensor, do: Tensor, g: Tensor | None, scan: Scan, d_end: Tensor | None) -> Scan:
         """The gradients of the states after the scanned spans, given that of the states after their segments."""
@@ -75,9 +75,9 @@ class Passes:
         return scan_spans(d_before, scan.transition, counts, begin=d_end, forward=scan, reverse=True, edge=edge)
 
     def carried_gradients(self, scan: Scan, d_end: Tensor | None, d_total: Tensor | None) -> Scan:
-        """Gradients of the states after the linked spans, given those of states [L, H, K, V] and log-decays [L, H ...] of segments."""
-        rows, counts = self.division.linked_rows, self.division.linked_plan.counts
-        end = self.of_linked(scan.end)
+        """Gradients of the states after the spans of segments with external state, given those of states [L, H, K, V] and log-decays [L, H ...] of segments."""
+        rows, counts = self.division.external_rows, self.division.external_plan.counts
+        end = self.of_external(scan.end)
         if rows is not None:
             transition = None if scan.transition is None else scan.transition.index_select(0, rows)
             scan = scan._replace(each=scan.each.index_select(0, rows), transition=transition)
@@ -104,8 +104,8 @@ class Passes:
         return Gradients(grouped_sum(dq, q), grouped_sum(dk, k), dv, _sum_blocks(logs, g))
 
     def carried(self, k: Tensor, v: Tensor, g: Tensor | None, after: Scan) -> Gradients:
-        """From the gradients of the states after the linked spans alone, zero for all other tokens."""
-        spans, heads = self.division.linked, v.shape[1]
+        """From the gradients of the states after the spans of segments with external state alone, zero for all other tokens."""
+        spans, heads = self.division.external, v.shape[1]
         logs = _logs(spans, g, k, v, after.edge)
         dk = self._recur(
             "values", spans, v, None, k, g, after.each, _of_heads(k, heads, spans), reverse=True, logs=logs
@@ -113,30 +113,30 @@ class Passes:
         dv = self._recur("keys", spans, k, None, v, g, after.each, _of_heads(v, heads, spans), reverse=True)
         return Gradients(None, grouped_sum(dk, k), dv, _sum_blocks(logs, g))
 
-    def of_linked(self, x: Tensor) -> Tensor:
-        """Rows of linked segments among those of scanned ones: [s, ...] -> [L, ...]."""
-        at = self.division.linked_segments
+    def of_external(self, x: Tensor) -> Tensor:
+        """Rows of segments with external state among those of scanned ones: [s, ...] -> [L, ...]."""
+        at = self.division.external_segments
         return x.detach() if at is None else x.index_select(0, at)
 
     def among_scanned(self, x: Tensor) -> Tensor:
         """The reverse, zero elsewhere."""
-        at = self.division.linked_segments
+        at = self.division.external_segments
         if at is None:
             return x.contiguous()
         return x.new_zeros(len(self.division.plan.counts), *x.shape[1:]).index_copy(0, at, x)
 
     def arriving(self, scan: Scan, state: Tensor) -> Tensor:
-        """What is left of the states before linked segments [L, H, K, V] at each of their spans: [ml, H, K, V]."""
-        rows, state = self.division.linked_rows, state.index_select(0, self.division.entry)
-        if scan.reach is None:
+        """What is left of the states before segments with external state [L, H, K, V] at each of their spans: [ml, H, K, V]."""
+        rows, state = self.division.external_rows, state.index_select(0, self.division.entry)
+        if scan.cumulative is None:
             return state
-        return carry(scan.reach if rows is None else scan.reach.index_select(0, rows), state)
+        return carry(scan.cumulative if rows is None else scan.cumulative.index_select(0, rows), state)
 
     def entered(self, scan: Scan, start: Tensor | None) -> Scan:
         """The states with those that arrive."""
         if start is None:
             return scan
-        rows = self.division.linked_rows
+        rows = self.division.external_rows
         return scan._replace(each=scan.each + start if rows is None else scan.each.index_add(0, rows, start))
 
     def _states(self, k: Tensor, v: Tensor) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ def scalar_outer_kernel(
     REVERSE: scale sum_i e^b_i q_i^T do_i, the gradient of the state before the span, of x = q, z = do.
     """
     first, count, _, span, head, block = place(spans, H, BLOCKS)
-    state, reach, chunks = tl.zeros((BX, BZ), tl.float32), 0.0, tl.cdiv(count, C)
+    state, cumulative, chunks = tl.zeros((BX, BZ), tl.float32), 0.0, tl.cdiv(count, C)
     for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         at = ((chunks - 1 - n) if REVERSE else n) * C
         xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
@@ -114,11 +114,11 @@ def scalar_outer_kernel(
             b, enter, leave, G = load_decay(g, first + at, count - at, head, g_token, g_head, REVERSE, C)
             zs = (zs * leave[:, None]).to(z.dtype.element_ty)
             state *= tl.exp(G)
-            reach += G
+            cumulative += G
         state = tl.dot(tl.trans(xs), zs, state, input_precision=PRECISION)
     store_state(out, state * scale if REVERSE else state, span, head, block * BZ, H, DX, DZ, BX, BZ)
     if DECAY and not REVERSE:
-        tl.store(total + span * H + head, reach, mask=block == 0)
+        tl.store(total + span * H + head, cumulative, mask=block == 0)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ class Scan(NamedTuple):
 
     each: Tensor  # [m, H, K, V], before each scanned span; backwards after it
     end: Tensor  # [s, H, K, V], after each scanned segment; backwards before it
-    reach: Tensor | None = None  # [m, H ...], from the start of the segment to the span
+    cumulative: Tensor | None = None  # [m, H ...], from the start of the segment to the span
     total: Tensor | None = None  # [s, H ...], over the segment
     transition: Tensor | None = None  # [m, H ...], over the span
     edge: Tensor | None = None  # backwards: [m, H ...], <D, state> after each span
@@ -27,7 +27,7 @@ class Scan(NamedTuple):
 
 @triton.jit
 def scan_kernel(
-    update, transition, begin, out, end, reach, end_reach, before, total, edge, segments, rows,
+    update, transition, begin, out, end, cumulative, end_cumulative, before, total, edge, segments, rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     DECAY: tl.constexpr, CHANNEL: tl.constexpr, UPDATE: tl.constexpr, BEGIN: tl.constexpr, REVERSE: tl.constexpr,
     EDGE: tl.constexpr, STAGES: tl.constexpr,
@@ -35,7 +35,7 @@ def scan_kernel(
     """A program has BK rows of one head's state and goes through the spans of a segment.
 
     `segments` int32 [s, 2]: the row of the first span, and how many. `out` [m, H, K, V] gets the state before each span,
-    `end` [s, H, K, V] the last, `reach` and `end_reach` the sums of `transition`, [m | s, H ...]. The state begins as
+    `end` [s, H, K, V] the last, `cumulative` and `end_cumulative` the sums of `transition`, [m | s, H ...]. The state begins as
     `begin` [s, H, K, V], or zero.
 
     REVERSE goes from the last span to the first: of `update`, the gradient of the state before each span by way of the
@@ -69,13 +69,13 @@ def scan_kernel(
             decay = tl.load(transition + row * width + channel, mask=keys < K, other=0.0)
             state *= tl.exp(decay)[:, None]
             if not REVERSE:
-                tl.store(reach + row * width + channel, passed, mask=own)
+                tl.store(cumulative + row * width + channel, passed, mask=own)
                 passed += decay
         if UPDATE:
             state += tl.load(update + row * (H * K * V) + tile, mask=inside, other=0.0)
     tl.store(end + segment * (H * K * V) + tile, state, mask=inside)
     if DECAY and not REVERSE:
-        tl.store(end_reach + segment * width + channel, passed, mask=own)
+        tl.store(end_cumulative + segment * width + channel, passed, mask=own)
 
 
 def scan_spans(
@@ -97,13 +97,13 @@ def scan_spans(
     heads, keys, columns = like.shape[1:]
     spans, blocks, channel = sum(counts), triton.cdiv(keys, ROWS), transition is not None and transition.dim() == 3
     each, end = like.new_empty(spans, heads, keys, columns), like.new_empty(len(counts), heads, keys, columns)
-    reach = total = edges = None
+    cumulative = total = edges = None
     if transition is not None and not reverse:
-        reach, total = torch.empty_like(transition), transition.new_empty(len(counts), *transition.shape[1:])
+        cumulative, total = torch.empty_like(transition), transition.new_empty(len(counts), *transition.shape[1:])
     if edge:
         assert transition is not None and forward is not None
         edges = torch.empty_like(transition) if channel else transition.new_empty(blocks, *transition.shape)
-    arrays = (update, transition, begin, each, end, reach, total)
+    arrays = (update, transition, begin, each, end, cumulative, total)
     states = (None, None) if forward is None else (forward.each, forward.end)
     if counts and heads:
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
@@ -113,7 +113,7 @@ def scan_spans(
                 DECAY=transition is not None, CHANNEL=channel, UPDATE=update is not None, BEGIN=begin is not None,
                 REVERSE=reverse, EDGE=edge, STAGES=3, num_warps=4,
             )  # fmt: skip
-    return Scan(each, end, reach, total, transition, edges if edges is None or channel else edges.sum(0))
+    return Scan(each, end, cumulative, total, transition, edges if edges is None or channel else edges.sum(0))
 
 
 @lru_cache(maxsize=32)

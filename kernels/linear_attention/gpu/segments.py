@@ -23,14 +23,16 @@ from lsys.kernels.linear_attention.gpu.spans import divide, span_chunks
 
 
 @dataclass
-class Link:
+class Handover:
     """What the nodes of one pair of phases tell each other beside autograd's gradients.
 
     The gradients of q, k, v and decay are taken once, for the whole output, by the node of `intra`. It needs the states
-    that entered linked segments, and takes the gradients of states if the node of `apply` had to find them.
+    that entered segments with external state, and takes the gradients of states if the node of `apply` had to find them.
     """
 
-    start: Tensor | None = None  # [ml, H, K, V], at each linked span what is left of the state before its segment
+    start: Tensor | None = (
+        None  # [ml, H, K, V], at each span of a segment with external state what is left of the state before its segment
+    )
     after: Scan | None = None
 
 
@@ -47,17 +49,17 @@ class TritonSegments:
         self,
         tokens: Tokens,
         lengths: Sequence[int],
-        linked: Sequence[int],
+        external: Sequence[int],
         scale: float,
         *,
         span: int | None = None,
     ) -> None:
         q, k, v, log_decay, _ = tokens
         span = span_chunks(lengths, CHUNK, v.shape[1]) if span is None else span
-        division = divide(tuple(lengths), tuple(linked), CHUNK, span, v.device)
+        division = divide(tuple(lengths), tuple(external), CHUNK, span, v.device)
         g = log_decays(log_decay, v)
         self.tokens = (q.contiguous(), k.contiguous(), v.contiguous(), g)
-        self.passes, self.link = Passes(division, scale, g is not None and g.requires_grad), Link()
+        self.passes, self.handover = Passes(division, scale, g is not None and g.requires_grad), Handover()
 
     @cached_property
     def scan(self) -> Scan:
@@ -66,26 +68,26 @@ class TritonSegments:
             return self.passes.states(*self.tokens[1:])
 
     def segment_map(self) -> SegmentMap:
-        """The maps of the linked segments."""
+        """The maps of the segments with external state."""
         state, transition = _Map.apply(*self.tokens[1:], self.passes, self.scan)
         return SegmentMap(transition, state)
 
     def intra(self) -> Tensor:
         """What tokens get if every segment starts from zero, [T, H, V]."""
-        o, _ = _Run.apply(*self.tokens, None, self.passes, self.scan, self.link)
+        o, _ = _Run.apply(*self.tokens, None, self.passes, self.scan, self.handover)
         return o
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
-        """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
+        """The output [T, H, V]; `state` [L, H, K, V] is that before each segment with external state, None is zero."""
         if state is None or len(state) == 0:
             return intra
         q, _, _, g = (None if x is None else x.detach() for x in self.tokens)
-        return _Enter.apply(intra, state.float(), q, g, self.passes, self.scan, self.link)
+        return _Enter.apply(intra, state.float(), q, g, self.passes, self.scan, self.handover)
 
     def whole(self, initial: Tensor | None = None, final: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Both phases at once, for known states before the linked segments [L, H, K, V], default zero.
+        """Both phases at once, for known states before the segments with external state [L, H, K, V], default zero.
 
-        The output [T, H, V] and, if `final`, the states after the linked segments [L, H, K, V].
+        The output [T, H, V] and, if `final`, the states after the segments with external state [L, H, K, V].
         """
         if initial is None:
             scan = self.scan
@@ -93,47 +95,47 @@ class TritonSegments:
             initial = initial.float()
             with torch.no_grad():
                 scan = self.passes.states(*self.tokens[1:], self.passes.among_scanned(initial))
-        o, after = _Run.apply(*self.tokens, initial, self.passes, scan, Link())
+        o, after = _Run.apply(*self.tokens, initial, self.passes, scan, Handover())
         return o, after if final else None
 
 
 class _Run(torch.autograd.Function):
-    """The output, and the states after the linked segments; segments begin with `state` [L, H, K, V], or zero."""
+    """The output, and the states after the segments with external state; segments begin with `state` [L, H, K, V], or zero."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, g, state, passes, scan, link = arguments
+        q, k, v, g, state, passes, scan, handover = arguments
         ctx.set_materialize_grads(False)
-        ctx.passes, ctx.link = passes, link
+        ctx.passes, ctx.handover = passes, handover
         ctx.save_for_backward(q, k, v, g, *scan)
-        return passes.local(q, k, v, g, scan.each), passes.of_linked(scan.end)
+        return passes.local(q, k, v, g, scan.each), passes.of_external(scan.end)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, g, *states = ctx.saved_tensors
-        passes, scan = ctx.passes, ctx.passes.entered(Scan(*states), ctx.link.start)
+        passes, scan = ctx.passes, ctx.passes.entered(Scan(*states), ctx.handover.start)
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        after, ctx.link.after = ctx.link.after, None
+        after, ctx.handover.after = ctx.handover.after, None
         if after is None:
             d_end = None if d_end is None else passes.among_scanned(d_end)
             after = passes.state_gradients(q, do, g, scan, d_end)
         found = passes.gradients(q, k, v, g, scan.each, after, do)
-        d_state = passes.of_linked(after.end) if ctx.needs_input_grad[4] else None
+        d_state = passes.of_external(after.end) if ctx.needs_input_grad[4] else None
         return *found, d_state, None, None, None
 
 
 class _Enter(torch.autograd.Function):
-    """`intra` plus what the states before the linked segments [L, H, K, V] add to the output.
+    """`intra` plus what the states before the segments with external state [L, H, K, V] add to the output.
 
     Its gradients are those of `intra` and of the states; `_Run` sees to the others.
     """
 
     @staticmethod
     def forward(ctx: Any, intra: Tensor, state: Tensor, *arguments: Any) -> Tensor:
-        q, g, passes, scan, link = arguments
+        q, g, passes, scan, handover = arguments
         start = passes.arriving(scan, state)
-        link.start, ctx.passes, ctx.link = start, passes, link
+        handover.start, ctx.passes, ctx.handover = start, passes, handover
         ctx.save_for_backward(q, g, *scan)
         return passes.enter(q, g, start, intra.contiguous())
 
@@ -141,13 +143,13 @@ class _Enter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, g, *states = ctx.saved_tensors
-        passes, scan = ctx.passes, ctx.passes.entered(Scan(*states), ctx.link.start)
-        ctx.link.after = passes.state_gradients(q, do.contiguous(), g, scan, None)
-        return do, passes.of_linked(ctx.link.after.end), None, None, None, None, None
+        passes, scan = ctx.passes, ctx.passes.entered(Scan(*states), ctx.handover.start)
+        ctx.handover.after = passes.state_gradients(q, do.contiguous(), g, scan, None)
+        return do, passes.of_external(ctx.handover.after.end), None, None, None, None, None
 
 
 class _Map(torch.autograd.Function):
-    """The states after the linked segments from zero [L, H, K, V], and the sums of their log-decays [L, H ...]."""
+    """The states after the segments with external state from zero [L, H, K, V], and the sums of their log-decays [L, H ...]."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +157,7 @@ class _Map(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.passes = passes
         ctx.save_for_backward(k, v, g, *scan)
-        return passes.of_linked(scan.end), None if scan.total is None else passes.of_linked(scan.total)
+        return passes.of_external(scan.end), None if scan.total is None else passes.of_external(scan.total)
 
     @staticmethod
     @once_differentiable

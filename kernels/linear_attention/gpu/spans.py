@@ -37,25 +37,25 @@ class Spans:
 class Division:
     """All spans of packed segments, and which of them need states.
 
-    A segment is *scanned* if it has several spans or is linked; the others start from zero and end in nothing.
+    A segment is *scanned* if it has several spans or external state; the others start from zero and end in nothing.
 
     Attributes:
         every: all spans; their rows are those among the scanned ones.
         scanned: the spans of scanned segments.
         plan: of the scan over these.
-        linked: the spans of linked segments, and `linked_plan` of the scan over them.
-        linked_rows: these among the scanned spans, int64; None if they are all of them.
-        linked_segments: the linked segments among the scanned ones, int64; None if they are all of them.
-        entry: of each linked span its linked segment (0 to L - 1), int64.
+        external: the spans of segments with external state, and `external_plan` of the scan over them.
+        external_rows: these among the scanned spans, int64; None if they are all of them.
+        external_segments: the segments with external state among the scanned ones, int64; None if they are all of them.
+        entry: of each span of a segment with external state, the number of that segment (0 to L - 1), int64.
     """
 
     every: Spans
     scanned: Spans
     plan: ScanPlan
-    linked: Spans
-    linked_plan: ScanPlan
-    linked_rows: Tensor | None
-    linked_segments: Tensor | None
+    external: Spans
+    external_plan: ScanPlan
+    external_rows: Tensor | None
+    external_segments: Tensor | None
     entry: Tensor
 
 
@@ -66,8 +66,10 @@ def span_chunks(lengths: Sequence[int], chunk: int, heads: int) -> int:
 
 
 @lru_cache(maxsize=16)  # the layers of a model ask alike
-def divide(lengths: tuple[int, ...], linked: tuple[int, ...], chunk: int, span: int, device: torch.device) -> Division:
-    """Segments of `lengths` tokens, of which `linked` send or receive states, in spans of `span` chunks of `chunk` tokens."""
+def divide(
+    lengths: tuple[int, ...], external: tuple[int, ...], chunk: int, span: int, device: torch.device
+) -> Division:
+    """Segments of `lengths` tokens, of which `external` send or receive states, in spans of `span` chunks of `chunk` tokens."""
     length = torch.tensor(lengths, dtype=torch.int64)
     counts = -(-length // (span * chunk))  # spans of each segment
     segment = torch.repeat_interleave(torch.arange(len(lengths)), counts)  # of each span
@@ -75,13 +77,13 @@ def divide(lengths: tuple[int, ...], linked: tuple[int, ...], chunk: int, span: 
     first = (length.cumsum(0) - length)[segment] + begin
     tokens = (length[segment] - begin).clamp(max=span * chunk)
 
-    linked_segments = torch.tensor(linked, dtype=torch.int64)
-    is_linked = torch.zeros(len(lengths), dtype=torch.bool)
-    is_linked[linked_segments] = True
-    is_scanned = is_linked | (counts > 1)
-    scanned_span, linked_span = is_scanned[segment], is_linked[segment]
+    external_segments = torch.tensor(external, dtype=torch.int64)
+    is_external = torch.zeros(len(lengths), dtype=torch.bool)
+    is_external[external_segments] = True
+    is_scanned = is_external | (counts > 1)
+    scanned_span, external_span = is_scanned[segment], is_external[segment]
     row = torch.where(scanned_span, scanned_span.cumsum(0) - 1, -1)
-    number = is_linked.cumsum(0) - 1  # of a segment among the linked ones, which ascend
+    number = is_external.cumsum(0) - 1  # of a segment among the external ones, which ascend
 
     def spans(mask: Tensor, rows: Tensor | None = None) -> Spans:
         at, size = first[mask], tokens[mask]
@@ -94,16 +96,16 @@ def divide(lengths: tuple[int, ...], linked: tuple[int, ...], chunk: int, span: 
         bounds = torch.stack([at[span_of] + offset, (size[span_of] - offset).clamp(max=chunk)], dim=1)
         return Spans(table.int().to(device), bounds.int().to(device), bool(mask.all()))
 
-    alike = bool((is_linked == is_scanned).all())
+    alike = bool((is_external == is_scanned).all())
     scanned = spans(scanned_span)
     plan = scan_plan(counts[is_scanned].tolist(), device)
     return Division(
         every=spans(torch.ones_like(scanned_span), row),
         scanned=scanned,
         plan=plan,
-        linked=scanned if alike else spans(linked_span),
-        linked_plan=plan if alike else scan_plan(counts[is_linked].tolist(), device),
-        linked_rows=None if alike else row[linked_span].to(device),
-        linked_segments=None if alike else (is_scanned.cumsum(0) - 1)[is_linked].to(device),
-        entry=number[segment[linked_span]].to(device),
+        external=scanned if alike else spans(external_span),
+        external_plan=plan if alike else scan_plan(counts[is_external].tolist(), device),
+        external_rows=None if alike else row[external_span].to(device),
+        external_segments=None if alike else (is_scanned.cumsum(0) - 1)[is_external].to(device),
+        entry=number[segment[external_span]].to(device),
     )

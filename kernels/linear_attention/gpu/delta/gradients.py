@@ -60,8 +60,8 @@ def tokens_backward(
     total = load_last(b, first, count, head, H)
     k_i = load_rows(k, first, count, head // GROUP, channel, H // GROUP, K, C, BK)
     dk_i *= tl.exp(total - b_i)[:, None]
-    leaving = tl.sum(dk_i * k_i, 1)
-    db_i = tl.where(i == count - 1, tl.sum(leaving) + tl.exp(total) * inner, 0.0) - leaving
+    to_end = tl.sum(dk_i * k_i, 1)
+    db_i = tl.where(i == count - 1, tl.sum(to_end) + tl.exp(total) * inner, 0.0) - to_end
     if HAS_DO:
         q_i = load_rows(q, first, count, head // GROUP, channel, H // GROUP, K, C, BK)
         dq_i *= (scale * tl.exp(b_i))[:, None]

@@ -37,11 +37,11 @@ class States(NamedTuple):
 
     before: Tensor  # [m, H, K, V]
     transition: Tensor  # [m, H, K, K], of each span
-    linked_transition: Tensor  # [ml, H, K, K], of those in linked segments
-    linked_before: Tensor  # [ml, H, K, V]
-    reach: Tensor  # [ml, H, K, K], from the start of the segment to the span
-    total: Tensor  # [L, H, K, V], after the linked segments
-    total_reach: Tensor  # [L, H, K, K]
+    external_transition: Tensor  # [ml, H, K, K], of those in segments with external state
+    external_before: Tensor  # [ml, H, K, V]
+    cumulative: Tensor  # [ml, H, K, K], from the start of the segment to the span
+    total: Tensor  # [L, H, K, V], after the segments with external state
+    total_cumulative: Tensor  # [L, H, K, K]
 
 
 @torch.no_grad()
@@ -49,27 +49,31 @@ def scan_states(x: Prepared, division: Division, width: int) -> States:
     """The states before the scanned spans, of `width` columns."""
     keys = x.k.shape[-1]
     update, transition = span_states(x, division.scanned, width, ZERO), span_states(x, division.scanned, keys, ONE)
-    if len(division.linked_plan.counts) == 0:  # nobody asks for the reach, which costs as much as the states
+    if (
+        len(division.external_plan.counts) == 0
+    ):  # nobody asks for cumulative transitions, which costs as much as the states
         scanned, none = compose(update, transition, division.plan), update[:0]
         return States(scanned.before, transition, transition[:0], none, transition[:0], none, transition[:0])
     scanned = scan(update, transition, division.plan)
-    # States and their reach are columns of one tensor: kernels want each by itself.
-    before, reach, total, total_reach = (x.contiguous() for x in scanned if x is not None)
-    spans, segments = division.linked_rows, division.linked_segments
-    linked = [x if spans is None else x.index_select(0, spans) for x in (transition, before, reach)]
-    totals = [x if segments is None else x.index_select(0, segments) for x in (total, total_reach)]
-    return States(before, transition, *linked, *totals)
+    # States and their cumulative transitions are columns of one tensor: kernels want each by itself.
+    before, cumulative, total, total_cumulative = (x.contiguous() for x in scanned if x is not None)
+    spans, segments = division.external_rows, division.external_segments
+    external = [x if spans is None else x.index_select(0, spans) for x in (transition, before, cumulative)]
+    totals = [x if segments is None else x.index_select(0, segments) for x in (total, total_cumulative)]
+    return States(before, transition, *external, *totals)
 
 
 @dataclass
-class Link:
+class Handover:
     """What the nodes of `intra` and `apply` tell each other beside autograd's gradients.
 
     Outputs are linear in the states, so the gradients of what tokens hold are taken once, by the node of `intra`, from the
     sum of both states. The node of `apply`, which comes first in the backward pass, finds those of the states.
     """
 
-    start: Tensor | None = None  # [ml, H, K, V], before each linked span what is left of the state before its segment
+    start: Tensor | None = (
+        None  # [ml, H, K, V], before each span of a segment with external state what is left of the state before its segment
+    )
     end: Tensor | None = None  # [m, H, K, V], the gradients of the states after the scanned spans
     p: Tensor | None = None  # `scores`
 
@@ -89,7 +93,7 @@ class DeltaTritonSegments:
         self,
         tokens: Tokens,
         lengths: Sequence[int],
-        linked: Sequence[int],
+        external: Sequence[int],
         scale: float,
         *,
         chunk: int | None = None,
@@ -100,12 +104,12 @@ class DeltaTritonSegments:
         heads = v.shape[1]
         chunk = chunk_tokens(k.shape[-1]) if chunk is None else chunk
         span = span_chunks(lengths, chunk, heads) if span is None else span
-        self.division = divide(tuple(lengths), tuple(linked), chunk, span, v.device)
+        self.division = divide(tuple(lengths), tuple(external), chunk, span, v.device)
         self.out_dtype, self.width = v.dtype, v.shape[-1]
         q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.float().contiguous()
         g = torch.zeros_like(beta[:1, :1]) if log_decay is None else log_decay.float()
         w, u, b = WY.apply(k, v, beta, g.expand(beta.shape), self.division.every, chunk)
-        self.tokens, self.link = Prepared(q, k, w, u, b, scale, chunk), Link()
+        self.tokens, self.handover = Prepared(q, k, w, u, b, scale, chunk), Handover()
 
     @cached_property
     def states(self) -> States:
@@ -117,20 +121,20 @@ class DeltaTritonSegments:
         return scores(self.tokens, self.division.every)
 
     def segment_map(self) -> SegmentMap:
-        """The maps of the linked segments."""
+        """The maps of the segments with external state."""
         state, transition = _Map.apply(*self.tokens[1:], self.division, self.states)
         return SegmentMap(transition, state)
 
     def intra(self) -> Tensor:
         """What tokens get if every segment starts from zero, [T, H, V]; in fp32 if states may be added."""
-        dtype = torch.float32 if len(self.division.linked) else self.out_dtype
-        return _Intra.apply(*self.tokens, self.division, self.states, self.scores, self.link, dtype)
+        dtype = torch.float32 if len(self.division.external) else self.out_dtype
+        return _Intra.apply(*self.tokens, self.division, self.states, self.scores, self.handover, dtype)
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
-        """The output [T, H, V]; `state` [L, H, K, V] is that before each linked segment, None is zero."""
-        if state is None or len(self.division.linked) == 0:
+        """The output [T, H, V]; `state` [L, H, K, V] is that before each segment with external state, None is zero."""
+        if state is None or len(self.division.external) == 0:
             return intra.to(self.out_dtype)
-        parts = (self.division, self.states, self.scores, self.link, self.out_dtype)
+        parts = (self.division, self.states, self.scores, self.handover, self.out_dtype)
         return _Enter.apply(intra, state.float(), *self.tokens, *parts)
 
 
@@ -139,9 +143,9 @@ class _Intra(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        q, k, w, u, b, scale, chunk, division, states, p, link, dtype = arguments
+        q, k, w, u, b, scale, chunk, division, states, p, handover, dtype = arguments
         ctx.save_for_backward(q, k, w, u, b, states.before, states.transition)
-        ctx.scale, ctx.chunk, ctx.division, ctx.link = scale, chunk, division, link
+        ctx.scale, ctx.chunk, ctx.division, ctx.handover = scale, chunk, division, handover
         o = torch.empty_like(u, dtype=dtype)
         return outputs(Prepared(q, k, w, u, b, scale, chunk), p, division.every, states.before, o)
 
@@ -149,68 +153,74 @@ class _Intra(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, w, u, b, start, transition = ctx.saved_tensors
-        division, link, x = ctx.division, ctx.link, Prepared(q, k, w, u, b, ctx.scale, ctx.chunk)
+        division, handover, x = ctx.division, ctx.handover, Prepared(q, k, w, u, b, ctx.scale, ctx.chunk)
         do = do.to(q.dtype).contiguous()
-        if link.end is None:  # no states entered
+        if handover.end is None:  # no states entered
             p = scores(x, division.every)
             end, _ = adjoint(start_gradients(x, p, division.scanned, do), None, transition, division.plan)
         else:
-            p, end, link.p, link.end = link.p, link.end, None, None
-            rows = division.linked_rows
-            start = start + link.start if rows is None else start.index_add(0, rows, link.start)
+            p, end, handover.p, handover.end = handover.p, handover.end, None, None
+            rows = division.external_rows
+            start = start + handover.start if rows is None else start.index_add(0, rows, handover.start)
         dq, dk, dw, du, db = gradients(x, p, division.every, start, end, do)
         return dq, dk, dw, du, db, *[None] * 7
 
 
 class _Enter(torch.autograd.Function):
-    """`intra` plus what the states before the linked segments [L, H, K, V] add to the output."""
+    """`intra` plus what the states before the segments with external state [L, H, K, V] add to the output."""
 
     @staticmethod
     def forward(ctx: Any, intra: Tensor, state: Tensor, *arguments: Any) -> Tensor:
-        q, k, w, _, b, scale, chunk, division, states, p, link, dtype = arguments
-        link.start = states.reach @ state.index_select(0, division.entry)  # [ml, H, K, V]
+        q, k, w, _, b, scale, chunk, division, states, p, handover, dtype = arguments
+        handover.start = states.cumulative @ state.index_select(0, division.entry)  # [ml, H, K, V]
         ctx.save_for_backward(q, k, w, b, states.transition)
-        ctx.scale, ctx.chunk, ctx.division, ctx.link, ctx.intra_dtype = scale, chunk, division, link, intra.dtype
-        linked, intra = division.linked, intra.contiguous()
-        o = torch.empty_like(intra, dtype=dtype) if linked.whole else intra.to(dtype, copy=True)
-        return outputs(Prepared(q, k, w, None, b, scale, chunk), p, linked, link.start, o, intra)
+        ctx.scale, ctx.chunk, ctx.division, ctx.handover, ctx.intra_dtype = (
+            scale,
+            chunk,
+            division,
+            handover,
+            intra.dtype,
+        )
+        external, intra = division.external, intra.contiguous()
+        o = torch.empty_like(intra, dtype=dtype) if external.whole else intra.to(dtype, copy=True)
+        return outputs(Prepared(q, k, w, None, b, scale, chunk), p, external, handover.start, o, intra)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, w, b, transition = ctx.saved_tensors
-        division, link, x = ctx.division, ctx.link, Prepared(q, k, w, None, b, ctx.scale, ctx.chunk)
-        link.p = scores(x, division.every)
-        from_output = start_gradients(x, link.p, division.scanned, do.to(q.dtype).contiguous())
-        link.end, d_state = adjoint(from_output, None, transition, division.plan)
-        if division.linked_segments is not None:
-            d_state = d_state.index_select(0, division.linked_segments)
+        division, handover, x = ctx.division, ctx.handover, Prepared(q, k, w, None, b, ctx.scale, ctx.chunk)
+        handover.p = scores(x, division.every)
+        from_output = start_gradients(x, handover.p, division.scanned, do.to(q.dtype).contiguous())
+        handover.end, d_state = adjoint(from_output, None, transition, division.plan)
+        if division.external_segments is not None:
+            d_state = d_state.index_select(0, division.external_segments)
         return do.to(ctx.intra_dtype), d_state, *[None] * 12
 
 
 class _Map(torch.autograd.Function):
-    """The states after the linked segments from zero, [L, H, K, V], and the transitions over them, [L, H, K, K]."""
+    """The states after the segments with external state from zero, [L, H, K, V], and the transitions over them, [L, H, K, K]."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         k, w, u, b, scale, chunk, division, states = arguments
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(k, w, u, b, states.linked_before, states.reach, states.linked_transition)
+        ctx.save_for_backward(k, w, u, b, states.external_before, states.cumulative, states.external_transition)
         ctx.scale, ctx.chunk, ctx.division = scale, chunk, division
-        return states.total, states.total_reach
+        return states.total, states.total_cumulative
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_state: Tensor | None, d_transition: Tensor | None) -> tuple[Tensor | None, ...]:
-        k, w, u, b, before, reach, transition = ctx.saved_tensors
+        k, w, u, b, before, cumulative, transition = ctx.saved_tensors
         division = ctx.division
         found: list[tuple[Tensor | None, ...]] = [(None,) * 4]
         # The transition is what becomes of the state 1 without values: more columns of the same recurrence.
-        for d_total, start, values in ((d_state, before, u), (d_transition, reach, None)):
+        for d_total, start, values in ((d_state, before, u), (d_transition, cumulative, None)):
             if d_total is not None:
                 x = Prepared(None, k, w, values, b, ctx.scale, ctx.chunk)
-                end, _ = adjoint(torch.zeros_like(start), d_total.float(), transition, division.linked_plan)
-                _, dk, dw, du, db = gradients(x, None, division.linked, start, end, None)
+                end, _ = adjoint(torch.zeros_like(start), d_total.float(), transition, division.external_plan)
+                _, dk, dw, du, db = gradients(x, None, division.external, start, end, None)
                 found.append((dk, dw, None if values is None else du, db))
         return *(_sum(x) for x in zip(*found, strict=True)), None, None, None, None
 

@@ -98,11 +98,11 @@ def wy_backward(
     k_i = load_rows(k, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
     da *= -pair_decay(b_i, C, STRICT=True)
     free = da * tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION)  # dA times A / beta
-    entering = tl.sum(dx * k_i, 1) * tl.exp(b_i)
-    tl.store(dbeta + first * H + head + i * H, dbeta_i + tl.sum(free, 1) + entering, mask=i < count)
+    from_start = tl.sum(dx * k_i, 1) * tl.exp(b_i)
+    tl.store(dbeta + first * H + head + i * H, dbeta_i + tl.sum(free, 1) + from_start, mask=i < count)
     free *= beta_i[:, None]
     db_i = tl.load(db + first * H + head + i * H, mask=i < count, other=0.0)
-    db_i += tl.sum(free, 1) - tl.sum(free, 0) + beta_i * entering
+    db_i += tl.sum(free, 1) - tl.sum(free, 0) + beta_i * from_start
     tl.store(dg + first * H + head + i * H, tl.cumsum(db_i, 0, reverse=True), mask=i < count)
     dkk = (da * beta_i[:, None]).to(dt)
     dk_i = dx * (beta_i * tl.exp(b_i))[:, None]

@@ -16,14 +16,14 @@ from lsys.kernels.linear_attention.chunked import SegmentMap
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear.chain import block_count, chain_steps
 from lsys.parallel.linear.lasp2 import gather_plan
-from lsys.parallel.linear.state_exchange_plan import all_runs, links
+from lsys.parallel.linear.state_exchange_plan import all_runs, external_segments
 from lsys.parallel.messages.chain import columns
 
 CPU = torch.device("cpu")
 
 
-def linked(layout, rank, causal=True, initial=False, final=False):
-    return links(layout, rank, causal, initial, final, CPU)
+def segments_of(layout, rank, causal=True, initial=False, final=False):
+    return external_segments(layout, rank, causal, initial, final, CPU)
 
 
 def runs_one_by_one(layout, causal):
@@ -75,10 +75,10 @@ def test_states_compose_as_on_one_rank(layout, causal):
             factor, update = maps[way, document, start]
             state[way, document] = factor * state[way, document] + update
     for rank, held in enumerate(layout.segments):
-        its = linked(layout, rank, causal)
+        its = segments_of(layout, rank, causal)
         places = [
-            [(way, *segs[i][:2]) for i in its.linked[way]]
-            for way, segs in enumerate((held, held[::-1])[: len(its.linked)])
+            [(way, *segs[i][:2]) for i in its.segments[way]]
+            for way, segs in enumerate((held, held[::-1])[: len(its.segments)])
         ]
         given_maps = [
             SegmentMap(
@@ -117,8 +117,8 @@ def test_fragments_of_one_rank_are_one_state():
     pieces = [(0, p, 1) for p in range(10_000)]
     random.Random(0).shuffle(pieces)
     layout = SequenceLayout([10_010], [[(0, 10_000, 10)], pieces])
-    its = linked(layout, 1)
-    assert len(its.linked[0]) > 9_000 and len(its.numbers) == 1 and gather_plan(layout, its).sizes == (1, 1)
+    its = segments_of(layout, 1)
+    assert len(its.segments[0]) > 9_000 and len(its.numbers) == 1 and gather_plan(layout, its).sizes == (1, 1)
     assert [count.send.keys() for count in chain_steps(layout, its, 1, False)] == [{0}]
     assert all_runs(layout, True).places.tolist() == [2, 2]
 
@@ -126,13 +126,13 @@ def test_fragments_of_one_rank_are_one_state():
 def test_nothing_is_composed_where_each_run_is_one_segment():
     for name, layout in all_layouts((0, 7, 1, 23), 4).items():
         for rank in range(4):
-            its = linked(layout, rank)
+            its = segments_of(layout, rank)
             if name in ("contiguous", "idle ranks"):
                 assert its.plan is None and its.order is None
             assert its.order is None or name in ("random", "fragments")
     q, k, v = (torch.randn(23, 2, 4) for _ in range(3))
-    its = linked(SequenceLayout.contiguous([46], 2), 1)
-    maps = segments(q, k, v, None, None, [23], its.linked[0]).segment_map()
+    its = segments_of(SequenceLayout.contiguous([46], 2), 1)
+    maps = segments(q, k, v, None, None, [23], its.segments[0]).segment_map()
     composed = its.compose([maps])
     assert composed.update is maps.state and composed.before is None
     state = torch.randn(1, 2, 4, 4)
@@ -158,7 +158,7 @@ def test_block_count():
 
 
 def all_steps(layout, causal, blocks, reverse):
-    return [chain_steps(layout, linked(layout, rank, causal), blocks, reverse) for rank in range(layout.ranks)]
+    return [chain_steps(layout, segments_of(layout, rank, causal), blocks, reverse) for rank in range(layout.ranks)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -166,7 +166,7 @@ def all_steps(layout, causal, blocks, reverse):
 def test_every_state_goes_on_once_and_nobody_waits_in_a_circle(layout, causal, blocks, reverse):
     """Ranks end a step when its other ends have started it, and only then start the next: more than they really wait."""
     steps = [iter(each) for each in all_steps(layout, causal, blocks, reverse)]
-    runs, own = all_runs(layout, causal), [linked(layout, rank, causal).numbers for rank in range(layout.ranks)]
+    runs, own = all_runs(layout, causal), [segments_of(layout, rank, causal).numbers for rank in range(layout.ranks)]
     sent, awaited = defaultdict(list), defaultdict(list)  # messages by source and destination, as runs and blocks
     ends = runs.places - 1 if reverse else torch.zeros_like(runs.places)
     arrived = {(int(run), block) for run in (runs.place == ends).nonzero() for block in range(blocks)}
