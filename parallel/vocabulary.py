@@ -13,7 +13,7 @@ def log_sum_over_ranks(log_z: Tensor, chosen: Tensor, group: Any, slots: int) ->
 
     Args:
         log_z: log of the sum of exponentials over this rank's part. chosen: the target's logit where it is here, else 0.
-        slots: numbers of a message, T or more: alike in all steps. There are two messages.
+        slots: elements of a message, T or more: alike in all steps. There are two messages.
     """
     count = len(log_z)
     own = F.pad(torch.stack((log_z, chosen)), (0, slots - count))

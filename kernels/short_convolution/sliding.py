@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 1 << 16  # numbers of a block on CPU (measured); on other devices one block is all
+_BLOCK = 1 << 16  # elements of a block on CPU (measured); on other devices one block is all
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.links import NETWORK, NODE, Link
 
-LARGE = 2**20  # fp32 numbers of a long message
+LARGE = 2**20  # fp32 elements of a long message
 
 
 def measured_links(comm: SequenceComm) -> dict[str, Link]:
@@ -33,12 +33,12 @@ def measured_link(comm: SequenceComm, peer: int, *, both_ways: bool = True) -> L
     return Link(latency, 4 * LARGE / max(transfer, 1e-9))
 
 
-def _seconds(comm: SequenceComm, peer: int, numbers: int, repeats: int, both_ways: bool) -> float:
+def _seconds(comm: SequenceComm, peer: int, numel: int, repeats: int, both_ways: bool) -> float:
     """Median time of a message; 0 on ranks that have no part."""
     if comm.rank not in (0, peer):
         return 0.0
     other, times = (peer if comm.rank == 0 else 0), []
-    ready, message = torch.ones(2, 1), torch.ones(2, numbers)  # each: to send, to receive into
+    ready, message = torch.ones(2, 1), torch.ones(2, numel)  # each: to send, to receive into
     send = {other: message[0]} if both_ways or comm.rank == 0 else {}
     receive = {other: message[1]} if both_ways or comm.rank == peer else {}
     for _ in range(repeats):

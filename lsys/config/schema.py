@@ -114,7 +114,7 @@ class Optimizer(Section):
 
     @property
     def moments(self) -> int:
-        """Numbers of optimizer states that each number of a parameter has; one's own optimizer may say so by an attribute `states`."""
+        """Optimizer states that each element of a parameter has; one's own optimizer may say so by an attribute `states`."""
         return 2 if self.kind == ADAMW else int(getattr(imported(self.kind), "states", 2))
 
 

@@ -173,13 +173,13 @@ class StateCard(Card):
     # ---- memory
 
     def gates(self, tensor: int) -> float:
-        """Numbers a token of log-decays and betas on a tensor rank, which are fp32."""
+        """Elements a token of log-decays and betas on a tensor rank, which are fp32."""
         each = {"token": 1, "channel": self.key_width}.get(self.decay, 0) + self.delta
         return self.heads // tensor * each
 
 
 class Sizes:
-    """Numbers a token of a state mixer on a rank, and bytes that several mixers keep alike.
+    """Elements a token of a state mixer on a rank, and bytes that several mixers keep alike.
 
     b is the bytes of a number of the model. Keys and values are the channels of all the rank's heads.
     """
@@ -208,9 +208,9 @@ class Sizes:
         """The gate of the output."""
         return self.b * self.values
 
-    def taken(self, numbers: float) -> float:
+    def taken(self, elements: float) -> float:
         """By the kernel, and kept by nothing else: so many were views, but what was sent to this rank is no view."""
-        return self.b * numbers if self.is_sent else self.clone
+        return self.b * elements if self.is_sent else self.clone
 
     @property
     def convolution(self) -> float:

@@ -52,7 +52,7 @@ class Deployment:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number of the model."""
+        """Bytes of an element of the model."""
         return ITEMSIZE[self.config.train.precision]
 
     @property

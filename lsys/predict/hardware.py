@@ -125,7 +125,7 @@ def _data_sheet(name: str, gpu: Gpu, ranks: int, precision: str, has_state: Mapp
     chunked = {"": costs["bytes"] / CHUNKED, "_backward": costs["bytes_backward"] / CHUNKED}
     for kind in has_state:
         costs |= {f"layer:{kind}": 3 * LAUNCH, f"layer_backward:{kind}": 3 * LAUNCH}
-        if has_state[kind]:  # backward reads and writes 4K + 3V numbers of a token and head, forward 2K + 2V
+        if has_state[kind]:  # backward reads and writes 4K + 3V elements of a token and head, forward 2K + 2V
             costs |= {f"fused:{kind}": fused, f"fused_backward:{kind}": 1.75 * fused}
             costs |= {f"{name}{way}:{kind}": s for name in ("kernel", "linked") for way, s in chunked.items()}
         else:

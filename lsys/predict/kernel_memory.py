@@ -13,7 +13,7 @@ from lsys.predict.deployment import Deployment
 SIZES = (16, 32, 64, 128, 256)  # of chunks, as `lsys.kernels.linear_attention.chunked.grid`
 BLOCK, GPU_BLOCK = 2**18, 2**23  # elements of a block, as `lsys.kernels.linear_attention.chunked.blocks`
 
-# Numbers a token that are alive at the peak of a kernel's backward pass beside its inputs, their gradients and that of its output:
+# Elements a token that are alive at the peak of a kernel's backward pass beside its inputs, their gradients and that of its output:
 # of keys, values, H K, H C, H K V / C, H K^2 / C, by the variant of the kernel. Counted from live tensors; decays of channels and the
 # delta rule may have more, by `_counts`.
 Counts = tuple[float, ...]
@@ -99,19 +99,19 @@ def _counts(card: StateCard, external: bool, size: int, grouped: bool) -> Counts
     return keys, values, heads, *others
 
 
-def _numbers(deployment: Deployment, kind: str, counts: Counts) -> float:
-    """Numbers a token, by their counts."""
+def _elements(deployment: Deployment, kind: str, counts: Counts) -> float:
+    """Elements a token, by their counts."""
     heads, key_heads, k, v, c = _widths(deployment, kind)
     sizes = (key_heads * k, heads * v, heads * k, heads * c, heads * k * v / c, heads * k * k / c)
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
 def intermediate(deployment: Deployment, kind: str, tokens: float = 1.0, room: float = 1.0) -> float:
-    """Numbers that a kernel makes on its way, of so many tokens, `room` of them in a block."""
+    """Elements that a kernel makes on its way, of so many tokens, `room` of them in a block."""
     heads, key_heads, *_, size = _widths(deployment, kind)
     external = has_external_state(deployment, kind)
-    found = room * _numbers(deployment, kind, _counts(_card(deployment, kind), external, size, heads > key_heads))
-    return found + tokens * _numbers(deployment, kind, ACROSS[variant(_card(deployment, kind))]) if external else found
+    found = room * _elements(deployment, kind, _counts(_card(deployment, kind), external, size, heads > key_heads))
+    return found + tokens * _elements(deployment, kind, ACROSS[variant(_card(deployment, kind))]) if external else found
 
 
 def least(deployment: Deployment, kind: str) -> float:
@@ -159,7 +159,7 @@ def linear_saved(deployment: Deployment, kind: str) -> float:
     own: float = 2 if deployment.config.parallel.layout == "zigzag" else 1
     if (card.delta or card.decay in ("token", "channel")) and deployment.methods[kind].transitions:
         own += runs * (1 + (k / v if card.delta else 1 / v if card.decay == "channel" else 0))
-    return 4.0 * (deployment.slots * _numbers(deployment, kind, SAVED[variant(card)]) + own * heads * k * v)
+    return 4.0 * (deployment.slots * _elements(deployment, kind, SAVED[variant(card)]) + own * heads * k * v)
 
 
 def attention_workspace(deployment: Deployment, kind: str) -> float:

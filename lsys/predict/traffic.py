@@ -1,12 +1,12 @@
 """Every byte that a step moves, by axis and link class: what the ledger would count, exactly.
 
 Of one micro-batch on a rank, with s slots, hidden width h, tensor degree t (sequence parallelism: between layers each tensor rank
-has s / t slots; Korthikanti et al., 2022) and numbers of b bytes:
+has s / t slots; Korthikanti et al., 2022) and elements of b bytes:
 
     a projection into heads or channels   gathers s h b before it; backward gathers its input again and scatters its gradient
     a projection out of them              scatters s h b behind it; backward gathers
     embedding, output layer               as the latter, as the former
-    cross-entropy                         three sums of s fp32 numbers over the tensor ranks, a fourth with z-loss
+    cross-entropy                         three sums of s fp32 elements over the tensor ranks, a fourth with z-loss
     a mixer over context ranks            lsys.parallel.messages, forward and backward
     a stage's border                      s h b / t, sent and received
 

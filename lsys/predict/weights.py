@@ -2,7 +2,7 @@
 
 Megatron's DDP puts a chunk's gradients in one fp32 buffer, in reverse order of the parameters, cut in buckets
 (`megatron/core/distributed/param_and_grad_buffer.py`). With the distributed optimizer each parameter begins at a multiple of
-64 numbers, each bucket's end is padded to a multiple of lcm(data x context ranks, 128), parameters live in such a buffer too,
+64 elements, each bucket's end is padded to a multiple of lcm(data x context ranks, 128), parameters live in such a buffer too,
 and each of the D ranks keeps the states of the D-th part of every bucket. Adam has two fp32 moments a number, a step count
 (4 bytes) a parameter, and for bf16 an fp32 copy of the parameter.
 """
@@ -44,11 +44,11 @@ class Weights:
 
     Attributes:
         parameters, gradients, optimizer: bytes.
-        buckets: by chunk, numbers of each bucket, padding included.
-        summed: numbers whose gradients the tensor ranks sum.
-        shared: numbers of the embedding's piece, if first and last stage sum its gradients.
-        count: numbers of parameters, without padding.
-        updated: numbers that this rank's optimizer updates.
+        buckets: by chunk, elements of each bucket, padding included.
+        summed: elements whose gradients the tensor ranks sum.
+        shared: elements of the embedding's piece, if first and last stage sum its gradients.
+        count: elements of parameters, without padding.
+        updated: elements that this rank's optimizer updates.
         tensors: parameters of which this rank's optimizer updates a part.
     """
 
@@ -145,7 +145,7 @@ Bucket = tuple[int, int, list[tuple[int, int]]]  # begin and end, padded, and wh
 
 
 def _buckets(parameters: Sequence[Parameter], ranks: int, limit: int | None) -> list[Bucket]:
-    """The buckets of a chunk, for a distributed optimizer over `ranks` (0: a plain one); limit: numbers of a full one."""
+    """The buckets of a chunk, for a distributed optimizer over `ranks` (0: a plain one); limit: elements of a full one."""
 
     def pad(at: int, unit: int) -> int:
         return -(-at // unit) * unit if ranks else at

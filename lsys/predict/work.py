@@ -5,11 +5,11 @@
     kernel:K, linked:K        bytes of intermediate results in the mixer with the symbol K; linked: where states cross ranks
     fused:K                   on GPUs that have a kernel for it, instead of these: bytes that this reads and writes at the least
     bytes                     of other activations that layers keep: each is written once and read a few times
-    weights                   numbers of weights, whose gradients are added up
+    weights                   elements of weights, whose gradients are added up
     tensor                    operations over tensor ranks: what they take their issuer beside the transfer
     logits                    bytes of what the loss makes
     layer:K                   one layer: what it takes whatever its size
-    optimizer, tensors        numbers that the optimizer updates, parameters that they are in
+    optimizer, tensors        elements that the optimizer updates, parameters that they are in
     gradients                 bytes of gradient buffers
     micro_batch, step         one
 
@@ -121,16 +121,16 @@ class StageWork:
     def channels(self, kind: Layer) -> Work:
         """Work of a layer's channel mixer alone, forward."""
         card, t = self.deployment.channels[kind.channels], self.deployment.mesh.tensor
-        numbers, inside = card.products / t, self.activations.layers[kind].mlp
-        found = Work({"matmul": 2.0 * self.deployment.slots * numbers, "weights": numbers, "bytes": inside})
+        elements, inside = card.products / t, self.activations.layers[kind].mlp
+        found = Work({"matmul": 2.0 * self.deployment.slots * elements, "weights": elements, "bytes": inside})
         if t > 1:
             found["tensor"] += 2 * len(card.in_widths())
         return found
 
     def output(self) -> Work:
         """Output layer and loss, forward."""
-        numbers = self.deployment.slots * self.model.padded_vocab / self.deployment.mesh.tensor
-        return Work({"matmul": 2.0 * numbers * self.model.hidden, "logits": 4.0 * numbers})
+        elements = self.deployment.slots * self.model.padded_vocab / self.deployment.mesh.tensor
+        return Work({"matmul": 2.0 * elements * self.model.hidden, "logits": 4.0 * elements})
 
     def chunk(self, stage: int, chunk: int, methods: Mapping[str, Method], most: bool = False) -> tuple[Work, Work]:
         """Work of one micro-batch through a chunk of a stage: forward, backward (what is recomputed is in it)."""

@@ -1,6 +1,6 @@
 """LASP-2 (Sun et al., 2025): every rank gathers the maps of all runs of documents that cross ranks.
 
-One all-gather each way, of a state, H K V numbers a run, and its transition, whatever the depth to which documents are
+One all-gather each way, of a state, H K V elements a run, and its transition, whatever the depth to which documents are
 cut. Forward it carries the maps while ranks compute what tokens get from their own chunk; backward it carries the
 gradients of the states before runs while ranks compute the gradients of that part. Each rank then composes them in the
 order of positions, backward in reverse. A decay fixed per head is not sent: with the lengths of runs, which the layout

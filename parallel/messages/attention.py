@@ -25,7 +25,7 @@ class Shape:
         return max(4, self.itemsize)
 
 
-# The messages between groups, of: where tokens are, over groups; the groups; numbers of a token's keys and values of each
+# The messages between groups, of: where tokens are, over groups; the groups; elements of a token's keys and values of each
 # member; the layer; its mask; the backend.
 Between = Callable[[Placement, Groups, Sequence[int], Shape, Mask, str], Phases]
 

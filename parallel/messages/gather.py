@@ -12,7 +12,7 @@ from lsys.parallel.messages.placement import Part, Phase, Phases, Placement, aro
 
 
 def between(place: Placement, groups: Groups, rows: Sequence[int], shape: Shape, mask: Mask, backend: str) -> Phases:
-    """The messages; rows: numbers of a token's keys and values.
+    """The messages; rows: elements of a token's keys and values.
 
     Nearly equal parts are padded and go around the ring, others directly. Gloo sums what ranks exchange directly.
     """

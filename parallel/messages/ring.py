@@ -37,7 +37,7 @@ class _Piece:
 
 
 def between(place: Placement, groups: Groups, rows: Sequence[int], shape: Shape, mask: Mask, backend: str) -> Phases:
-    """The messages; rows: numbers of a token's keys and values that each member of a group passes on."""
+    """The messages; rows: elements of a token's keys and values that each member of a group passes on."""
     pieces, direction = travelling(place, mask)
     ranks = place.ranks
     turns = rounds(ranks, sum(place.lengths)) if pieces else 1

@@ -18,7 +18,7 @@ from lsys.kernels.linear_attention.transition import carry
 
 CHUNK = 64  # tokens; of fp32, half of them, and of a state, for shared memory
 CHANNEL_CHUNK = 16  # of a decay per channel, inside whose chunks work grows with the logarithm of the size
-STATE = 16384  # numbers of a state that a program holds: 64 registers a thread of 8 warps
+STATE = 16384  # elements of a state that a program holds: 64 registers a thread of 8 warps
 
 
 class Logs(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsys.kernels.linear_attention.scan import ScanPlan, scan_plan
 
-SPAN_CHUNKS = 16  # the least: a span's state is K x V numbers, so few tokens a span would make many bytes of states
+SPAN_CHUNKS = 16  # the least: a span's state is K x V elements, so few tokens a span would make many bytes of states
 PROGRAMS = 512  # spans x heads that keep a GPU busy: beyond, longer spans make the scan over them shorter
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NARROW = 128  # K up to which a state of K x 64 numbers fits in the registers of four warps
+NARROW = 128  # K up to which a state of K x 64 elements fits in the registers of four warps
 
 
 @triton.jit
