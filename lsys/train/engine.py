@@ -20,8 +20,8 @@ from lsys.config.reports import TOKENS, Slots, declared
 from lsys.data.plan import RankBatch
 from lsys.model.hybrid import HybridModel
 from lsys.model.megatron_config import transformer_config
+from lsys.model.module_state import told
 from lsys.model.parameters import initialise
-from lsys.model.state import told
 from lsys.observe.added_loss import scales
 from lsys.observe.values import Collector, Values
 from lsys.runtime.groups import Groups

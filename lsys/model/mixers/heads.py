@@ -14,8 +14,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from lsys.kernels import short_convolution as kernel
+from lsys.model.module_state import persistent
 from lsys.model.packed import PackedMicroBatch
-from lsys.model.state import persistent
 from lsys.parallel.convolution import short_convolution
 
 Initial = Callable[[Tensor, torch.Generator], Any]  # fills the whole parameter, fp32
@@ -53,7 +53,7 @@ class HeadParameters(MegatronModule):
     def add_state(
         self, name: str, shape: tuple[int, ...], value: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> None:
-        """A state that is no parameter, of this whole shape (`lsys.model.state`)."""
+        """A state that is no parameter, of this whole shape (`lsys.model.module_state`)."""
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         local = (shape[0] // self.tp_group.size(), *shape[1:])
         self.register_buffer(name, torch.full(local, value, dtype=dtype, device=device))
