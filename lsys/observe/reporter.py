@@ -18,7 +18,8 @@ from lsys.observe.waterfall import Waterfall
 from lsys.parallel.mesh import Mesh
 
 RECORD = "scaling.json"  # in the run's folder
-CURVES, PICTURE, WRITING = "writing to TensorBoard", "drawing the waterfall", f"writing {RECORD}"
+OPENING, CURVES, CLOSING = "opening TensorBoard's files", "writing to TensorBoard", "closing TensorBoard's files"
+PICTURE, RANKS, WRITING = "drawing the waterfall", "drawing the ranks' times", f"writing {RECORD}"
 
 
 class Reporter:
@@ -27,7 +28,7 @@ class Reporter:
     Tags are torchtitan's where it has them: `loss_metrics/global_avg_loss`, `grad_norm`, `lr`, `n_tokens_seen`, `throughput(tps)` and `tflops`
     (both per rank), `mfu(%)`, `time_metrics/end_to_end(s)` (per step), `time_metrics/data_loading(%)`, `memory/max_reserved(GiB)`. Beside them
     `waterfall/<part>(%)`, which sum to 100, `comm/<axis>/bytes`, `total(ms)` and `exposed(ms)` of a step, means of the ranks, and
-    `scaling/efficiency(%)` against the baseline, `scaling/compute_efficiency(%)` without one.
+    `scaling/efficiency(%)` against the baseline.
 
     Args:
         active: whether this process reports.
@@ -58,6 +59,7 @@ class Reporter:
         self.active, self.history = active, History()
         self.metrics = [metric for metric in declared(settings) if metric.shown]
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
+        self.failed: set[str] = set()
         self.board: Board | None = None
         if active and settings.metrics.tensorboard:
             texts = {
@@ -66,8 +68,10 @@ class Reporter:
                 "versions": versions_table(device),
                 "corpora": corpora_table(corpora),
             }
-            self.board = Board(settings, ranks=self.ranks, nodes=nodes, first_step=first_step, texts=texts)
-        self.failed: set[str] = set()
+            self._show(OPENING, self._open, nodes, first_step, texts)
+
+    def _open(self, nodes: Sequence[int], first_step: int, texts: Mapping[str, str]) -> None:
+        self.board = Board(self.settings, ranks=self.ranks, nodes=nodes, first_step=first_step, texts=texts)
 
     def say(self, message: str) -> None:
         self.console.print(message)
@@ -104,8 +108,6 @@ class Reporter:
             values["mfu(%)"] = 100 * flops / self.peak
         if self.efficiency:
             values["scaling/efficiency(%)"] = self.efficiency.percent(flops / self.ranks)
-        if waterfall:
-            values["scaling/compute_efficiency(%)"] = 100 * waterfall.efficiency
         if self.active:
             self.history.add(interval.step_seconds, flops / self.ranks, waterfall.parts if waterfall else None)
         for note in waterfall.notes if waterfall else ():
@@ -114,6 +116,7 @@ class Reporter:
             self._show(CURVES, self.board.scalars, step, values)
             if waterfall:
                 self._show(CURVES, self.board.waterfall, step, waterfall)
+                self._show(RANKS, self.board.draw_ranks)
                 self._show(PICTURE, self.board.draw)
         mfu = f" | mfu {values['mfu(%)']:.1f}%" if self.peak else ""
         total = self.settings.train.steps
@@ -145,8 +148,9 @@ class Reporter:
     def close(self) -> None:
         """End the curves, and write what the run achieved, for later runs to compare themselves with."""
         if self.board:
+            self._show(RANKS, self.board.draw_ranks, True)
             self._show(PICTURE, self.board.draw, True)
-            self._show(CURVES, self.board.close)
+            self._show(CLOSING, self.board.close)
         record = self.history.record(self.settings, self.ranks, hardware_name(self.device)) if self.active else None
         if record:
             self._show(WRITING, record.save, self.settings.train.folder / RECORD)

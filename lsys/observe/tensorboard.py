@@ -92,23 +92,26 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool
 
 
 class Pace:
-    """When to draw a picture of a whole run: so seldom that it costs at most 1% of the time, so often that it lacks at most 2% of the run.
+    """When to draw a picture: so seldom that it costs at most 1% of the time, and of a whole run that it lacks at most 2% of it.
 
     Args:
         clock: gives seconds.
+        first: s that the first picture is taken to cost; the default has the import of a library in it. 0: the first is due at once.
+        missing: how much of the run the picture may lack; 0 where it is of the newest report only.
     """
 
-    COST, MISSING = 0.01, 0.02
-    FIRST = 1.0  # s that the first picture is taken to cost, with the library's import
+    COST = 0.01
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.cost = clock, self.FIRST
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, first: float = 1.0, missing: float = 0.02
+    ) -> None:
+        self.clock, self.cost, self.missing = clock, first, missing
         self.began = self.last = clock()
 
     @property
     def is_due(self) -> bool:
         now = self.clock()
-        return now - self.last >= max(self.cost / self.COST, self.MISSING * (now - self.began))
+        return now - self.last >= max(self.cost / self.COST, self.missing * (now - self.began))
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -136,7 +139,8 @@ class Board:
         from torch.utils.tensorboard.summary import hparams
 
         mark_folder(config)
-        self.nodes, self.pace = nodes, Pace()
+        self.nodes, self.pace, self.ranks_pace = nodes, Pace(), Pace(first=0.0, missing=0.0)
+        self.newest: tuple[int, Waterfall] | None = None  # of which no picture is drawn yet
         folder = tensorboard_folder(config)
         self.history = read_history(folder, first_step)
         self.drawn = len(self.history.steps)  # reports that the newest picture shows
@@ -153,14 +157,23 @@ class Board:
             self.writer.add_scalar(tag, value, step)
 
     def waterfall(self, step: int, waterfall: Waterfall) -> None:
-        """Curves of the parts, and the picture of the ranks."""
-        from lsys.observe.rank_heatmap import ranks_picture
-
+        """Curves of the parts; what the pictures will be of."""
         self.scalars(step, waterfall.scalars | _of_ranks(waterfall))
         self.history.add(step, waterfall.percent)
-        title = f"step {step}: {1e3 * waterfall.seconds:,.0f} ms, and each rank's own work in it"
-        picture = ranks_picture(waterfall.per_rank, self.nodes, title)
-        self.writer.add_image("ranks/time", picture, step, dataformats="HWC")
+        self.newest = step, waterfall
+
+    def draw_ranks(self, last: bool = False) -> None:
+        """The ranks' times in the newest report, if it is time for a new picture, or the `last` one."""
+        if self.newest is None or not (last or self.ranks_pace.is_due):
+            return
+        with self.ranks_pace.drawing():
+            from lsys.observe.rank_heatmap import ranks_picture
+
+            step, waterfall = self.newest
+            title = f"step {step}: {1e3 * waterfall.seconds:,.0f} ms, and each rank's own work in it"
+            picture = ranks_picture(waterfall.per_rank, self.nodes, title)
+            self.writer.add_image("ranks/time", picture, step, dataformats="HWC")
+        self.newest = None
 
     def draw(self, last: bool = False) -> None:
         """The waterfall of the whole run, if it is time for a new picture, or the `last` one."""

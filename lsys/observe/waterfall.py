@@ -92,11 +92,6 @@ class Waterfall:
         return {part: 100 * seconds / self.seconds if self.seconds else 0.0 for part, seconds in self.parts.items()}
 
     @property
-    def efficiency(self) -> float:
-        """Compute over step time: scaling efficiency as far as it can be seen without another run."""
-        return self.parts[COMPUTE] / self.seconds if self.seconds else 1.0
-
-    @property
     def scalars(self) -> dict[str, float]:
         """TensorBoard's tags and values."""
         values = {share_tag(part): share for part, share in self.percent.items()}

@@ -1,5 +1,7 @@
 """What TensorBoard is told, read back by its own library: one run with curves, pictures, hyperparameters and texts."""
 
+import itertools
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -26,7 +28,7 @@ from lsys.observe.reporter import Reporter
 from lsys.observe.stack import shown
 from lsys.observe.tensorboard import PICTURE, Board, Pace, charts, hyperparameters
 from lsys.observe.texts import corpora_table, rank_grid
-from lsys.observe.waterfall import Moved, Waterfall
+from lsys.observe.waterfall import Moved, Waterfall, part_names
 from lsys.parallel.ledger.labels import OTHER, WORLD
 from lsys.parallel.mesh import AXES, Mesh
 from lsys.runtime.groups import AXES as GROUPS
@@ -131,6 +133,30 @@ def test_a_run_is_one_run_of_tensorboard_with_no_curve_twice(resumed: Path) -> N
     assert set(points.values()) == {1}
 
 
+def test_no_curve_says_what_another_says(tmp_path: Path) -> None:
+    """Of a run in which everything varies, with every axis and part."""
+    draw = random.Random(0).random
+    names = part_names(["tensor", "context", "pipeline", "data"], ranks=2, stages=2, cores=True)
+    reporter = reporting(tmp_path)
+    for step in range(1, 9):
+        ranks = tuple({name: draw() for name in names} for _ in range(2))
+        means = {name: sum(rank[name] for rank in ranks) / 2 for name in names}
+        moved = {axis: Moved(1e6 * draw(), draw(), draw()) for axis in ("tensor", "context", "pipeline", "data")}
+        values = {tag: draw() for tag in ("loss_metrics/global_avg_loss", "grad_norm", "lr", "n_tokens_seen")}
+        interval = Interval(1, draw() + 0.1, draw(), round(1e6 * draw()), 1e9 * draw())
+        reporter.training(step, interval, values, Waterfall(1, sum(means.values()), means, ranks, moved))
+        reporter.validation(step, draw(), None)
+    reporter.close()
+    events = read(tmp_path)
+    curves: dict[str, tuple[float, ...]] = {}
+    for tag in events.Tags()["scalars"]:
+        if tag != "ranks/slowest" and not tag.startswith("memory/"):
+            points = np.array([point.value for point in events.Scalars(tag)])
+            curves[tag] = tuple(np.round(points / points[0], 5).tolist())  # in whatever unit
+    alike = [pair for pair in itertools.combinations(curves, 2) if curves[pair[0]] == curves[pair[1]]]
+    assert len(curves) > 30 and alike == [("tflops", "mfu(%)")]  # both names are torchtitan's
+
+
 def test_the_picture_has_the_whole_history_also_after_resuming(resumed: Path) -> None:
     inside, _ = plot_and_legend(picture(read(resumed)))
     width = inside.shape[1]
@@ -189,6 +215,18 @@ def test_drawing_takes_a_hundredth_of_the_time_at_most_and_keeps_up_with_the_run
     assert (gaps <= np.maximum(253.5, 0.0205 * np.array(drawn[1:]) + 3.5)).all() and gaps[-1] > 350
 
 
+def test_the_ranks_are_drawn_at_once_and_then_as_often_as_costs_a_hundredth() -> None:
+    clock, drawn = Clock(), []
+    pace = Pace(clock, first=0.0, missing=0.0)
+    while clock.now < 20_000:
+        if pace.is_due:
+            with pace.drawing():
+                clock.now += 0.1
+            drawn.append(clock.now)
+        clock.now += 1.0
+    assert drawn[0] == 0.1 and np.diff(drawn).min() >= 10 and np.diff(drawn).max() <= 11.1 + 1e-6
+
+
 def test_no_picture_is_drawn_before_it_is_due(tmp_path: Path) -> None:
     report(reporter := reporting(tmp_path), range(1, 20), compute=100.0)
     assert reporter.board is not None
@@ -205,7 +243,14 @@ def test_no_picture_is_drawn_before_it_is_due(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "what, owner, method",
-    [(reports.CURVES, Board, "scalars"), (reports.PICTURE, Board, "draw"), (reports.WRITING, Record, "save")],
+    [
+        (reports.OPENING, Board, "__init__"),
+        (reports.CURVES, Board, "scalars"),
+        (reports.RANKS, Board, "draw_ranks"),
+        (reports.PICTURE, Board, "draw"),
+        (reports.CLOSING, Board, "close"),
+        (reports.WRITING, Record, "save"),
+    ],
 )
 def test_a_full_disk_does_not_end_the_run(
     tmp_path: Path,
@@ -215,16 +260,22 @@ def test_a_full_disk_does_not_end_the_run(
     owner: type,
     method: str,
 ) -> None:
-    def full(self: Any, *_: Any) -> None:
+    def full(self: Any, *_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    reporter = reporting(tmp_path)
+    reporter = None if what == reports.OPENING else reporting(tmp_path)
     monkeypatch.setattr(owner, method, full)
+    reporter = reporter or reporting(tmp_path)
     report(reporter, range(1, 4), compute=100.0)
     reporter.close()
     said = capsys.readouterr().out
     assert said.count(f"{what} failed and is left out from now on: OSError: [Errno 28] No space left on device") == 1
     assert said.count("| loss 1.0000 |") == 3 and (tmp_path / "scaling.json").exists() == (owner is Board)
+    if what != reports.OPENING:  # what else there is goes on, also after a picture that could not be drawn
+        curves = read(tmp_path).Tags()["scalars"]
+        assert ("loss_metrics/validation_loss" in curves) == (what != reports.CURVES)
+        if what != reports.CURVES:
+            assert len(read(tmp_path).Scalars("loss_metrics/global_avg_loss")) == 3
 
 
 # ---- what differs

@@ -204,6 +204,4 @@ def test_one_process(gloo: Any) -> None:
     (waterfalls,) = gloo(1, run, {}, {})
     check_sums(waterfalls)
     assert set(waterfalls[0].parts) == {"compute", "data", "checkpoint", "core", "report", "other"}
-    assert waterfalls[-1].moved == {} and waterfalls[-1].efficiency == pytest.approx(
-        waterfalls[-1].percent["compute"] / 100
-    )
+    assert waterfalls[-1].moved == {}

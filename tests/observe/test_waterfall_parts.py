@@ -143,7 +143,7 @@ def test_what_is_shown() -> None:
     moved = {"data": Moved(bytes=100.0, total=1.0, exposed=0.3)}
     shown = Waterfall(3, 10.0, seconds, (seconds,) * 4, moved)
     assert shown.line == "compute 80% exposed 8% imbalance 4% core 7%"
-    assert shown.efficiency == 0.8 and sum(shown.percent.values()) == pytest.approx(100)
+    assert shown.percent["compute"] == 80 and sum(shown.percent.values()) == pytest.approx(100)
     scalars = shown.scalars
     assert scalars["waterfall/exposed_tensor(%)"] == pytest.approx(5) and scalars["waterfall/bubble(%)"] == 0
     assert scalars["comm/data/exposed(ms)"] == pytest.approx(300) and scalars["comm/data/bytes"] == 100
