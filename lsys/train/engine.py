@@ -134,16 +134,18 @@ class Engine:
         found = scales(layer_losses(self.settings), batches, groups.collection.dp_cp, groups.device)
         collector = Collector(self.slots, groups, found)
         iterators = [zip(batches, itertools.repeat(collector), strict=False) for _ in self.chunks]
-        get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].slots * self.settings.parallel.context,  # Megatron divides by the context degree
-            micro_batch_size=1,
-            forward_only=forward_only,
-            force_all_reduce=force_all_reduce,
-        )
+        # Megatron's forward_only alone records a graph, and keeps its tensors.
+        with torch.set_grad_enabled(not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=batches[0].slots * self.settings.parallel.context,  # Megatron divides by the context degree
+                micro_batch_size=1,
+                forward_only=forward_only,
+                force_all_reduce=force_all_reduce,
+            )
         if not forward_only:
             collector.pending.require_none()
         losses = Losses.of(collector.reduce())

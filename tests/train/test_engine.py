@@ -41,6 +41,51 @@ def test_parameters_are_settled_before_they_are_read(gloo: Any) -> None:
     assert stale[0][0] != expected[0][0]  # the measure is needed: without it, parameters are those of before the step
 
 
+def saved_without_gradients(rank: int, world_size: int, changes: dict[str, Any]) -> tuple[int, int]:
+    """Tensors that autograd saves in a step without gradients, and in one with them."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.data.plan import Planner
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    settings = parity.settings(**changes)
+    with process_groups(settings.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        engine, parallel, saved = Engine(settings, groups), settings.parallel, []
+        stream: Any = parity.RandomDocuments(61)
+        planner = Planner(stream, 4 * 97, 97, parallel.context, parallel.tensor, parallel.layout)
+        plan = planner.step(0, groups.data_rank, groups.data_size)
+        batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
+        for forward_only in (True, False):
+            count = [0]
+
+            def note(tensor: torch.Tensor, count: list[int] = count) -> torch.Tensor:
+                count[0] += 1
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                engine.forward_backward(batches, forward_only=forward_only)
+            saved.append(count[0])
+    return saved[0], saved[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__context": 2},
+        {"parallel__tensor": 2},
+        {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "train__recompute": "full"},
+    ],
+    ids=str,
+)
+def test_a_validation_records_no_graph(gloo: Any, changes: dict[str, Any]) -> None:
+    changes = changes | {"model__pattern": "SLD", "model__layers": 4}
+    for without, with_gradients in gloo(2, saved_without_gradients, changes):
+        assert without == 0 and with_gradients > 10
+
+
 def what_outlives_its_engine(rank: int, world_size: int, changes: dict[str, Any]) -> list[str]:
     """Parameters that a dropped engine leaves in memory after two steps."""
     import gc
