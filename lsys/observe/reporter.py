@@ -12,7 +12,7 @@ from lsys.config.reports import LOSS, Metric, declared
 from lsys.data.corpus import Corpus
 from lsys.observe.efficiency import Efficiency, History, hardware_name
 from lsys.observe.meter import Interval, memory
-from lsys.observe.tensorboard import Board
+from lsys.observe.tensorboard import VALIDATION, Board, address
 from lsys.observe.texts import corpora_table, rank_grid, versions_table
 from lsys.observe.waterfall import Waterfall
 from lsys.parallel.mesh import Mesh
@@ -72,6 +72,7 @@ class Reporter:
 
     def _open(self, nodes: Sequence[int], first_step: int, texts: Mapping[str, str]) -> None:
         self.board = Board(self.settings, ranks=self.ranks, nodes=nodes, first_step=first_step, texts=texts)
+        self.say(f"curves: tensorboard --logdir {self.settings.train.folder}, then {address()}")
 
     def say(self, message: str) -> None:
         self.console.print(message)
@@ -141,7 +142,7 @@ class Reporter:
         """Held-out loss, beside the corpus's bigram entropy where that is known; and what else was reported, as `validation/NAME`."""
         if self.board:
             others = {f"validation/{tag}": value for tag, value in (values or {}).items() if tag != LOSS}
-            self._show(CURVES, self.board.scalars, step, {"loss_metrics/validation_loss": loss, **others})
+            self._show(CURVES, self.board.scalars, step, {VALIDATION: loss, **others})
         beside = f" (bigram entropy of the corpus: {entropy:.4f})" if entropy is not None else ""
         self.say(f"step {step} | validation loss {loss:.4f} nats per token{beside}")
 

@@ -1,7 +1,8 @@
 """How TensorBoard shows a run: curves, pictures, hyperparameters, texts, all as one TensorBoard run.
 
 Of the Time Series page TensorBoard makes a group of each first part of the tags' names, in alphabetical order; the first two groups are
-open. Custom scalars are for what belongs into one chart. They draw no tag with a parenthesis, as names with units have: those are curves
+open. Pinned cards come before all groups, and an address can pin: `address` does with the losses.
+Custom scalars are for what belongs into one chart. They draw no tag with a parenthesis, as names with units have: those are curves
 of Time Series only.
 """
 
@@ -12,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
-from lsys.config.reports import Metric, declared
+from lsys.config.reports import LOSS, Metric, declared
 from lsys.config.schema import Config
 from lsys.observe.run_dir import mark_folder, tensorboard_folder
 from lsys.observe.waterfall import COMPUTE, TAGS, Waterfall
@@ -21,7 +23,14 @@ from lsys.observe.waterfall_history import read_history
 
 PICTURE = f"{TAGS}all_parts"  # before the parts' own curves
 SECTIONS = ("model", "parallel", "data", "optimizer", "train")  # of the configuration, with hyperparameters
+VALIDATION = "loss_metrics/validation_loss"
 COMPARED = ("tensor", "pipeline", "context", "attention", "linear")  # of `parallel`, in every run
+
+
+def address(server: str = "http://localhost:6006") -> str:
+    """The address of TensorBoard's first page with training and validation loss on top, before `comm`."""
+    pins = [{"plugin": "scalars", "tag": tag} for tag in (LOSS, VALIDATION)]
+    return f"{server}/?pinnedCards={quote(json.dumps(pins, separators=(',', ':')), safe='')}#timeseries"
 
 
 @dataclass(frozen=True)

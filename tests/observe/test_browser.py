@@ -22,6 +22,7 @@ from lsys.config.schema import Config
 from lsys.data.corpus import Corpus
 from lsys.observe.meter import Interval
 from lsys.observe.reporter import Reporter
+from lsys.observe.tensorboard import address
 from lsys.observe.waterfall import Moved, Waterfall
 from lsys.parallel.mesh import Mesh
 
@@ -148,11 +149,29 @@ def test_the_first_page_has_every_run_and_the_waterfalls_beside_their_curves(pag
         card.get_by_text(f"run{number}/tensorboard").first.wait_for()
     groups.filter(has_text="waterfall").click()
     pictures = tab.locator("image-card").filter(has_text="waterfall/all_parts")
-    pictures.nth(RUNS - 1).scroll_into_view_if_needed()
+    pictures.first.wait_for()
+    for _ in range(RUNS):  # TensorBoard makes cards as they come near
+        pictures.last.scroll_into_view_if_needed()
+        tab.wait_for_timeout(500)
+    pictures.nth(RUNS - 1).wait_for()
     assert pictures.count() == RUNS
     tab.locator("image-card img").first.wait_for()
     assert appears(tab, "waterfall/compute(%)")
     assert page[2] == []
+
+
+@pytest.mark.slow
+def test_the_address_that_a_run_says_has_the_losses_on_top(page):
+    tab, server, _ = page
+    tab.goto("about:blank")
+    tab.goto(address(server.rstrip("/")))
+    cards = tab.locator("scalar-card")
+    for place, tag in enumerate(("global_avg_loss", "validation_loss")):
+        cards.nth(place).get_by_text(tag, exact=False).first.wait_for()
+        assert cards.nth(place).evaluate("card => card.closest('metrics-pinned-view') !== null")
+    group = tab.locator("metrics-card-group-toolbar .group-title").first
+    assert group.inner_text().startswith("comm")
+    assert cards.nth(1).bounding_box()["y"] < group.bounding_box()["y"]
 
 
 @pytest.mark.slow

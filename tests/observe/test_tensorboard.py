@@ -26,13 +26,14 @@ from lsys.observe.meter import Interval
 from lsys.observe.rank_heatmap import COLOURS, colour, ranks_picture
 from lsys.observe.reporter import Reporter
 from lsys.observe.stack import shown
-from lsys.observe.tensorboard import PICTURE, Board, Pace, charts, hyperparameters
+from lsys.observe.tensorboard import PICTURE, Board, Pace, address, charts, hyperparameters
 from lsys.observe.texts import corpora_table, rank_grid
 from lsys.observe.waterfall import Moved, Waterfall, part_names
 from lsys.parallel.ledger.labels import OTHER, WORLD
 from lsys.parallel.mesh import AXES, Mesh
 from lsys.runtime.groups import AXES as GROUPS
 
+ROOT = Path(__file__).parents[2]
 MODEL: dict[str, Any] = dict(layers=2, hidden=32, heads=4, ffn=64, vocab=64)
 
 
@@ -155,6 +156,13 @@ def test_no_curve_says_what_another_says(tmp_path: Path) -> None:
             curves[tag] = tuple(np.round(points / points[0], 5).tolist())  # in whatever unit
     alike = [pair for pair in itertools.combinations(curves, 2) if curves[pair[0]] == curves[pair[1]]]
     assert len(curves) > 30 and alike == [("tflops", "mfu(%)")]  # both names are torchtitan's
+
+
+def test_a_run_says_the_address_that_the_docs_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporting(tmp_path).close()
+    said = capsys.readouterr().out
+    assert f"curves: tensorboard --logdir {tmp_path}, then {address()}\n" in said
+    assert f"\n{address()}\n" in (ROOT / "docs" / "monitoring.md").read_text()
 
 
 def test_the_picture_has_the_whole_history_also_after_resuming(resumed: Path) -> None:
