@@ -39,7 +39,7 @@ class Gpu:
         return {NODE: self.node, NETWORK: self.network}
 
 
-# Latency of a step of a ring: NCCL 2.21's own model, src/graph/tuning.cc, hwLat, ring with the Simple protocol.
+# Latency of a step of a ring: NCCL 2.21's own model, src/graph/tuning.cc, hwLat, ring with the Simple protocol (before 2.12: 9.6 us for a network).
 def _fabric(bandwidth: float) -> Link:
     """NVLink, or Infinity Fabric, whose latency is taken to be the same."""
     return Link(3.4e-6, bandwidth)
@@ -85,7 +85,8 @@ GPUS: dict[str, Gpu] = {
 
 def of_device(name: str) -> Gpu | None:
     """The GPU that torch calls `name`, such as "NVIDIA H100 80GB HBM3"; None: it is not in the table."""
-    return next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}\b", name, re.IGNORECASE)), None)
+    other = r"(?! (Ti|D|SUPER|Laptop|Max-Q)\b)"  # these are cards of their own, with other peaks
+    return next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}\b{other}", name, re.IGNORECASE)), None)
 
 
 def of_word(word: str) -> Gpu | None:
