@@ -29,7 +29,7 @@ class StepModule(nn.Module):
         """
 
 
-class _Told:
+class StepHooks:
     """A module's two methods, without gradients; either may be missing."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,9 +48,9 @@ def _nothing(*unused: object) -> None:
     pass
 
 
-def told(chunk: nn.Module) -> Iterator[_Told]:
+def step_hooks(chunk: nn.Module) -> Iterator[StepHooks]:
     """The modules of a model chunk that have `begin_step` or `end_step`, with or without `StepModule`."""
-    return (_Told(each) for each in chunk.modules() if hasattr(each, "begin_step") or hasattr(each, "end_step"))
+    return (StepHooks(each) for each in chunk.modules() if hasattr(each, "begin_step") or hasattr(each, "end_step"))
 
 
 def persistent(module: nn.Module) -> dict[str, Tensor]:

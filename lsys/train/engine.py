@@ -20,7 +20,7 @@ from lsys.config.reports import TOKENS, Slots, declared
 from lsys.data.plan import RankBatch
 from lsys.model.hybrid import HybridModel
 from lsys.model.megatron_config import transformer_config
-from lsys.model.module_state import told
+from lsys.model.module_state import step_hooks
 from lsys.model.parameters import initialise
 from lsys.observe.added_loss import scales
 from lsys.observe.values import Collector, Values
@@ -49,7 +49,7 @@ class Engine:
         self.optimizer = get_megatron_optimizer(_optimizer_config(settings, self._gathers_late), self.chunks)
         take_over(self.optimizer, settings.optimizer)
         self.scheduler = _scheduler(settings, self.optimizer)
-        self.stateful = [module for chunk in self.chunks for module in told(chunk)]
+        self.stateful = [module for chunk in self.chunks for module in step_hooks(chunk)]
         self._values: Values | None = None  # that the last forward and backward passes gave
         self._install_hooks()
 
