@@ -51,7 +51,7 @@ def is_path(value: str) -> bool:
 
 
 def _is_subclass(base: str) -> Callable[[Any], str]:
-    """By the name of the base, whose module may need torch."""
+    """What a role asks of an object: what is wrong with it, "" if it is a subclass of `base`; by that name, since its module may need torch."""
 
     def wrong(found: Any) -> str:
         names = [f"{each.__module__}.{each.__qualname__}" for each in getattr(found, "__mro__", ())]

@@ -209,7 +209,7 @@ class Sizes:
         return self.b * self.values
 
     def taken(self, elements: float) -> float:
-        """By the kernel, and kept by nothing else: so many were views, but what was sent to this rank is no view."""
+        """Bytes of what the kernel takes and nothing else keeps: so many elements were views, but what was sent to this rank is no view."""
         return self.b * elements if self.is_sent else self.clone
 
     @property

@@ -92,7 +92,7 @@ class Activations:
 
     @cached_property
     def layers(self) -> dict[Layer, LayerMemory]:
-        """By the kinds of layers."""
+        """Bytes of one layer and micro-batch, by kind of layer."""
         return {kind: self._layer(*kind) for kind in dict.fromkeys(self.model.layer_kinds)}
 
     def _layer(self, kind: str, channels: str) -> LayerMemory:

@@ -82,7 +82,7 @@ class Hardware:
 
 
 def hardware(name: str, precision: str, default_ranks: int = 8, cards: Iterable[Card] = ()) -> Hardware:
-    """By a name such as h100x8 (GPU, GPUs of a node), or the path of a calibration. Unknown GPUs are known by name only.
+    """The hardware of a name such as h100x8 (GPU, GPUs of a node), or of a calibration's path. Unknown GPUs are known by name only.
 
     Args:
         cards: of the model; data sheets have rates for mixers of the user's own too, those of their family.

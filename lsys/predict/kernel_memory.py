@@ -57,7 +57,7 @@ def variant(card: StateCard) -> str:
 
 
 def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
-    """As `lsys.kernels.linear_attention.chunked.grid.chunk_size`: the least estimated work."""
+    """Tokens of a chunk with the least estimated work, as `lsys.kernels.linear_attention.chunked.grid.chunk_size` chooses them."""
     move, start = 32, 50_000
     costs = []
     for size in SIZES:

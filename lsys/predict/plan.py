@@ -35,12 +35,12 @@ class Plan:
 
     @cached_property
     def weights(self) -> tuple[Weights, ...]:
-        """By stage, of the first of its ranks."""
+        """Bytes of parameters, gradients and optimizer by stage, of the first of its ranks."""
         return tuple(weights(self.deployment, stage) for stage in range(self.deployment.mesh.pipeline))
 
     @cached_property
     def activations(self) -> tuple[Peak, ...]:
-        """By stage."""
+        """Bytes of activations at the peak, by stage."""
         activations = Activations(self.deployment)
         return tuple(activations.peak(stage) for stage in range(self.deployment.mesh.pipeline))
 

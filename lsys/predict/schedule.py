@@ -47,7 +47,7 @@ def _place(number: int, stages: int, chunks: int) -> tuple[int, int]:
 
 
 def in_flight(deployment: Deployment, stage: int) -> list[int]:
-    """By chunk, how many micro-batches' backward passes are to come when most forward passes are done."""
+    """How many micro-batches' backward passes are to come when most forward passes are done, by chunk."""
     counts, most = [0] * deployment.chunks, [0] * deployment.chunks
     for step in passes(deployment.mesh.pipeline, stage, deployment.chunks, deployment.micro_batches):
         counts[step.chunk] += 1 if step.is_forward else -1

@@ -30,7 +30,7 @@ def changed(config: Config, changes: Changes) -> Config:
 
 
 def overrides(changes: Changes) -> str:
-    """As options of the command line."""
+    """The changes as options of the command line, such as `--parallel.tensor 2`."""
     words = (f"--{key.replace('_', '-')} {str(value).lower()}" for key, value in changes.items())
     return " ".join(words)
 
