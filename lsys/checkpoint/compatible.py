@@ -16,6 +16,7 @@ from lsys.config.user_code import OWN, UserCode, is_path
 # Fields of the model that change no stored tensor; the rest must be equal.
 FREE = frozenset({"vocab", "vocab_multiple", "init_std"})  # of the vocabulary only the padded size counts
 FUNCTION = frozenset({"rope_base", "norm_eps"})  # what the model computes changes: allowed, with a warning
+MISSING = object()  # in the place of a key that one of the two does not have
 
 
 def differences(stored: str, settings: Config) -> list[str]:
@@ -33,7 +34,7 @@ def differences(stored: str, settings: Config) -> list[str]:
             for mistake in from_validation(error, Model)
         ]
     found = [
-        f"model.{name} {_text(old.get(name))} in the checkpoint, {_text(new.get(name))} in the config"
+        f"model.{name} {_text(old.get(name, MISSING))} in the checkpoint, {_text(new.get(name, MISSING))} in the config"
         for name in sorted(old.keys() | new.keys())
         if name not in FREE | FUNCTION and old.get(name) != new.get(name)
     ]
@@ -82,5 +83,7 @@ def _optimizer(tree: dict[str, Any], settings: Config) -> list[str]:
 
 def _text(value: Any) -> str:
     return (
-        "unknown" if value is None else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+        "unknown"
+        if value is MISSING
+        else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
     )

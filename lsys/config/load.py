@@ -16,6 +16,7 @@ from lsys.config.model import Model
 from lsys.config.overrides import Override
 from lsys.config.schema import Config
 from lsys.config.user_code import REFUSED, UserCode
+from lsys.section import Section
 
 
 class _Loader(yaml.SafeLoader):
@@ -197,9 +198,16 @@ def _resolved_model(model: Model) -> dict[str, Any]:
     )
     kinds = {*model.kinds, *model.channel_kinds}
     sections = {key: model.mixers.section(key) for key in model.mixers.keys if key in kinds}
-    dumped = {key: section.model_dump(mode="json", exclude_none=True) for key, section in sections.items() if section}
+    dumped = {key: _dumped(section) for key, section in sections.items() if section}
     tree["mixers"] = {key: section for key, section in dumped.items() if section}
     return tree
+
+
+def _dumped(section: Section) -> dict[str, Any]:
+    """A section with plain values, without what is empty by default."""
+    empty = {key for key, field in type(section).model_fields.items() if field.default is None}
+    dumped = section.model_dump(mode="json")
+    return {key: value for key, value in dumped.items() if not (value is None and key in empty)}
 
 
 def dump(config: Config) -> str:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ValidationError
 from lsys.config.user_code import REFUSED
 from lsys.section import held_section
 
+# In the context of a mistake below a name of the user's own: the section of that name, and the place in it.
+INSIDE = "inside"
+
 # What pydantic's words leave open, by its names of mistakes.
 RULES = {"model_type": "it should be a mapping", "list_type": "it should be a list in brackets, such as [a, b]"}
 
@@ -52,6 +55,8 @@ def from_validation(error: ValidationError, schema: type[BaseModel]) -> list[Mis
     mistakes: dict[str, Mistake] = {}
     for found in error.errors(include_url=False):
         names, section = _place(schema, found["loc"])
+        if inside := found.get("ctx", {}).get(INSIDE):
+            section = _place(*inside)[1]
         mistakes.setdefault(".".join(map(str, names)), _mistake(found, names, section, schema))
     return list(mistakes.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, create_
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lsys.config import user_code
+from lsys.config.messages import INSIDE
 from lsys.config.user_code import PATH, Role, UserCode, is_path
 from lsys.mixers.attention import AttentionCard
 from lsys.mixers.card import MixerCard
@@ -78,12 +80,11 @@ class Variants(Section):
             if name in cls.model_fields or isinstance(data[name], Section):
                 continue
             try:
-                found[name] = _variant(name, data[name], user_code.of(info))
-            except ValidationError as error:
-                wrong += [
-                    {"type": _again(e["type"], e["msg"]), "loc": (name, *e["loc"]), "input": e["input"]}
-                    for e in error.errors()
-                ]
+                section = _variant(name, data[name], user_code.of(info))
+                try:
+                    found[name] = section.model_validate(data[name])
+                except ValidationError as error:
+                    wrong += [_again(e, name, section) for e in error.errors()]
             except PydanticCustomError as error:
                 is_path = error.type == user_code.REFUSED
                 place = ((name, "kind"), data[name]["kind"]) if is_path else ((name,), data[name])
@@ -119,28 +120,29 @@ def paths(sections: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and is_path(kind)))
 
 
-def _again(kind: str, message: str) -> PydanticCustomError:
-    """A mistake that has been told, as one that another section tells."""
-    return PydanticCustomError(kind, "{said}", {"said": message})  # type: ignore[arg-type]
+def _again(found: Any, name: str, section: type[Section]) -> InitErrorDetails:
+    """A mistake in the section of a variant, as one that `model.mixers` tells."""
+    context = {"said": found["msg"], INSIDE: (section, found["loc"])}
+    problem = PydanticCustomError(found["type"], "{said}", context)
+    return {"type": problem, "loc": (name, *found["loc"]), "input": found["input"]}
 
 
-def _variant(name: Any, data: Any, code: UserCode) -> Section:
+def _variant(name: Any, data: Any, code: UserCode) -> type[Section]:
+    """The section that a variant has by what it says of its kind."""
     if not (isinstance(name, str) and NAME.fullmatch(name)):
         raise PydanticCustomError(
             "mixer_name", "a name of a variant is of small letters, digits and _, such as far_window"
         )
     kind = data.get("kind") if isinstance(data, dict) else None
     if isinstance(kind, str) and is_path(kind):
-        return _variant_section(code.find(kind, CARD), kind).model_validate(data)
+        return _variant_section(code.find(kind, CARD), kind)
     if kind not in ALL:
         said = f"kind {kind!r} is no mixer" if kind else "unknown key"
-        known = ", ".join(ALL)
-        raise PydanticCustomError(
-            "mixer_kind",
-            "{said}; a variant says kind: NAME, of {known}, or kind: package.module:Card",
-            {"said": said, "known": known},
-        )
-    return _variant_section(ALL[kind], kind).model_validate(data)
+        similar = difflib.get_close_matches(str(kind or name), ALL, n=1)
+        asked = f"did you mean {similar[0]}? A" if similar else "a"
+        told = f"{said}; {asked} variant says kind: NAME, of {', '.join(ALL)}, or kind: package.module:Card"
+        raise PydanticCustomError("mixer_kind", "{said}", {"said": told})
+    return _variant_section(ALL[kind], kind)
 
 
 # The sections of variants, by card, and the cards by section.

@@ -21,6 +21,13 @@ def _moved(key: str) -> Any:
     return Field(None, exclude=True, description=f"Now {there}; read as before.")
 
 
+def _given(section: Any) -> Any:
+    """What the keys of a section were given, also of one that has been made in Python; a mapping of its own."""
+    if isinstance(section, Section):
+        return {key: getattr(section, key) for key in section.model_fields_set}
+    return {**section} if isinstance(section, dict) else section
+
+
 def _is_valid(name: str, key: str, value: Any) -> bool:
     """Whether a mixer's own section takes this value."""
     try:
@@ -109,16 +116,14 @@ class Model(Section):
     @classmethod
     def _read_moved(cls, data: Any) -> Any:
         """With the keys that have moved out of `linear` where they are now; given in both places they are refused."""
-        given = data.get("linear") if isinstance(data, dict) else None
-        given = given.model_dump(exclude_unset=True) if isinstance(given, LinearMixer) else given
+        given = _given(data.get("linear")) if isinstance(data, dict) else None
         moved = {key: given[key] for key in MOVED if key in given} if isinstance(given, dict) else {}
-        mixers = data.get("mixers", {}) if moved else {}
-        if not moved or not isinstance(mixers, dict):
+        found, twice = _given(data.get("mixers", {})) if moved else {}, list[InitErrorDetails]()
+        if not moved or not isinstance(found, dict):
             return data
-        found, twice = {name: section for name, section in mixers.items()}, list[InitErrorDetails]()
         for key, value in moved.items():
             for name in MOVED[key]:
-                section = found.get(name, {})
+                section = _given(found.get(name, {}))
                 if not _is_valid(name, key, value):
                     continue  # told of the key that is given
                 if isinstance(section, dict) and key in section:
@@ -217,14 +222,14 @@ class Model(Section):
 
     @property
     def known_cards(self) -> dict[str, Card]:
-        """As `cards`, without the kinds that nothing knows."""
+        """The cards of the token mixers that there are, by name as in `cards`, without the kinds that nothing knows."""
         kinds = {*self.kinds}
         found = ((key, self.mixers.card(key)) for key in self.mixers.keys if key in kinds)
         return {key: self._made(card, key) for key, card in found if card is not None and issubclass(card, Card)}
 
     @property
     def known_channel_cards(self) -> dict[str, ChannelCard]:
-        """As `channel_cards`, without the kinds that nothing knows."""
+        """The cards of the channel mixers that there are, by name as in `channel_cards`, without the kinds that nothing knows."""
         kinds = {*self.channel_kinds}
         found = ((key, self.mixers.card(key)) for key in self.mixers.keys if key in kinds)
         return {key: self._made(card, key) for key, card in found if card is not None and issubclass(card, ChannelCard)}

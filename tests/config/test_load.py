@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lsys.config.load import config_hash, dump
 from lsys.config.load import load as load_config
 from lsys.config.messages import ConfigError
+from lsys.config.mixers import Mixers
+from lsys.config.model import LinearMixer, Model
 from lsys.config.overrides import parse_overrides
 from lsys.config.schema import Config
+from lsys.mixers.registry import ALL
 
 GOOD = """
 model: {layers: 4, hidden: 64, heads: 4, vocab: 257}
@@ -179,8 +183,36 @@ def test_wrong_variants_and_keys_that_have_moved_are_told(file) -> None:
     found = mistakes(file(GOOD.replace("vocab: 257}", wrong.replace("gate_rank: 3", "lrpe: x"))))
     for part in (
         "model.linear.lrpe: 'x' does not do",
-        "model.mixers.far: {'kind': 'wind'} does not do: kind 'wind' is no mixer; a variant says kind: NAME, of softmax",
+        "model.mixers.far: {'kind': 'wind'} does not do: kind 'wind' is no mixer; did you mean window? A variant says kind: NAME, of softmax",
         "model.mixers.3: {} does not do: a name of a variant is of small letters",
-        "model.mixers.near.windo: unknown key 'windo'",
+        "model.mixers.near.windo: unknown key; did you mean window?",
     ):
         assert any(line.startswith(part) for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("mixers", "told"),
+    [
+        ("lightnng: {decay: false}", "model.mixers.lightnng: {'decay': False} does not do: unknown key; did you mean lightning? A variant says"),
+        ("far: {kind: window, hidden: 3}", "model.mixers.far.hidden: unknown key; did you mean model.hidden?"),
+        ("far: {kind: gla, xyz: 3}", "model.mixers.far.xyz: unknown key; there are heads, head_dim, key_heads, key_dim, gate_rank, kind"),
+        ("far: {kind: window, window: 0}", "model.mixers.far.window: 0 does not do: it should be greater than 0 (Tokens that a query sees"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_variants_have_their_remedies(file, mixers: str, told: str) -> None:
+    (found,) = mistakes(file(GOOD.replace("vocab: 257}", f"vocab: 257, mixers: {{{mixers}}}}}")))
+    assert found.startswith(told)
+
+
+def test_keys_that_have_moved_are_read_from_sections_made_in_python() -> None:
+    sizes: dict[str, Any] = dict(layers=2, hidden=64, heads=4, vocab=257, pattern="LG")
+    linear, window = LinearMixer(decay=False, gate_rank=3), ALL["window"].Options.model_validate({"window": 3})
+    for mixers in ({}, {"window": {"window": 3}}, {"window": window}, Mixers(window=window)):
+        found = Model(**sizes, linear=linear, mixers=mixers).mixers  # type: ignore[arg-type]
+        assert (found.lightning.decay, found.gla.gate_rank) == (False, 3)
+        assert found.window.window == (3 if mixers else None)
+    beside = Mixers(lightning=ALL["lightning"].Options.model_validate({"norm": "srms"}))
+    lightning = Model(**sizes, linear=linear, mixers=beside).mixers.lightning
+    assert (lightning.decay, lightning.norm) == (False, "srms")
+    with pytest.raises(ValueError, match=r"it is given as model\.mixers\.gla\.gate_rank too"):
+        Model(**sizes, linear=linear, mixers=Mixers(gla=ALL["gla"].Options.model_validate({"gate_rank": 4})))
