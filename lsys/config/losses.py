@@ -5,8 +5,10 @@ The loss of a step is the final one plus, for each declared `LayerLoss`, weight 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -81,27 +83,38 @@ class LayerLoss:
     weight: float
     count: Literal["tokens", "targets"] | Callable[[Any], Any] = "tokens"
 
+    @property
+    def counted(self) -> Any:
+        """What tells one count from another: of a function, where it is written and what it holds; it is made anew at each asking."""
+        function = getattr(self.count, "__func__", self.count)
+        if not isinstance(function, FunctionType):
+            return self.count
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+        of = getattr(self.count, "__self__", None)
+        return function.__module__, function.__code__, function.__defaults__, function.__kwdefaults__, of, held
 
-def _of_cards(config: Config) -> Iterable[LayerLoss]:
-    model = config.model
-    for card in (*model.known_cards.values(), *model.known_channel_cards.values()):
-        yield from card.losses()
+
+# What declares losses of layers beside the cards.
+SOURCES: list[Callable[[Config], Iterable[LayerLoss]]] = []
 
 
-# What declares losses of layers.
-SOURCES: list[Callable[[Config], Iterable[LayerLoss]]] = [_of_cards]
+def declarations(config: Config) -> Iterator[tuple[str, Callable[[], Iterable[LayerLoss]]]]:
+    """(key of what declares losses, or "" where it has none; what gives them)."""
+    for card in (*config.model.known_cards.values(), *config.model.known_channel_cards.values()):
+        yield f"model.mixers.{card.key}", card.losses
+    for source in SOURCES:
+        yield "", partial(source, config)
 
 
 def layer_losses(config: Config) -> tuple[LayerLoss, ...]:
     """All that layers of a run add to the loss, each once, in an order that follows from the configuration.
 
-    Raises:
-        ValueError: a name is declared in two ways.
+    Of a name that is declared in two ways, the first: `lsys.config.reports.mistakes` refuses that.
     """
     found: dict[str, LayerLoss] = {}
-    for loss in (loss for source in SOURCES for loss in source(config)):
-        if found.setdefault(loss.name, loss) != loss:
-            raise ValueError(f"the loss {loss.name} is declared twice, as {found[loss.name]} and as {loss}")
+    for _, declare in declarations(config):
+        for loss in declare():
+            found.setdefault(loss.name, loss)
     return tuple(found.values())
 
 

@@ -7,11 +7,14 @@ reduction operation (sums, maxima) goes over the data x context ranks, over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
-from lsys.config.losses import layer_losses
+from lsys.config.losses import LayerLoss, declarations, layer_losses
+from lsys.config.messages import ConfigError, Mistake
 from lsys.config.schema import Config
 
 NUMBER = 8  # bytes: values are summed in fp64
@@ -78,18 +81,93 @@ def declared(config: Config) -> tuple[Metric, ...]:
     """All metrics of a run, each once, in an order that follows from the configuration.
 
     Raises:
-        ValueError: a name is declared in two ways, or a mean's weight is no sum of one number over the same ranks.
+        ConfigError: there are `mistakes`.
     """
-    found: dict[str, Metric] = {}
-    for metric in (metric for source in SOURCES for metric in source(config)):
-        if found.setdefault(metric.name, metric) != metric:
-            raise ValueError(f"{metric.name} is declared twice, as {found[metric.name]} and as {metric}")
-    for metric in found.values():
-        if metric.weight is not None:
-            weight = found.get(metric.weight)
-            if weight is None or (weight.how, weight.size, set(weight.axes)) != ("sum", 1, set(metric.axes)):
-                raise ValueError(f"{metric.name}: {metric.weight} is no sum of one number over {metric.axes}")
-    return tuple(found.values())
+    if found := [*mistakes(config)]:
+        raise ConfigError(found)
+    return tuple({metric.name: metric for source in SOURCES for metric in source(config)}.values())
+
+
+# Curves that a run has beside what is declared, and groups of curves, the first part of their names.
+CURVES = frozenset(
+    {"grad_norm", "lr", "n_tokens_seen", "throughput(tps)", "tflops", "mfu(%)", "loss_metrics/validation_loss"}
+)
+GROUPS = frozenset({"comm", "memory", "ranks", "scaling", "time_metrics", "validation", "waterfall"})
+
+
+def is_own(tag: str) -> bool:
+    """Whether a curve's name is one that lsys takes for itself."""
+    return tag in CURVES or tag.partition("/")[0] in GROUPS
+
+
+def mistakes(config: Config) -> Iterator[Mistake]:
+    """What is wrong with what layers and losses declare: names that are taken, losses that cannot be counted or weighed."""
+    metrics: dict[str, Metric] = {}  # by tag
+    for metric in (metric for source in SOURCES if source is not added for metric in source(config)):
+        for tag in dict.fromkeys((metric.name, *metric.tags)):
+            if is_own(tag):
+                yield Mistake("", f"{tag} is declared, and is a curve that every run has", "take another name")
+            elif metrics.setdefault(tag, metric) != metric:
+                yield Mistake("", f"{tag} is declared twice, as {metrics[tag]} and as {metric}", "take another name")
+    for metric in dict.fromkeys(metrics.values()):
+        weight = metrics.get(metric.weight or "")
+        is_sum = weight is not None and (weight.how, weight.size, {*weight.axes}) == ("sum", 1, {*metric.axes})
+        if metric.weight is not None and not is_sum:
+            yield Mistake("", f"{metric.name}: {metric.weight} is no sum of one number over {metric.axes}")
+    known: dict[str, tuple[str, LayerLoss]] = {}
+    for key, declare in declarations(config):
+        try:
+            for loss in declare():
+                problem = _wrong_loss(loss, metrics)
+                if problem := problem or _contradiction(loss, *known.setdefault(loss.name, (key, loss))):
+                    yield Mistake(key, *problem)
+        except Exception as error:  # the user's own code
+            yield Mistake(key, f"its losses() raised {type(error).__name__}: {error}", GIVES)
+
+
+GIVES = "losses() gives LayerLoss of lsys.config.losses"
+
+
+def _wrong_loss(loss: Any, metrics: Iterable[str]) -> tuple[str, str] | None:
+    """(what is wrong with a loss by itself, what would do)."""
+    if not isinstance(loss, LayerLoss):
+        return f"its losses() gives {loss!r}", GIVES
+    if not (isinstance(loss.name, str) and loss.name):
+        return f"a loss is called {loss.name!r}", 'a curve has its name: give it a text, such as f"{self.key}/balance"'
+    if is_own(loss.name) or loss.name in metrics:
+        return f"the loss {loss.name!r} has the name of something else that a run reports", _name_by_key(loss)
+    if not (isinstance(loss.weight, Real) and math.isfinite(loss.weight)):
+        return f"the loss {loss.name!r} has the weight {loss.weight!r}", "a weight is a finite number"
+    if loss.count not in ("tokens", "targets") and not callable(loss.count):
+        return (
+            f"the loss {loss.name!r} counts {loss.count!r}",
+            "there are 'tokens', 'targets', or a function of a micro-batch",
+        )
+    return None
+
+
+def _contradiction(loss: LayerLoss, key: str, first: LayerLoss) -> tuple[str, str] | None:
+    """(what is otherwise in another declaration of the name, what would do)."""
+    if loss.weight != first.weight:
+        differs = f"has the weight {loss.weight}, and {first.weight}"
+    elif loss.counted != first.counted:
+        texts = [
+            each if isinstance(each, str) else getattr(each, "__qualname__", repr(each))
+            for each in (loss.count, first.count)
+        ]
+        differs = f"counts by {texts[0]}, and " + (
+            "by that with other values" if texts[0] == texts[1] else f"by {texts[1]}"
+        )
+    else:
+        return None
+    return (
+        f"the loss {loss.name!r} {differs} in {key or 'another declaration'}",
+        f"a name has one of each; {_name_by_key(loss)}",
+    )
+
+
+def _name_by_key(loss: LayerLoss) -> str:
+    return f'the card may name it by its section: f"{{self.key}}/{loss.name}"'
 
 
 @dataclass(frozen=True)

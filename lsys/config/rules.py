@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from lsys.config import reports
 from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
 from lsys.config.model import Model, pattern_text
 from lsys.config.schema import ADAMW, Config
@@ -242,8 +243,12 @@ def _profile(config: Config, world_size: int) -> Iterator[Mistake]:
         yield Mistake("train.profile.first", problem, f"{max(1, steps - profile.steps + 1)} or less")
 
 
+def _declared(config: Config, world_size: int) -> Iterator[Mistake]:
+    yield from reports.mistakes(config)
+
+
 RULES: tuple[Callable[[Config, int], Iterable[Mistake]], ...] = (
-    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule, _own_schedule, _optimizer, _profile
+    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule, _own_schedule, _optimizer, _profile, _declared
 )  # fmt: skip
 
 

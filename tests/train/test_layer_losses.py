@@ -9,6 +9,7 @@ from support import added, parity, steps
 
 from lsys.config import losses
 from lsys.config.losses import LayerLoss, layer_losses
+from lsys.config.messages import ConfigError
 from lsys.config.reports import declared
 from lsys.predict.deployment import Deployment
 from lsys.predict.traffic import StepTraffic
@@ -137,8 +138,11 @@ def test_mistakes_are_told(gloo: Any) -> None:
 
 def test_a_name_has_one_declaration() -> None:
     twice = [lambda _: [LayerLoss("a", 1.0)], lambda _: [LayerLoss("a", 2.0)]]
-    with mock.patch.object(losses, "SOURCES", twice), pytest.raises(ValueError, match="declared twice"):
-        layer_losses(parity.settings())
+    with (
+        mock.patch.object(losses, "SOURCES", twice),
+        pytest.raises(ConfigError, match="has the weight 2.0, and 1.0 in"),
+    ):
+        declared(parity.settings())
     same = [lambda _: [LayerLoss("a", 1.0)], lambda _: [LayerLoss("b", 2.0), LayerLoss("a", 1.0)]]
     with mock.patch.object(losses, "SOURCES", same):
         assert [loss.name for loss in layer_losses(parity.settings())] == ["a", "b"]

@@ -129,7 +129,10 @@ def test_what_is_declared_is_checked() -> None:
     with pytest.raises(ValueError, match="only a mean"):
         Metric("a", "sum", weight="tokens")
     cases: list[tuple[list[Metric], str]] = [
-        ([Metric("a", "sum"), Metric("a", "max")], "declared twice"),
+        ([Metric("a", "sum"), Metric("a", "max")], "a is declared twice"),
+        ([Metric("a", "sum", size=2), Metric("a/1", "sum")], "a/1 is declared twice"),
+        ([Metric("lr", "sum")], "lr is declared, and is a curve that every run has"),
+        ([Metric("comm/x", "sum")], "comm/x is declared, and"),
         ([Metric("a", "mean", weight="b")], "b is no sum"),
         ([Metric("a", "mean", weight="tokens", axes=("tensor",))], "tokens is no sum"),
     ]
@@ -198,6 +201,8 @@ def test_a_run_shows_them_over_intervals_and_validation_apart(gloo: Any, tmp_pat
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     found = {tag: {point.step: point.value for point in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    names = {metric.name for metric in declared(parity.settings())}
+    assert {tag for tag in found if not reports.is_own(tag)} - names == {t for t in found if t.startswith("probe/")}
     for above, points in (("", {2: [0, 1], 4: [2, 3]}), ("validation/", {2: [4], 4: [4]})):
         known = {step: reporting.expected(these, 1, 1) for step, these in points.items()}
         for tag in known[2]:
