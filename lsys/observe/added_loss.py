@@ -23,11 +23,11 @@ class Scale(NamedTuple):
     """The scale of one loss in one step, fp64 scalars on the device.
 
     Attributes:
-        factor: w N / C, of its gradient. divisor: C, at least 1.
+        factor: w N / C, of its gradient, with C at least 1. counted: C, over all ranks.
     """
 
     factor: Tensor
-    divisor: Tensor
+    counted: Tensor
 
 
 def scales(losses: Sequence[LayerLoss], batches: Iterable[Any], group: Any, device: torch.device) -> dict[str, Scale]:
@@ -46,8 +46,8 @@ def scales(losses: Sequence[LayerLoss], batches: Iterable[Any], group: Any, devi
             counts[place] += _count(loss, batch)
     dist.all_reduce(counts, group=group)
     return {
-        loss.name: Scale(loss.weight * counts[0] / count, count)
-        for loss, count in zip(losses, counts[1:].clamp(min=1), strict=True)
+        loss.name: Scale(loss.weight * counts[0] / count.clamp(min=1), count)
+        for loss, count in zip(losses, counts[1:], strict=True)
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ class Pass:
             raise ValueError(
                 f"{name} is {total.dtype} {list(total.shape)}: what is added to the loss is one number, fp32"
             )
-        self.report(name, total.detach() / scale.divisor)
+        self.report(name, total.detach())
         if not (torch.is_grad_enabled() and total.requires_grad):
             return through
         made: Tensor = Added.apply(through, total, scale.factor, name, self._pending)
@@ -124,9 +124,12 @@ class Collector:
         parts = {"sum": self.sums, "max": self.maxima}
         for message in self.slots.messages:
             self._bring_together(message, parts[message.how])
-        numbers = torch.cat((self.sums, self.maxima)).tolist()
-        sums, maxima = numbers[: len(self.sums)], numbers[len(self.sums) :]
-        return Values(self.slots, 1, sums, maxima, sums)
+        counts = [scale.counted.reshape(1) for scale in self.scales.values()]  # of all ranks already
+        numbers = torch.cat((self.sums, self.maxima, *counts)).tolist()
+        first, last = len(self.sums), len(self.sums) + len(self.maxima)
+        return Values(
+            self.slots, 1, numbers[:first], numbers[first:last], dict(zip(self.scales, numbers[last:], strict=True))
+        )
 
     def _bring_together(self, message: Message, numbers: Tensor) -> None:
         groups, is_sum = self.groups.collection, message.how == "sum"
@@ -154,44 +157,50 @@ class Collector:
 
 @dataclass(frozen=True)
 class Values:
-    """What all ranks reported together in one step, or in several.
+    """What all ranks reported together in one step, or in several; or in the batches of a validation.
 
     Attributes:
-        steps: how many. sums: of all of them. maxima: over all of them. newest: sums of the last step.
+        steps: how many. sums: of all of them. maxima: over all of them.
+        counts: of all of them, what the losses that layers add are divided by, by name.
     """
 
     slots: Slots
     steps: int
     sums: Sequence[float]
     maxima: Sequence[float]
-    newest: Sequence[float]
+    counts: Mapping[str, float] = field(default_factory=dict)
 
     def followed_by(self, later: Values) -> Values:
         """Both together."""
         sums = [a + b for a, b in zip(self.sums, later.sums, strict=True)]
         maxima = [math.nan if math.isnan(a + b) else max(a, b) for a, b in zip(self.maxima, later.maxima, strict=True)]
-        return Values(self.slots, self.steps + later.steps, sums, maxima, later.newest)
+        counts = {name: count + later.counts[name] for name, count in self.counts.items()}
+        return Values(self.slots, self.steps + later.steps, sums, maxima, counts)
 
     def total(self, name: str) -> float:
         """A scalar's sum, of a mean before it is divided."""
         return self.sums[self.slots.sums[name]][0]
 
     def of(self, name: str) -> tuple[float, ...]:
-        """A metric's numbers; none if nothing was reported."""
+        """A metric's numbers, over all steps together; none if nothing was reported."""
         metric = self.slots.metrics[name]
         if metric.how == "max":
             found = self.maxima[self.slots.maxima[name]]
             return () if all(value == -math.inf for value in found) else tuple(found)
-        sums, steps = (self.newest, 1) if metric.newest else (self.sums, self.steps)
-        divisor = sums[self.slots.weights[name]][0] if metric.how == "mean" else float(steps)
-        return tuple(value / divisor for value in sums[self.slots.sums[name]]) if divisor else ()
+        divisor = self.sums[self.slots.weights[name]][0] if metric.how == "mean" else float(self.steps)
+        divisor = self.counts.get(name, divisor)
+        return tuple(value / divisor for value in self.sums[self.slots.sums[name]]) if divisor else ()
 
-    @property
-    def curves(self) -> dict[str, float]:
-        """Points of TensorBoard's curves, by tag; metrics that nothing was reported of are left out."""
+    def shown(self, newest: Values) -> dict[str, float]:
+        """The curves' points of a report on an interval, whose last step gave `newest`: some metrics show that alone."""
         return {
             tag: value
             for metric in self.slots.metrics.values()
             if metric.shown
-            for tag, value in zip(metric.tags, self.of(metric.name), strict=False)
+            for tag, value in zip(metric.tags, (newest if metric.newest else self).of(metric.name), strict=False)
         }
+
+    @property
+    def curves(self) -> dict[str, float]:
+        """Points of TensorBoard's curves, by tag, each of all steps; metrics that nothing was reported of are left out."""
+        return self.shown(self)

@@ -234,7 +234,7 @@ class Reporting(StepObserver):
         own = self.meter.take()
         with self.run.observers.paused("report"):
             interval = replace(own, flops=self.run.data.flops_of_all(own.flops))
-            values = {LOSS: done.losses.mean, **self.values.curves, "grad_norm": done.grad_norm, "lr": done.lr}
+            values = {LOSS: done.losses.mean, **self.values.shown(found), "grad_norm": done.grad_norm, "lr": done.lr}
             values["n_tokens_seen"] = done.step * settings.train.batch_tokens
             self.reporter.training(done.step, interval, values, waterfall=self.recorder.take())
         self.values = None

@@ -89,13 +89,18 @@ def engine_and_plan(rank: int, world_size: int, changes: dict[str, Any], add: Ad
 
 
 def trained(rank: int, world_size: int, changes: dict[str, Any], fault: str = "") -> dict[str, Any]:
-    """What a step of the engine gives: gradients, what is reported; the same in a validation; the loss."""
+    """What a step of the engine gives: gradients, what is reported; the same in a validation of two batches; the loss."""
     from lsys.model.parameters import pieces
+    from lsys.train.protocol import Losses
 
     with engine_and_plan(rank, world_size, changes, by_the_engine, fault) as (engine, plan):
         groups = engine.groups
         batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
-        held_out = engine.forward_backward(batches, forward_only=True)
+        first = groups.collection.pp.size()  # of two validation batches, which differ in what the losses count
+        held_out, second = (
+            engine.forward_backward(part, forward_only=True).values for part in (batches[:first], batches[first:])
+        )
+        held_out = Losses.of(held_out.followed_by(second))
         found = engine.forward_backward(batches, force_all_reduce=True)
         gradients = [
             (p.key, p.shape, p.offset, p.data.clone()) for c in engine.chunks for p in pieces(c.module, gradients=True)
@@ -195,7 +200,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "recomputed and not differentiated": _never_again,
     "counted by rank": partial(_own_counts, None),
     "divided by the targets, whatever it counts": lambda: _scaled(
-        lambda s: s._replace(factor=s.factor * s.divisor / 370.0)
+        lambda s: s._replace(factor=s.factor * s.counted / 370.0)
     ),
     "no weight": lambda: _scaled(lambda s: s._replace(factor=torch.ones_like(s.factor))),
     "not differentiated": lambda: _added(lambda gradients: (gradients[0], None, *gradients[2:])),

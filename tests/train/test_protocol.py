@@ -65,7 +65,7 @@ def plain_engine(settings: Any, groups: Any, broken: int = 0) -> Any:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= sums[2]
             found = sums.tolist()
-            return Losses.of(Values(Slots(declared(settings)), 1, found, [], found))
+            return Losses.of(Values(Slots(declared(settings)), 1, found, []))
 
         def step(self) -> Update:
             norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0))
