@@ -10,8 +10,9 @@ from lsys.config.methods import ITEMSIZE, attention_methods
 from lsys.config.schema import Config
 from lsys.mixers.card import Card, Layer, Place
 from lsys.mixers.channel import ChannelCard
-from lsys.mixers.exchange import Ranks
+from lsys.mixers.exchange import Halo, Ranks
 from lsys.parallel.mesh import Mesh
+from lsys.parallel.messages.heads import Groups, alone
 from lsys.parallel.methods import SOFTMAX, STATE, Method
 
 
@@ -109,8 +110,14 @@ class Deployment:
 
     def place(self, kind: str | None = None) -> Place:
         """Where a token mixer runs, as far as its bytes depend on it; None: a channel mixer, whose tokens stay where they are."""
-        is_sent = kind is not None and self.mesh.context > 1 and self.methods[kind].whole
+        is_sent = kind is not None and len(self.groups(kind)[0]) > 1
         return Place(self.itemsize, self.gpu, self.mesh.tensor, is_sent)
+
+    def groups(self, kind: str) -> Groups:
+        """The groups of context ranks inside which a token mixer's heads are exchanged for tokens."""
+        exchanges = self.cards[kind].exchanges(self.mesh.tensor)
+        heads = [each.heads for each in exchanges if not isinstance(each, Halo)]
+        return self.methods[kind].groups(self.context_nodes, heads[0]) if heads else alone(self.context_nodes, 0)
 
     # ---- layers
 

@@ -89,18 +89,25 @@ class StageWork:
         return self._mixers[key]
 
     def attention_flops(self, kind: str, method: Method) -> list[float]:
-        """Forward, by context rank: of the pairs that its queries see, or of its share of the heads."""
-        context, tensor = self.deployment.mesh.context, self.deployment.mesh.tensor
-        (one,) = (each for each in self.deployment.cards[kind].exchanges(tensor) if isinstance(each, KeyValues))
-        pair, mask = 4.0 * one.width, one.mask
-        if method.whole:
-            total = sum(mask.visible(0, n, n) for n in self.deployment.documents)
-            return [pair * share.queries * total for share in shares(one.heads, one.kv_heads, context)]
-        pairs, place = [0.0] * context, self.deployment.ranks.placement
+        """Forward, by context rank: its share of the heads, and of these the pairs that the queries of its group see.
+
+        A group exchanges heads for tokens: each member has all the group's tokens for some of the heads.
+        """
+        (one,) = (
+            each
+            for each in self.deployment.cards[kind].exchanges(self.deployment.mesh.tensor)
+            if isinstance(each, KeyValues)
+        )
+        groups = method.groups(self.deployment.context_nodes, one.heads)
+        place, split = self.deployment.ranks.placement.pooled(groups), shares(one.heads, one.kv_heads, len(groups[0]))
+        pairs, flops = [0] * len(groups), [0.0] * self.deployment.mesh.context
         for part in place.parts:
             start = part.begin - place.places[part.document]
-            pairs[part.rank] += mask.visible(start, start + part.length, place.lengths[part.document])
-        return [pair * one.heads * n for n in pairs]
+            pairs[part.rank] += one.mask.visible(start, start + part.length, place.lengths[part.document])
+        for group, seen in zip(groups, pairs, strict=True):
+            for rank, share in zip(group, split, strict=True):
+                flops[rank] = 4.0 * one.width * share.queries * seen
+        return flops
 
     def layer(self, kind: Layer, methods: Mapping[str, Method], most: bool = False) -> Work:
         """Work of one layer, forward; most: as of `mixer`."""

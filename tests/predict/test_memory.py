@@ -63,6 +63,7 @@ MORE = {
     "CP2 ring": case(2, "S", parallel__attention="ring", **CP2),
     "CP2 gather full": case(2, "S", parallel__attention="gather", **CP2, **FULL),
     "CP2 ulysses": case(2, "LS", **ULYSSES, **CP2),
+    "CP2 usp": case(2, "LS", parallel__attention="usp", **CP2),
     "G": case(1, "G"),
     "G groups full": case(1, "G", model__linear=GROUPED, **FULL),
     "G bf16 selective": case(1, "G", **BF16, **SELECTIVE),
