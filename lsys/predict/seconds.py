@@ -125,37 +125,47 @@ class StepTime:
 
     def tensor_seconds(self, stage: int, chunk: int) -> tuple[float, float]:
         """Seconds of one micro-batch's tensor parallel communication through a chunk, forward and backward."""
-        deployment, model = self.deployment, self.config.model
+        deployment, hidden = self.deployment, self.config.model.hidden
         if deployment.mesh.tensor == 1:
             return 0.0, 0.0
-        ranks, kinds = self._widest(stage), deployment.kinds(stage, chunk)
-        rank = ranks[0]
-        whole = deployment.slots * model.hidden * deployment.itemsize
-        wanted = [
-            Operation("all_gather", whole // len(ranks)),
-            Operation("reduce_scatter", whole),
-            Operation("all_reduce", 4 * deployment.slots),
-        ]
-        gather, scatter, sums = (self.transfers.operation(once("tensor", ranks, each), rank) for each in wanted)
+        kinds, (gather, scatter) = deployment.kinds(stage, chunk), self._gather_scatter(stage, hidden)
         channels = [width for kind in kinds for width in deployment.channels[kind.channels].in_widths()]
         widths = [*(deployment.cards[kind.mixer].in_width for kind in kinds), *channels]
-        layers = len(widths) * (gather + scatter)
-        there, back = layers, len(widths) * gather
-        back += layers if self.config.train.recompute == "full" else 0
-        # Backward, projections into heads and channels gather behind one product and scatter behind another
-        # (`LinearWithGradAccumulationAndAsyncCommunication` of megatron/core/tensor_parallel/layers.py).
-        product = (
-            2.0 * deployment.slots * model.hidden / deployment.mesh.tensor * self.hardware.costs.get("matmul", 0.0)
-        )
-        for width in widths:
-            back += max(0.0, gather - width * product) + max(0.0, scatter - width * product)
+        there, back = len(widths) * (gather + scatter), len(widths) * gather
+        back += sum(self._backward_of(stage, hidden, width) for width in widths)
+        for each in (each for kind in kinds for each in deployment.cards[kind.mixer].low_ranks()):
+            there += self._gather_scatter(stage, each.rank)[0]  # between their two products
+            back += self._backward_of(stage, each.rank, each.width)
+        back += there if self.config.train.recompute == "full" else 0
         if deployment.is_first(stage, chunk):
             there, back = there + scatter, back + gather
         if deployment.is_last(stage, chunk):
             loss = final(self.config)
+            sums = self._over_tensor(stage, Operation("all_reduce", 4 * deployment.slots))
             there += gather + sum(loss.reductions(self.config.train.z_loss)) / 4 * sums
             back += (loss.gathers - 1) * gather + scatter
         return there, back
+
+    def _over_tensor(self, stage: int, operation: Operation) -> float:
+        """Seconds of an operation over the tensor ranks of a stage."""
+        ranks = self._widest(stage)
+        return self.transfers.operation(once("tensor", ranks, operation), ranks[0])
+
+    def _gather_scatter(self, stage: int, width: int) -> Ways:
+        """Seconds in which tensor ranks gather so many channels of all slots, and scatter their sums."""
+        whole = self.deployment.slots * width * self.deployment.itemsize
+        gather = Operation("all_gather", whole // self.deployment.mesh.tensor)
+        return self._over_tensor(stage, gather), self._over_tensor(stage, Operation("reduce_scatter", whole))
+
+    def _backward_of(self, stage: int, inner: int, width: int) -> float:
+        """Seconds that products do not hide of the backward pass of one from `inner` channels to `width` shared out ones.
+
+        It gathers its input behind one product and scatters its gradient behind another
+        (`LinearWithGradAccumulationAndAsyncCommunication` of megatron/core/tensor_parallel/layers.py).
+        """
+        flops = 2.0 * self.deployment.slots * inner * width / self.deployment.mesh.tensor
+        hides = flops * self.hardware.costs.get("matmul", 0.0)
+        return sum(max(0.0, seconds - hides) for seconds in self._gather_scatter(stage, inner))
 
     def _widest(self, stage: int) -> Sequence[int]:
         """The tensor group of a stage that spans most nodes: where the degree does not divide a node, some do."""

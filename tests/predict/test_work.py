@@ -1,22 +1,29 @@
-"""Work and times of token mixers across context ranks, against pairs counted token by token and against what is the same by another name."""
+"""Work and times of layers across ranks: against pairs counted token by token, operations one by one, and what is the same by another name."""
 
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pytest
 
 from lsys.config.load import load
+from lsys.config.schema import Config
 from lsys.parallel.layout import SequenceLayout
 from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import hardware
 from lsys.predict.plan import Plan
-from lsys.predict.search import changed
+from lsys.predict.seconds import StepTime
 from lsys.predict.work import StageWork
 
 H100 = hardware("h100x8", "bf16")
 
 
-def config(**changes: Any) -> Any:
-    return changed(load("configs/hybrid_1b.yaml"), {key.replace("__", "."): value for key, value in changes.items()})
+def config(**changes: Any) -> Config:
+    tree = load("configs/hybrid_1b.yaml").model_dump()
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        reduce(dict.__getitem__, sections, tree)[name] = value
+    return Config.model_validate(tree)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -57,3 +64,22 @@ def test_attention_is_counted_by_the_pairs_that_a_rank_computes(method: str, hea
         assert work.attention_flops(kind, deployment.methods[kind]) == expected
         is_sent = deployment.place(kind).is_sent
         assert is_sent == (len(GROUPS[method, heads][0]) > 1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("gate_rank", [16, 2048])
+def test_exposed_tensor_communication_is_that_of_the_operations_issued(gate_rank: int, recompute: str) -> None:
+    """Products that take no time hide nothing; those that take very long hide what comes backward before and behind a projection in."""
+    changes: dict[str, Any] = dict(
+        model__pattern="KGLS", model__layers=4, parallel__tensor=4, parallel__context=1, train__recompute=recompute,
+        model__mixers__kimi_delta__gate_rank=gate_rank, model__mixers__gla__gate_rank=gate_rank,
+    )  # fmt: skip
+    deployment = Deployment(config(**changes), 8)
+    none, long = ({**H100.costs, "matmul": seconds} for seconds in (0.0, 1.0))
+    times = [StepTime(deployment, replace(H100, costs=costs)) for costs in (none, long)]
+    whole, exposed = (sum(it.tensor_seconds(0, 0)) * deployment.micro_batches for it in times)
+    assert whole == pytest.approx(times[0].transfers.operations(times[0].traffic._tensor(0, 0), 0))
+    hidden = deployment.micro_batches * sum(
+        count * sum(times[0]._gather_scatter(0, width)) for count, width in ((8, 2048), (3, gate_rank))
+    )
+    assert whole - exposed == pytest.approx(hidden)
