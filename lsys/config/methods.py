@@ -10,6 +10,7 @@ from lsys.mixers.exchange import KeyValues
 from lsys.parallel.messages import Placement
 from lsys.parallel.messages.attention import Shape
 from lsys.parallel.messages.choice import Estimate, choose
+from lsys.parallel.methods import SOFTMAX
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 
@@ -33,7 +34,7 @@ def attention_costs(config: Config, node_of_rank: Sequence[int]) -> dict[str, tu
 
 
 def itemsize(config: Config) -> int:
-    """Bytes of a number of the model."""
+    """Bytes of an element of the model."""
     return ITEMSIZE[config.train.precision]
 
 
@@ -45,8 +46,9 @@ def _choose(layout: str, tokens: int, one: KeyValues, size: int, nodes: tuple[in
 
 def attention_methods(config: Config, node_of_rank: Sequence[int]) -> dict[str, str]:
     """The method of each kind of layer; the same on all ranks that share a sequence."""
+    kinds = (kind for kind, card in config.model.cards.items() if not card.has_state)
     if config.parallel.attention != "auto":
-        kinds = (kind for kind, card in config.model.cards.items() if not card.has_state)
         return dict.fromkeys(kinds, config.parallel.attention)
     costs = attention_costs(config, node_of_rank)
-    return {kind: next(row.method for row in rows if row.chosen) for kind, rows in costs.items()}
+    chosen = {kind: next(row.method for row in rows if row.chosen) for kind, rows in costs.items()}
+    return dict.fromkeys(kinds, next(iter(SOFTMAX))) | chosen  # to layers that exchange neither, all are the same

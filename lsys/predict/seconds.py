@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lsys.config.losses import final
+from lsys.mixers.exchange import Halo
 from lsys.observe.waterfall import BUBBLE, COMPUTE, CORE, IMBALANCE, exposed, part_names
 from lsys.parallel import mesh
 from lsys.parallel.traffic import Operation
@@ -111,15 +112,17 @@ class StepTime:
         """
         key = (kind, is_first)
         if key not in self._layers:
-            *halos, own = self.traffic.layer_phases(*key)
-            method = self.deployment.methods[kind]
-            waits, beside = [], []
-            for way in (0, 1):
-                times = [self.transfers.phase(phase, method.collective) for phase in own[way]]
-                inner = times[method.ends : len(times) - method.ends]
-                before = sum(self.transfers.phase(phase) for halo in halos for phase in halo[way])
-                waits.append(before + sum(times) - sum(inner))
-                beside.append(sum(inner))
+            deployment, method = self.deployment, self.deployment.methods[kind]
+            exchanges = deployment.cards[kind].exchanges(deployment.mesh.tensor, is_first)
+            waits, beside = [0.0, 0.0], [0.0, 0.0]
+            for exchange, phases in zip(exchanges, self.traffic.layer_phases(*key), strict=True):
+                own = None if isinstance(exchange, Halo) else exchange
+                ends = method.ends if own and len(method.groups(deployment.context_nodes, own.heads)[0]) > 1 else 0
+                for way in (0, 1):
+                    times = [self.transfers.phase(phase, bool(own) and method.collective) for phase in phases[way]]
+                    inner = sum(times[ends : len(times) - ends]) if own else 0.0
+                    waits[way] += sum(times) - inner
+                    beside[way] += inner
             self._layers[key] = (waits[0], waits[1]), (beside[0], beside[1])
         return self._layers[key]
 

@@ -93,20 +93,20 @@ class StageWork:
 
         A group exchanges heads for tokens: each member has all the group's tokens for some of the heads.
         """
-        (one,) = (
-            each
-            for each in self.deployment.cards[kind].exchanges(self.deployment.mesh.tensor)
-            if isinstance(each, KeyValues)
-        )
-        groups = method.groups(self.deployment.context_nodes, one.heads)
-        place, split = self.deployment.ranks.placement.pooled(groups), shares(one.heads, one.kv_heads, len(groups[0]))
-        pairs, flops = [0] * len(groups), [0.0] * self.deployment.mesh.context
-        for part in place.parts:
-            start = part.begin - place.places[part.document]
-            pairs[part.rank] += one.mask.visible(start, start + part.length, place.lengths[part.document])
-        for group, seen in zip(groups, pairs, strict=True):
-            for rank, share in zip(group, split, strict=True):
-                flops[rank] = 4.0 * one.width * share.queries * seen
+        card, mesh = self.deployment.cards[kind], self.deployment.mesh
+        exchanges = [each for each in card.exchanges(mesh.tensor) if isinstance(each, KeyValues)]
+        if not exchanges:  # nothing says who computes what: equal parts of what the card says
+            return [card.mixing_flops(self.deployment.documents) / (mesh.tensor * mesh.context)] * mesh.context
+        flops = [0.0] * mesh.context
+        for one in exchanges:
+            groups = method.groups(self.deployment.context_nodes, one.heads)
+            place, pairs = self.deployment.ranks.placement.pooled(groups), [0] * len(groups)
+            for part in place.parts:
+                start = part.begin - place.places[part.document]
+                pairs[part.rank] += one.mask.visible(start, start + part.length, place.lengths[part.document])
+            for group, seen in zip(groups, pairs, strict=True):
+                for rank, share in zip(group, shares(one.heads, one.kv_heads, len(group)), strict=True):
+                    flops[rank] += 4.0 * one.width * share.queries * seen
         return flops
 
     def layer(self, kind: Layer, methods: Mapping[str, Method], most: bool = False) -> Work:

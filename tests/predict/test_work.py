@@ -3,12 +3,17 @@
 from dataclasses import replace
 from functools import reduce
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from lsys.config.load import load
 from lsys.config.schema import Config
+from lsys.mixers.exchange import Exchange, Halo, KeyValues
+from lsys.mixers.softmax import Softmax
 from lsys.parallel.layout import SequenceLayout
+from lsys.parallel.methods import SOFTMAX
 from lsys.predict.deployment import Deployment
 from lsys.predict.hardware import hardware
 from lsys.predict.plan import Plan
@@ -83,3 +88,47 @@ def test_exposed_tensor_communication_is_that_of_the_operations_issued(gate_rank
         count * sum(times[0]._gather_scatter(0, width)) for count, width in ((8, 2048), (3, gate_rank))
     )
     assert whole - exposed == pytest.approx(hidden)
+
+
+def exchanging(*exchanges: Exchange) -> Any:
+    """Inside, softmax layers exchange these."""
+    return patch.object(Softmax, "exchanges", lambda self, tensor, is_first=False: exchanges)
+
+
+@pytest.mark.parametrize("method", SOFTMAX)
+def test_each_exchange_of_a_mixer_is_waited_for_as_its_kind_is(method: str) -> None:
+    """Cards may have none, or several, in any order; halos are waited for, of keys and values only the heads that are sent."""
+    settings = config(model__pattern="S", parallel__context=8, parallel__attention=method)
+    halo, keys = Halo(3, 2048), KeyValues(16, 4, 128)
+
+    def times(*exchanges: Exchange) -> np.ndarray:  # [waits, beside][forward, backward]
+        with exchanging(*exchanges):
+            return np.array(StepTime(Deployment(settings, 16, ranks_per_node=4), H100).mixer_exchange("softmax", False))
+
+    of_halo, of_keys = times(halo), times(keys)
+    assert (of_halo[0] > 0).all() and (of_halo[1] == 0).all()
+    assert ((of_keys[0] > 0) == (method in ("ulysses", "usp"))).all() and (
+        (of_keys[1] > 0) == (method != "ulysses")
+    ).all()
+    assert (times() == 0).all()
+    for several in ((halo, keys), (keys, halo), (keys, keys), (halo, halo)):
+        assert times(*several) == pytest.approx(sum({halo: of_halo, keys: of_keys}[each] for each in several))
+
+
+def test_a_mixer_without_exchanges_is_planned() -> None:
+    """What it computes is what its card says, in equal parts."""
+    with exchanging():
+        plan = Plan(config(model__pattern="S", parallel__context=8), 8, H100)
+        flops = StageWork(plan.deployment).attention_flops("softmax", plan.deployment.methods["softmax"])
+        assert plan.prediction.parts["exposed_context"] == plan.prediction.parts["imbalance"] == 0
+    assert sum(flops) == 4 * 2048 * 65536 * 65537 / 2 and len({*flops}) == 1
+
+
+def test_ring_between_single_ranks_of_usp_is_under_way_beside_its_work() -> None:
+    """Seven heads are not sent: what is left is `ring`."""
+    settings = (
+        config(model__pattern="S", model__heads=7, model__groups=7, parallel__context=8, parallel__attention=method)
+        for method in ("usp", "ring")
+    )
+    usp, ring = (StepTime(Deployment(each, 8), H100).mixer_exchange("softmax", False) for each in settings)
+    assert usp == ring and usp[0] == (0, 0) < usp[1]
