@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
 
@@ -40,16 +41,19 @@ def differences(stored: str, settings: Config) -> list[str]:
     ]
     for name in sorted(FUNCTION):
         if old.get(name) != new.get(name):
-            logging.getLogger(__name__).warning(
-                "model.%s was %s when the checkpoint was written and is %s now", name, old.get(name), new.get(name)
-            )
+            _warn(f"model.{name}", old.get(name), new.get(name))
     for section, name in (("optimizer", "schedule"), ("train", "loss")):
-        was, now = tree[section].get(name), getattr(getattr(settings, section), name)
-        if was != now and is_path(was or ""):
-            logging.getLogger(__name__).warning(
-                "%s.%s was %s when the checkpoint was written and is %s now", section, name, was, now
-            )
+        part = getattr(settings, section)
+        was, now = tree[section].get(name, type(part).model_fields[name].default), getattr(part, name)
+        if was != now and (is_path(was) or is_path(now)):
+            _warn(f"{section}.{name}", was, now)
     return found + _vocabulary(old, new) + _optimizer(tree, settings)
+
+
+def _warn(key: str, was: Any, now: Any) -> None:
+    """Say what a resumed run computes otherwise, once for all ranks."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logging.getLogger(__name__).warning("%s was %s when the checkpoint was written and is %s now", key, was, now)
 
 
 def _vocabulary(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

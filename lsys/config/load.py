@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lsys.config.messages import ConfigError, FilesError, Mistake, from_validation
+from lsys.config.messages import ConfigError, Mistake, from_validation, refusal
 from lsys.config.model import Model
 from lsys.config.overrides import Override
 from lsys.config.schema import Config
-from lsys.config.user_code import REFUSED, UserCode
+from lsys.config.user_code import UserCode
 from lsys.section import Section
 
 
@@ -52,23 +52,22 @@ def load(path: str | Path, overrides: Iterable[Override] = (), rules: Rules | No
         rules: what else a configuration must satisfy; asked even if unknown keys are refused, so that all is said at once.
 
     Raises:
-        ConfigError: the file cannot be read, or its keys and values are refused; it names all of them.
+        ConfigError: the file cannot be read, or its keys and values are refused; it names all of them. A FilesError where code of the
+            user's own is among it, which another node may have.
     """
     tree = _read(Path(path))
     mistakes = override(tree, overrides)
-    config, code, kind = None, UserCode(None), ConfigError
+    config, code = None, UserCode(None)
     try:
         config = Config.model_validate(tree, context=code)
     except ValidationError as error:
         mistakes += from_validation(error, Config)
-        if any(found["type"] == REFUSED for found in error.errors(include_url=False)):
-            kind = FilesError  # another node may have the module
         with contextlib.suppress(ValidationError):
             config = Config.model_validate(_without_unknown_keys(tree, error), context=code)
     if config is not None and rules is not None:
         mistakes += rules(config)
     if mistakes or config is None:
-        raise kind(mistakes)
+        raise refusal(mistakes)
     return config
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lsys.config.user_code import REFUSED
+from lsys.config.user_code import MISNAMED, REFUSED
 from lsys.section import held_section
 
 # In the context of a mistake below a name of the user's own: the section of that name, and the place in it.
@@ -23,11 +23,13 @@ class Mistake:
 
     Attributes:
         key: dotted path of the key. problem: value and rule. fix: the nearest value that would do, or what to change.
+        is_local: whether another node may be without it: it lies in files or in code of the user's own, not in the configuration.
     """
 
     key: str
     problem: str
     fix: str = ""
+    is_local: bool = False
 
     def __str__(self) -> str:
         text = f"{self.key}: {self.problem}" if self.key else self.problem
@@ -48,6 +50,11 @@ class FilesError(ConfigError):
     """Files or modules that the configuration names are missing or do not fit; another node may have them."""
 
     everywhere = False
+
+
+def refusal(mistakes: Sequence[Mistake]) -> ConfigError:
+    """The error of all these mistakes: a FilesError if one of them is local."""
+    return (FilesError if any(mistake.is_local for mistake in mistakes) else ConfigError)(mistakes)
 
 
 def from_validation(error: ValidationError, schema: type[BaseModel]) -> list[Mistake]:
@@ -78,8 +85,9 @@ def _mistake(found: Any, names: list[str | int], section: type[BaseModel] | None
     if found["type"] == "missing":
         return Mistake(key, "missing", f"give it a value ({meaning})" if meaning else "give it a value")
     rule = RULES.get(found["type"]) or found["msg"].replace("Input should", "it should")
-    is_told = not meaning or found["type"] == REFUSED
-    return Mistake(key, f"{_short(found['input'])} does not do: {rule}" + ("" if is_told else f" ({meaning})"))
+    is_told = not meaning or found["type"] in (REFUSED, MISNAMED)
+    problem = f"{_short(found['input'])} does not do: {rule}" + ("" if is_told else f" ({meaning})")
+    return Mistake(key, problem, is_local=found["type"] == REFUSED)
 
 
 def _place(schema: type[BaseModel], loc: Iterable[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:

@@ -86,7 +86,7 @@ class Variants(Section):
                 except ValidationError as error:
                     wrong += [_again(e, name, section) for e in error.errors()]
             except PydanticCustomError as error:
-                is_path = error.type == user_code.REFUSED
+                is_path = error.type in (user_code.REFUSED, user_code.MISNAMED)
                 place = ((name, "kind"), data[name]["kind"]) if is_path else ((name,), data[name])
                 wrong.append({"type": error, "loc": place[0], "input": place[1]})
         if wrong:

@@ -3,10 +3,11 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 
 from lsys.config import reports
-from lsys.config.messages import ConfigError, FilesError, Mistake, choice, divisors, nearest
+from lsys.config.messages import FilesError, Mistake, choice, divisors, nearest, refusal
 from lsys.config.model import Model, pattern_text
 from lsys.config.schema import ADAMW, Config
 from lsys.config.user_code import imported, is_path
@@ -23,9 +24,9 @@ def check(config: Config, world_size: int) -> list[Mistake]:
 
 
 def require(config: Config, world_size: int) -> None:
-    """Raise ConfigError with all mistakes of `check`, if there are any."""
+    """Raise ConfigError with all mistakes of `check`, if there are any; FilesError if a node's copy of the user's code made one."""
     if mistakes := check(config, world_size):
-        raise ConfigError(mistakes)
+        raise refusal(mistakes)
 
 
 def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -207,20 +208,23 @@ def _own_schedule(config: Config, world_size: int) -> Iterator[Mistake]:
             first, second = (imported(path)(step) for _ in range(2))
         except Exception as error:
             problem = f"{path}({step}) raised {type(error).__name__}: {error}"
-            yield Mistake(key, problem, f"it takes each step from 0 to {last} and gives a factor of optimizer.lr")
+            fix = f"it takes each step from 0 to {last} and gives a factor of optimizer.lr"
+            yield Mistake(key, problem, fix, is_local=True)
             return
         if not is_factor(first):
-            yield Mistake(key, f"{path}({step}) is {first!r}", "a factor of optimizer.lr is a number of 0 or more")
+            fix = "a factor of optimizer.lr is a number of 0 or more"
+            yield Mistake(key, f"{path}({step}) is {first!r}", fix, is_local=True)
             return
         if first != second:
             problem = f"{path}({step}) is {first!r}, then {second!r}"
-            yield Mistake(key, problem, "a factor follows from the step alone, so that a run goes on as it would have")
+            fix = "a factor follows from the step alone, so that a run goes on as it would have"
+            yield Mistake(key, problem, fix, is_local=True)
             return
 
 
 def is_factor(value: object) -> bool:
-    """Whether a schedule may give this."""
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    """Whether a schedule may give this: a number of Python's or numpy's."""
+    return isinstance(value, Real) and math.isfinite(value) and float(value) >= 0
 
 
 def _optimizer(config: Config, world_size: int) -> Iterator[Mistake]:

@@ -20,8 +20,9 @@ import sys
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import PydanticCustomError, core_schema
@@ -69,10 +70,17 @@ def _kind(found: Any) -> str:
     return kinds.get(type(found), f"of the type {type(found).__name__}")
 
 
+def _is_optimizer(found: Any) -> str:
+    states = getattr(found, "states", 0)
+    if isinstance(states, Real) and float(states).is_integer() and float(states) >= 0:
+        return _is_called("make(groups, options)")(found)
+    return f"its `states` is {states!r}, and has to be how many numbers it keeps for each of a parameter: 0 or more, such as 2"
+
+
 OBSERVER = Role("an observer", _is_subclass("lsys.train.observers.StepObserver"))
 SCHEDULE = Role("a schedule", _is_called("factor(step)"))
 FINAL_LOSS = Role("a loss", _is_called("make(settings)"))
-OPTIMIZER = Role("an optimizer", _is_called("make(groups, options)"))
+OPTIMIZER = Role("an optimizer", _is_optimizer)
 
 
 class UserCode:
@@ -96,7 +104,7 @@ class UserCode:
             PydanticCustomError: it is not allowed, cannot be imported, or is none of this role.
         """
         if not PATH.fullmatch(path):
-            raise _refusal(f"{role.what} of your own is named package.module:name")
+            raise _refusal(f"{role.what} of your own is named package.module:name", MISNAMED)
         if self.allowed is not None and path not in self.allowed:
             self.refused[path] = None
             raise _refusal(f"{path} would run code that {OWN}")
@@ -110,7 +118,9 @@ class UserCode:
         return found
 
 
-REFUSED: Final = "user_code"  # pydantic's name of these mistakes
+# pydantic's names of these mistakes: of code, which another node may have otherwise, and of what is no path, on any node.
+REFUSED: Final = "user_code"
+MISNAMED: Final = "user_code_name"
 HEAVY = frozenset({"torch", "megatron.core"})
 
 
@@ -183,8 +193,8 @@ def _is_prepared() -> bool:
     return "lsys.runtime.megatron" in finders or bool(sys.modules["torch"].cuda.is_available())
 
 
-def _refusal(text: str) -> PydanticCustomError:
-    return PydanticCustomError(REFUSED, "{said}", {"said": text})
+def _refusal(text: str, kind: Literal["user_code", "user_code_name"] = REFUSED) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{said}", {"said": text})
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,6 @@ class Named:
             return value
         if not is_path(value):
             ours = f"it should be {', '.join(map(repr, self.names))} or " if self.names else ""
-            raise _refusal(f"{ours}{self.role.what} of your own is named package.module:name")
+            raise _refusal(f"{ours}{self.role.what} of your own is named package.module:name", MISNAMED)
         of(info).find(value, self.role)
         return value

@@ -74,7 +74,7 @@ def told(tmp_path: Path) -> Callable[..., str]:
     def of(**changes: dict[str, Any]) -> str:
         tree = {**TREE, **{key: {**TREE.get(key, {}), **section} for key, section in changes.items()}}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-        with pytest.raises(FilesError) as caught:  # told on every node: the module may lack on one
+        with pytest.raises(ConfigError) as caught:
             load(tmp_path / "run.yaml")
         return str(caught.value)
 
@@ -156,6 +156,47 @@ def test_each_key_says_what_it_wants(told: Any) -> None:
     assert "an observer of your own is named" in lines["train.observers.1"]
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "is_local"),
+    [
+        ("optimizer", "schedule", "linear", False),
+        ("optimizer", "schedule", "a b:c", False),
+        ("model", "mixers", {"mine": {"kind": "a-b:c"}}, False),
+        ("optimizer", "schedule", "no_such:f", True),
+        ("optimizer", "schedule", "math:no_such", True),
+        ("model", "mixers", {"mine": {"kind": "os:path"}}, True),
+    ],
+)
+def test_what_no_node_has_otherwise_is_told_once(
+    tmp_path: Path, section: str, key: str, value: Any, is_local: bool
+) -> None:
+    """A name that is no path is a mistake of the YAML, alike on all ranks; a module is a node's own."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**TREE, section: {**TREE.get(section, {}), key: value}}))
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "run.yaml")
+    assert caught.value.everywhere is not is_local and isinstance(caught.value, FilesError) == is_local
+    assert str(caught.value).startswith(f"{section}.{key}")
+
+
+def test_a_schedule_that_fails_on_one_node_is_told_there(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    from lsys.cli import main
+
+    for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, GROUP_RANK=1).items():
+        monkeypatch.setenv(name, str(value))
+    for text, said in (
+        ("def f(step): raise OSError('no table')", "(0) raised OSError: no table"),
+        ("def f(step): return -1", "(0) is -1; a factor of"),
+        ("asked = []\ndef f(step): return len(asked.append(0) or asked)", "is 1, then 2"),
+    ):
+        path = f"{module(text)}:f"
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**TREE, "optimizer": {"schedule": path}}))
+        assert main(["train", str(tmp_path / "run.yaml")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"lsys, rank 1: optimizer.schedule: {path}") and said in line
+
+
 def test_all_is_told_at_once_and_the_folder_that_has_it_is_named(
     told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +213,14 @@ def test_an_own_optimizer_has_whole_states(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="optimizer.distributed: true shards the states of adamw; .* false does"):
         read(tmp_path, optimizer=own)
     assert read(tmp_path, optimizer=own | {"distributed": False}).optimizer.moments == 1
+
+
+@pytest.mark.parametrize("states", ["'two'", "-1", "1.5", "[2]", "float('nan')"])
+def test_how_many_states_an_own_optimizer_keeps(told: Any, module: Any, states: str) -> None:
+    path = f"{module(f'def make(groups, options): ...{chr(10)}make.states = {states}')}:make"
+    text = told(optimizer={"kind": path, "distributed": False})
+    assert text.startswith(f"optimizer.kind: '{path}' does not do: {path} is not an optimizer: its `states` is ")
+    assert "has to be how many numbers it keeps for each of a parameter: 0 or more" in text and "\n" not in text
 
 
 @pytest.mark.parametrize(
@@ -337,3 +386,32 @@ def test_a_resumed_run_has_its_own_optimizer_again(caplog: pytest.LogCaptureFixt
         "optimizer.kind my_parts.training:lion in the checkpoint, adamw in the config"
     ]
     assert "optimizer.schedule was my_parts.training:inverse_root" in caplog.text
+    caplog.clear()
+    differences(dump(plain), config)
+    assert "optimizer.schedule was cosine when the checkpoint was written and is my_parts" in caplog.text
+    caplog.clear()
+    tree = yaml.safe_load(dump(plain))
+    del tree["train"]["loss"], tree["optimizer"]["schedule"]  # as checkpoints of before
+    assert not differences(yaml.safe_dump(tree), plain) and not caplog.text
+    assert not differences(dump(plain), parity.settings(optimizer__distributed=False, optimizer__schedule="wsd"))
+    assert not caplog.text  # of ours nothing is said, as before
+
+
+def warned(rank: int, world_size: int) -> list[str]:
+    import logging
+
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lsys.checkpoint.compatible")
+    logger.addHandler(handler)
+    try:
+        own = parity.settings(optimizer__schedule="my_parts.training:inverse_root", model__rope_base=5.0)
+        assert not differences(dump(own), parity.settings())
+    finally:
+        logger.removeHandler(handler)
+    return [text.partition(" was ")[0] for text in found]
+
+
+def test_all_ranks_warn_once(gloo: Any) -> None:
+    assert gloo(2, warned) == [["model.rope_base", "optimizer.schedule"], []]
