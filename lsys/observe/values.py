@@ -182,7 +182,10 @@ class Values:
         return self.sums[self.slots.sums[name]][0]
 
     def of(self, name: str) -> tuple[float, ...]:
-        """A metric's numbers, over all steps together; none if nothing was reported."""
+        """A metric's numbers, over all steps together; none for a maximum that nothing was reported of, or a mean without weight.
+
+        A sum that nothing was reported of is 0, and so is a mean whose declared weight is another sum.
+        """
         metric = self.slots.metrics[name]
         if metric.how == "max":
             found = self.maxima[self.slots.maxima[name]]
@@ -202,5 +205,5 @@ class Values:
 
     @property
     def curves(self) -> dict[str, float]:
-        """Points of TensorBoard's curves, by tag, each of all steps; metrics that nothing was reported of are left out."""
+        """Points of TensorBoard's curves, by tag, each of all steps; metrics that have no numbers (`of`) are left out."""
         return self.shown(self)
