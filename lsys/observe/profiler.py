@@ -96,9 +96,10 @@ class Profiler:
         """To be called when the run ends: if that is within the steps of a trace, it stops without one, and says so."""
         if self._running is None:
             return
-        self._stop()
-        self._profile, self._seen = None, ()
-        self._forget_memory()
+        try:
+            self._stop()
+        finally:
+            self._forget()
         steps = f"{self.settings.first} to {self._last}"
         print(f"rank {self.rank} wrote no trace: the run ended within the traced steps, {steps}", flush=True)
 
@@ -106,26 +107,28 @@ class Profiler:
     def _has_memory(self) -> bool:
         return self.settings.memory and self.device.type == "cuda"
 
-    def _forget_memory(self) -> None:
+    def _forget(self) -> None:
+        """Let go of what was recorded; whatever has failed, the allocator's history does not go on."""
+        self._profile, self._seen = None, ()
         if self._has_memory:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _stop(self) -> None:
         assert self._running is not None
-        self._seen = self._operations()
-        self._running.close()
-        self._running, self.active = None, False
+        running, self._running, self.active = self._running, None, False
+        with running:
+            self._seen = self._operations()
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        if self._has_memory:
-            torch.cuda.memory._record_memory_history()
         with contextlib.ExitStack() as stack:
             self._profile = stack.enter_context(
                 profile(activities=activities, record_shapes=self.settings.shapes, with_stack=self.settings.stacks)
             )
             stack.enter_context(ranges(self.models))
             self._running = stack.pop_all()
+        if self._has_memory:
+            torch.cuda.memory._record_memory_history()
         self._operations = self.communication(self.device)
         for _ in range(8):  # the first ranges take longer to begin; the last counts
             with record_function(CLOCK):
@@ -134,11 +137,17 @@ class Profiler:
     def write(self) -> Path:
         """The trace, once it is complete; its path."""
         path = self.folder / f"rank{self.rank}-step{self.settings.first}.json.gz"
-        self._stop()
+        try:
+            self._stop()
+            self._write(path)
+        finally:
+            self._forget()
+        return path
+
+    def _write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._has_memory:
             torch.cuda.memory._dump_snapshot(str(path.with_name(path.name.replace(".json.gz", "-memory.pickle"))))
-            self._forget_memory()
         plain = path.with_suffix("")  # without .gz
         self._profile.export_chrome_trace(str(plain))
         trace = json.loads(plain.read_text())
@@ -146,8 +155,6 @@ class Profiler:
         add_tracks(trace, self._seen, self._clock)
         with gzip.open(path, "wt") as file:
             json.dump(trace, file)
-        self._profile, self._seen = None, ()
-        return path
 
 
 class Communication(Observer):

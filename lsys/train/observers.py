@@ -4,7 +4,7 @@ A step's order: `paused("data")` around the wait for its batches; `begin_step` f
 `end_step` from the last to the first, so that they lie in each other like contexts. `close` comes last, once, whatever happened.
 
 An observer is required or optional. What a required one raises ends the run, and it may communicate: all ranks call it alike. An optional
-one makes no collective, so one rank's can fail on its own: it is told once, and left out from then on; the run goes on.
+one makes no collective, so one rank's can fail on its own: it is told once, closed, and left out from then on; the run goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lsys.observe.meter import Meter
 from lsys.observe.profiler import Profiler
 from lsys.observe.reporter import Reporter
 from lsys.observe.waterfall_recorder import Recorder
+from lsys.train.errors import RunError
 from lsys.train.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -63,11 +64,11 @@ class StepObserver:
         """The parameters have been updated."""
 
     def paused(self, what: str) -> AbstractContextManager[Any]:
-        """Around what is no part of a step's own work: one of PAUSES."""
+        """Around what is no part of a step's own work: one of PAUSES. No pause is in another one."""
         return contextlib.nullcontext()
 
     def close(self, failed: bool) -> None:
-        """The run ends; `failed`: by an error."""
+        """The run ends, or an optional observer is left out; `failed`: by an error. Called once."""
 
 
 class Observers:
@@ -79,6 +80,7 @@ class Observers:
 
     def __init__(self, observers: Sequence[StepObserver], tell: Callable[[str], None]) -> None:
         self.observers, self.tell = list(observers), tell
+        self._pause = ""  # that goes on
 
     def begin_step(self, step: int) -> None:
         for each in tuple(self.observers):
@@ -90,17 +92,24 @@ class Observers:
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        entered = []
-        for each in tuple(self.observers):
-            context = self._call(each, each.paused, what)
-            if context is not None:
-                self._call(each, context.__enter__)
-                entered.append((each, context))
-        try:
+        """One of PAUSES around what happens inside.
+
+        Raises:
+            RunError: it is in another one.
+        """
+        if self._pause:
+            raise RunError(
+                f'paused("{what}") inside paused("{self._pause}"): the time of one pause counts as one thing; end the outer one first'
+            )
+        self._pause = what
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_pause", "")
+            for each in tuple(self.observers):
+                context = self._call(each, each.paused, what)
+                if context is not None:
+                    self._call(each, context.__enter__)
+                    stack.callback(self._call, each, context.__exit__, None, None, None)
             yield
-        finally:
-            for each, context in reversed(entered):
-                self._call(each, context.__exit__, None, None, None)
 
     def close(self, failed: bool) -> None:
         """Close all, the last first; each, even if another one fails."""
@@ -111,14 +120,19 @@ class Observers:
     def _call(self, observer: StepObserver, method: Callable[..., Any], *args: Any) -> Any:
         if observer.required:
             return method(*args)
-        if observer not in self.observers:
+        if all(each is not observer for each in self.observers):
             return None
         try:
             return method(*args)
         except Exception as error:
-            self.observers.remove(observer)
+            self.observers = [each for each in self.observers if each is not observer]
             name = f"{type(observer).__module__}:{type(observer).__qualname__}"
             self.tell(f"{name} failed and is left out from now on: {type(error).__name__}: {error}")
+            if method != observer.close:
+                try:
+                    observer.close(True)
+                except Exception as also:
+                    self.tell(f"{name} could not be closed either: {type(also).__name__}: {also}")
             return None
 
 

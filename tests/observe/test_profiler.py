@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch import nn
 from lsys.bench.trace import TraceError, TraceOptions, main, overlap, summarise, union
 from lsys.config.schema import Profile
 from lsys.observe.profiler import Communication, Operation, Profiler
+from lsys.train.observers import Observers, Tracing
 
 
 class Layer(nn.Module):
@@ -180,6 +182,44 @@ def test_a_run_that_ends_between_the_steps_says_so(tmp_path, capsys):
     assert capsys.readouterr().out == "rank 3 wrote no trace: the run ended within the traced steps, 2 to 10\n"
     with profiler.step(3):
         assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("fails", ["communication", "snapshot", "trace", "closing"])
+def test_whatever_fails_hooks_go_and_the_allocator_records_no_longer(tmp_path, fails):
+    """With the observer of every run, which is closed when it is left out."""
+    layer = Layer(1)
+    told: list[str] = []
+
+    def fail(at):
+        def called(*_):
+            if fails == at:
+                raise OSError("no space left")
+            return ()
+
+        return called
+
+    def communication(device):
+        fail("communication")()
+        return fail("closing")
+
+    profiler = Profiler(
+        Profile(first=1, steps=1, ranks=[0], memory=True), rank=0, folder=tmp_path, device=torch.device("cuda"),
+        models=[layer], communication=communication,
+    )  # fmt: skip
+    run: Any = SimpleNamespace(groups=SimpleNamespace(launch=SimpleNamespace(rank=0)))
+    run.observers = Observers([Tracing(run, profiler)], told.append)
+    with (
+        mock.patch.object(torch.cuda.memory, "_record_memory_history") as history,
+        mock.patch.object(torch.cuda.memory, "_dump_snapshot", fail("snapshot")),
+        mock.patch("lsys.observe.profiler.add_tracks", fail("trace")),
+    ):
+        run.observers.begin_step(1)
+        layer(torch.ones(8, 64))
+        run.observers.end_step(SimpleNamespace(step=1))
+        calls = [call.kwargs for call in history.call_args_list]
+    assert calls == [{}, {"enabled": None}] and profiler._profile is None
+    assert not layer._forward_pre_hooks and not torch.autograd._profiler_enabled()
+    assert len(told) == 1 and "Tracing failed and is left out from now on: OSError: no space left" in told[0]
 
 
 def stopped(rank: int, world_size: int) -> tuple[int, str, int]:

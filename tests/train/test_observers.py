@@ -1,11 +1,13 @@
-"""Observers lie in each other, and an optional one that fails is told and left out."""
+"""Observers lie in each other, and an optional one that fails is told, closed and left out."""
 
 import contextlib
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lsys.train.errors import RunError
 from lsys.train.observers import PAUSES, Observers, Splitting, StepObserver
 
 
@@ -56,11 +58,86 @@ def test_an_optional_ones_failure_is_told_once_and_a_required_ones_ends_the_run(
     told: list[str] = []
     go(Observers([Noted("a", notes, fails), Noted("b", notes, required=True)], told.append))
     assert len(told) == 1 and "Noted failed and is left out from now on: OSError: no space left" in told[0]
-    assert notes[-1] in ("b close", "a close") and notes[notes.index(f"a {fails}") + 1 :].count("a close") == 0
+    assert notes[-1] in ("b close", "a close")
+    after = notes[notes.index(f"a {fails}") + 1 :]  # closed at once, and no more called
+    assert [note for note in after if note[0] == "a"] == ["a close"] * (fails != "close")
     assert [note for note in notes if note[0] == "b"] == ["b data", "b on", "b begin 1", "b end 1", "b close"]
     with pytest.raises(OSError, match="no space"):
         go(Observers([Noted("a", notes), Noted("b", notes, fails, required=True)], told.append))
     assert len(told) == 1
+
+
+def test_what_failed_is_closed_by_its_identity_whatever_closing_does() -> None:
+    @dataclass
+    class Alike(StepObserver):  # equal to any other one
+        fails: bool = field(default=False, compare=False)
+        closed: list[bool] = field(default_factory=list, compare=False)
+
+        def end_step(self, done: Any) -> None:
+            if self.fails:
+                raise OSError("full")
+
+        def close(self, failed: bool) -> None:
+            self.closed.append(failed)
+            if self.fails:
+                raise ValueError("still full")
+
+    told: list[str] = []
+    well, ill = Alike(), Alike(fails=True)
+    go(Observers([well, ill], told.append))
+    assert well.closed == [False] and ill.closed == [True]
+    assert [text.partition("Alike ")[2] for text in told] == [
+        "failed and is left out from now on: OSError: full",
+        "could not be closed either: ValueError: still full",
+    ]
+
+
+@pytest.mark.parametrize("fails", ["entering", "leaving"])
+def test_what_was_entered_is_left_if_a_required_one_fails(fails: str) -> None:
+    class Context(StepObserver):
+        required = True
+
+        def __init__(self, name: str, at: str = "") -> None:
+            self.name, self.at = name, at
+
+        def paused(self, what: str) -> Any:
+            return self
+
+        def __enter__(self) -> None:
+            self.note("entering")
+
+        def __exit__(self, *_: object) -> None:
+            self.note("leaving")
+
+        def note(self, what: str) -> None:
+            notes.append(f"{self.name} {what}")
+            if what == self.at:
+                raise OSError("no space left")
+
+    notes: list[str] = []
+    observers = Observers([Context("a"), Context("b"), Context("c", fails)], notes.append)
+    with pytest.raises(OSError, match="no space"), observers.paused("report"):
+        notes.append("inside")
+    inside = ["inside", "c leaving"] if fails == "leaving" else []
+    assert notes == ["a entering", "b entering", "c entering", *inside, "b leaving", "a leaving"]
+    observers.observers.pop()
+    with observers.paused("report"):  # it goes on
+        pass
+
+
+def test_a_pause_in_another_one_is_refused_and_leaves_that_alone() -> None:
+    notes: list[str] = []
+    observers = Observers([Noted("a", notes)], notes.append)
+    with observers.paused("report"):
+        with pytest.raises(
+            RunError, match=r'paused\("checkpoint"\) inside paused\("report"\): .*; end the outer one first'
+        ):
+            with observers.paused("checkpoint"):
+                notes.append("inside")
+        notes.append("still")
+    with observers.paused("data"):
+        pass
+    assert notes == ["a report", "still", "a on", "a data", "a on"]
 
 
 def test_the_waterfall_knows_every_pause() -> None:
