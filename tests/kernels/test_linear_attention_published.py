@@ -10,6 +10,7 @@ import torch
 from support.linear_kernels import tensors
 
 from lsys.kernels.linear_attention import linear_attention
+from lsys.runtime import install_megatron
 
 LENGTHS, BATCH = [77, 77], 2
 
@@ -88,6 +89,7 @@ def test_channel_gated_delta_rule(monkeypatch):
 
 
 def test_gated_delta_rule_of_megatron():
+    install_megatron()  # before its first import in this process, whichever test does it
     module = pytest.importorskip("megatron.core.ssm.gated_delta_net")
 
     def theirs(q, k, v, log_decay, beta, state):
