@@ -157,7 +157,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, d_before: Tensor, d_reach: Tensor | None, d_total: Tensor, d_total_reach: Tensor | None
+        ctx: Any, d_before: Tensor, d_cumulative: Tensor | None, d_total: Tensor, d_total_cumulative: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         transition, before = ctx.saved_tensors
         d_update, d_start = adjoint(d_before, d_total, transition, ctx.plan)
@@ -165,11 +165,11 @@ class _Scan(torch.autograd.Function):
         if before is None:
             return d_update, None, d_initial, None
         d_transition = gradient(transition, d_update, before)
-        if d_reach is not None and d_total_reach is not None:  # of logarithms, which add up
-            running = ctx.plan.sorted(d_total_reach)
+        if d_cumulative is not None and d_total_cumulative is not None:  # of logarithms, which add up
+            running = ctx.plan.sorted(d_total_cumulative)
             for rows, active in reversed(ctx.plan.steps):
                 d_transition[rows] += running[:active]
-                running[:active] += d_reach[rows]
+                running[:active] += d_cumulative[rows]
         return d_update, d_transition, d_initial, None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lsys.kernels.mask import CAUSAL, Mask
-from lsys.parallel.messages.heads import Groups, GroupsOf, shares
+from lsys.parallel.messages.heads import Groups, GroupsOf, alone, shares
 from lsys.parallel.messages.placement import Phases, Placement
 
 
@@ -53,7 +53,7 @@ def phases(
     split = shares(shape.heads, shape.kv_heads, len(groups[0]))
     rows = [2 * share.keys * shape.width for share in split]
     if len(groups[0]) == 1:
-        return between(place, groups, rows, shape, mask, backend)
+        return between(place, alone(nodes, shape.heads), rows, shape, mask, backend)  # whatever their order
     forward, backward = between(place.pooled(groups), groups, rows, shape, mask, backend)
     sizes, unit = place.sizes, shape.width * shape.itemsize
     pairs = [(i, j, m, n) for group in groups for m, i in enumerate(group) for n, j in enumerate(group) if i != j]

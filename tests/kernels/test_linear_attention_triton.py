@@ -259,3 +259,50 @@ def test_kernels_compile_for_sm90_without_spills_and_with_tensor_cores(variant):
     for name, _, _, _, _, _, stores, loads, _, wgmma, *_ in rows:
         assert stores == loads == "0", name
         assert int(wgmma) > 0 or "scan" in name, name
+
+
+def misused(is_delta):
+    """What each wrong use says; then right gradients of a call that others went wrong on, and of a fresh one."""
+    draw = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(70, 1, 12, generator=draw) for _ in range(3)]
+    leaves[1] = torch.nn.functional.normalize(leaves[1], dim=-1)
+    state = torch.randn(1, 1, 12, 12, generator=draw)
+
+    def call():
+        q, k, v, s = (x.clone().requires_grad_() for x in (*leaves, state))
+        beta = torch.full((70, 1), 0.5) if is_delta else None
+        return segments(q, k, v, None, beta, [70], [0], backend="triton"), [q, k, v], s
+
+    def said(function):
+        try:
+            function()
+        except RuntimeError as error:
+            return str(error)
+        return "nothing"
+
+    found = {}
+    parts, tokens, s = call()
+    maps = parts.segment_map()
+    found["apply first"] = said(lambda: parts.apply(maps, torch.zeros(70, 1, 12), s))
+    intra = parts.intra()
+    found["intra twice"] = said(parts.intra)
+    o = parts.apply(maps, intra, s)
+    found["apply twice"] = said(lambda: parts.apply(maps, intra, s))
+    torch.autograd.grad(o.sum(), s, retain_graph=True)  # ends early: what it leaves is no other pass's
+    found["intra alone"] = said(lambda: torch.autograd.grad(intra.sum(), tokens, retain_graph=True))
+    again = torch.autograd.grad(o.sum(), tokens, retain_graph=True)
+    twice = torch.autograd.grad(o.sum(), tokens)
+    parts, tokens, s = call()
+    right = torch.autograd.grad(parts.apply(parts.segment_map(), parts.intra(), s).sum(), tokens)
+    return found, all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(again, twice, right, strict=True))
+
+
+@pytest.mark.parametrize("is_delta", [False, True], ids=["without beta", "delta rule"])
+def test_wrong_orders_are_refused(interpreter, is_delta):
+    """As in chunks (test_linear_attention_handover.py): they gave silently wrong gradients."""
+    found, is_right = interpreter(misused, is_delta)
+    assert is_right
+    assert "`apply` comes after nothing, but it goes on from `intra`" in found["apply first"]
+    assert "`intra` comes after `intra`, but it goes on from nothing" in found["intra twice"]
+    assert "`apply` comes after `apply`, but it goes on from `intra`" in found["apply twice"]
+    assert "what `intra` gives has a gradient that is not of the output of `apply`" in found["intra alone"]

@@ -50,13 +50,21 @@ def test_attention_is_counted_alike(kind, method, options):
         mask = mask_of(options, len(lengths))
         for ranks in (2, 3, 4, 8, 12):
             layout, place = getattr(SequenceLayout, kind)(lengths, ranks), Placement.of(kind, lengths, ranks)
-            nodes = [rank // 2 for rank in range(ranks)]
-            told = softmax_traffic.traffic(method, layout, attention.Shape(6, 2, 8), nodes, mask=mask)
-            found = SOFTMAX[method].phases(place, attention.Shape(6, 2, 8), nodes, mask)
-            assert counted(found, ranks) == sums(told, nodes), (lengths, ranks)
-            assert [len(way) for way in found] == [len(told.forward), len(told.backward)]
-            for mine, theirs in zip((*found.forward, *found.backward), (*told.forward, *told.backward), strict=True):
-                assert sum(size for *_, size in mine) == int(theirs.bytes.sum())
+            for nodes, shape in (
+                ([rank // 2 for rank in range(ranks)], attention.Shape(6, 2, 8)),
+                (
+                    [rank % 2 for rank in range(ranks)],
+                    attention.Shape(3, 1, 8),
+                ),  # nodes that interleave, groups of one rank
+            ):
+                told = softmax_traffic.traffic(method, layout, shape, nodes, mask=mask)
+                found = SOFTMAX[method].phases(place, shape, nodes, mask)
+                assert counted(found, ranks) == sums(told, nodes), (lengths, ranks)
+                assert [len(way) for way in found] == [len(told.forward), len(told.backward)]
+                for mine, theirs in zip(
+                    (*found.forward, *found.backward), (*told.forward, *told.backward), strict=True
+                ):
+                    assert sum(size for *_, size in mine) == int(theirs.bytes.sum())
 
 
 @pytest.mark.parametrize("method", STATE)

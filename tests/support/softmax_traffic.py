@@ -15,7 +15,7 @@ from torch import Tensor
 from lsys.kernels.mask import CAUSAL, Mask
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages.attention import Shape
-from lsys.parallel.messages.heads import Share, shares
+from lsys.parallel.messages.heads import Share, alone, shares
 from lsys.parallel.messages.placement import is_uneven
 from lsys.parallel.methods import SOFTMAX
 from lsys.parallel.schedule import Schedule, Transfer, returns
@@ -62,6 +62,8 @@ def traffic(
     if row.collective:
         return _gather(row.function()(layout, mask), layout.ranks, shape)
     groups = row.groups(node_of_rank, shape.heads)
+    if len(groups[0]) == 1:  # `lsys.parallel.attention.ulysses` then goes by ranks, however the groups are listed
+        groups = alone(node_of_rank, shape.heads)
     split = shares(shape.heads, shape.kv_heads, len(groups[0]))
     forward, backward = _ring(row.function()(layout.pooled(groups), mask), groups, split, shape)
     if len(groups[0]) > 1:

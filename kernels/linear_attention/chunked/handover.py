@@ -85,23 +85,23 @@ class Handover:
 
     def mapped(self, maps: list[Map], written: list[Written | None]) -> None:
         """By block: the maps of chunks, and what they write where it is costly."""
-        self._in_turn("segment_map", Stage.NEW)
+        check_turn(self.stage, "segment_map", Stage.NEW)
         self.maps, self.written, self.stage = maps, written, Stage.MAPPED
 
     def to_read(self) -> list[Written | None]:
         """By block, what chunks write, until `read`."""
-        self._in_turn("intra", Stage.MAPPED)
+        check_turn(self.stage, "intra", Stage.MAPPED)
         return self.written
 
     def read(self, queries: list[Tensor]) -> None:
         """By block, what reads the states; what chunks write is not needed any more."""
-        self._in_turn("intra", Stage.MAPPED)
+        check_turn(self.stage, "intra", Stage.MAPPED)
         self.written.clear()
         self.queries, self.stage = queries, Stage.READ
 
     def to_apply(self) -> tuple[list[Map], list[Tensor]]:
         """The maps of chunks and what reads their states, by block, of which nothing is kept."""
-        self._in_turn("apply", Stage.READ)
+        check_turn(self.stage, "apply", Stage.READ)
         found = self.maps, self.queries
         self.maps, self.queries, self.stage = [], [], Stage.APPLIED
         return found
@@ -114,17 +114,17 @@ class Handover:
         written: list[Written | None],
     ) -> None:
         """A backward pass, which `Intra` goes on with, in place of one that an error broke off or that ended early."""
-        self.under_way = Pass(_task(), before, transition, d_before, written)
+        self.under_way = Pass(graph_task(), before, transition, d_before, written)
 
     def reading(self) -> Pass:
         """The pass that `Apply` began in this graph task."""
         back = self.under_way
         if self.stage is not Stage.APPLIED:
-            _refuse(
+            refuse(
                 "what `intra` gives has a gradient, but `apply` was not called; only the output of `apply` is complete"
             )
-        if back is None or back.task != _task() or back.found is not None:
-            _refuse("what `intra` gives has a gradient that is not of the output of `apply`; use that output alone")
+        if back is None or back.task != graph_task() or back.found is not None:
+            refuse("what `intra` gives has a gradient that is not of the output of `apply`; use that output alone")
         return back
 
     def have_read(self, found: Gradients, d_written: list[Written], last: bool) -> None:
@@ -138,8 +138,8 @@ class Handover:
     def writing(self) -> tuple[Pass, Gradients]:
         """The pass that `Intra` went on with in this graph task, of which nothing is kept; and what it found."""
         back, self.under_way = self.under_way, None
-        if back is None or back.task != _task() or back.found is None:
-            _refuse(
+        if back is None or back.task != graph_task() or back.found is None:
+            refuse(
                 "the ticket of the maps has a gradient, but that of `intra` was not taken; the ticket is for `intra` alone"
             )
         return back, back.found
@@ -148,18 +148,20 @@ class Handover:
         """`Maps` has gradients of its maps alone: what a pass before has left is forgotten."""
         self.under_way = None
 
-    def _in_turn(self, call: str, after: Stage) -> None:
-        if self.stage is not after:
-            _refuse(
-                f"`{call}` comes after {self.stage.value}, but it goes on from {after.value}: `segment_map`, `intra` and `apply` "
-                "are called once each, in this order; make new `segments` for another call"
-            )
+
+def check_turn(stage: Stage, call: str, after: Stage) -> None:
+    """Refuse `call` unless it goes on from where the forward pass is."""
+    if stage is not after:
+        refuse(
+            f"`{call}` comes after {stage.value}, but it goes on from {after.value}: `segment_map`, `intra` and `apply` "
+            "are called once each, in this order; make new `segments` for another call"
+        )
 
 
-def _task() -> int:
+def graph_task() -> int:
     """The number of autograd's graph task, a new one for each `backward` or `grad`; -1 outside."""
     return torch._C._current_graph_task_id()
 
 
-def _refuse(what: str) -> NoReturn:
+def refuse(what: str) -> NoReturn:
     raise RuntimeError(f"linear attention in two phases: {what}")

@@ -61,7 +61,7 @@ class Passes:
         """The output [T, H, V] from the states before the scanned spans [m, H, K, V]."""
         return self._recur("keys", self.division.every, q, k, v, g, before, torch.empty_like(v))
 
-    def enter(self, q: Tensor, g: Tensor | None, start: Tensor, intra: Tensor) -> Tensor:
+    def add_external(self, q: Tensor, g: Tensor | None, start: Tensor, intra: Tensor) -> Tensor:
         """`intra` [T, H, V] plus what states before the spans of segments with external state [ml, H, K, V] add to the output."""
         external = self.division.external
         o = torch.empty_like(intra) if external.whole else intra.clone()
@@ -125,15 +125,15 @@ class Passes:
             return x.contiguous()
         return x.new_zeros(len(self.division.plan.counts), *x.shape[1:]).index_copy(0, at, x)
 
-    def arriving(self, scan: Scan, state: Tensor) -> Tensor:
+    def at_spans(self, scan: Scan, state: Tensor) -> Tensor:
         """What is left of the states before segments with external state [L, H, K, V] at each of their spans: [ml, H, K, V]."""
         rows, state = self.division.external_rows, state.index_select(0, self.division.entry)
         if scan.cumulative is None:
             return state
         return carry(scan.cumulative if rows is None else scan.cumulative.index_select(0, rows), state)
 
-    def entered(self, scan: Scan, start: Tensor | None) -> Scan:
-        """The states with those that arrive."""
+    def with_external(self, scan: Scan, start: Tensor | None) -> Scan:
+        """The states before spans, with what is left of external ones."""
         if start is None:
             return scan
         rows = self.division.external_rows

@@ -7,7 +7,6 @@ has the mathematics and the bytes; kernels are in `scalar.py`, `channel.py` and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,29 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.chunked import SegmentMap
 from lsys.kernels.linear_attention.chunked.chunks import Tokens
+from lsys.kernels.linear_attention.gpu.handover import Handover
 from lsys.kernels.linear_attention.gpu.passes import CHUNK, Passes, log_decays
 from lsys.kernels.linear_attention.gpu.scan import Scan
 from lsys.kernels.linear_attention.gpu.spans import divide, span_chunks
 
 
-@dataclass
-class Handover:
-    """What the nodes of one pair of phases tell each other beside autograd's gradients.
-
-    The gradients of q, k, v and decay are taken once, for the whole output, by the node of `intra`. It needs the states
-    that entered segments with external state, and takes the gradients of states if the node of `apply` had to find them.
-    """
-
-    start: Tensor | None = (
-        None  # [ml, H, K, V], at each span of a segment with external state what is left of the state before its segment
-    )
-    after: Scan | None = None
-
-
 class TritonSegments:
     """log_decay None, [H], [T, H] or [T, H, K]. See `lsys.kernels.linear_attention.Segments`.
 
-    `apply` is called once for each `intra`. What these kernels do not compute is said by `gpu.triton_refusal`.
+    `intra` and `apply` are called once each. What these kernels do not compute is said by `gpu.triton_refusal`.
 
     Args:
         span: chunks of 64 tokens in a span; default by the work.
@@ -59,7 +45,7 @@ class TritonSegments:
         division = divide(tuple(lengths), tuple(external), CHUNK, span, v.device)
         g = log_decays(log_decay, v)
         self.tokens = (q.contiguous(), k.contiguous(), v.contiguous(), g)
-        self.passes, self.handover = Passes(division, scale, g is not None and g.requires_grad), Handover()
+        self.passes, self.handover = Passes(division, scale, g is not None and g.requires_grad), Handover[Scan]()
 
     @cached_property
     def scan(self) -> Scan:
@@ -69,12 +55,13 @@ class TritonSegments:
 
     def segment_map(self) -> SegmentMap:
         """The maps of the segments with external state."""
-        state, transition = _Map.apply(*self.tokens[1:], self.passes, self.scan)
+        state, transition = _Maps.apply(*self.tokens[1:], self.passes, self.scan)
         return SegmentMap(transition, state)
 
     def intra(self) -> Tensor:
         """What tokens get if every segment starts from zero, [T, H, V]."""
-        o, _ = _Run.apply(*self.tokens, None, self.passes, self.scan, self.handover)
+        self.handover.read()
+        o, _ = _Intra.apply(*self.tokens, None, self.passes, self.scan, self.handover)
         return o
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
@@ -82,7 +69,7 @@ class TritonSegments:
         if state is None or len(state) == 0:
             return intra
         q, _, _, g = (None if x is None else x.detach() for x in self.tokens)
-        return _Enter.apply(intra, state.float(), q, g, self.passes, self.scan, self.handover)
+        return _Apply.apply(intra, state.float(), q, g, self.passes, self.scan, self.handover)
 
     def whole(self, initial: Tensor | None = None, final: bool = False) -> tuple[Tensor, Tensor | None]:
         """Both phases at once, for known states before the segments with external state [L, H, K, V], default zero.
@@ -95,12 +82,15 @@ class TritonSegments:
             initial = initial.float()
             with torch.no_grad():
                 scan = self.passes.states(*self.tokens[1:], self.passes.among_scanned(initial))
-        o, after = _Run.apply(*self.tokens, initial, self.passes, scan, Handover())
+        o, after = _Intra.apply(*self.tokens, initial, self.passes, scan, Handover[Scan]())
         return o, after if final else None
 
 
-class _Run(torch.autograd.Function):
-    """The output, and the states after the segments with external state; segments begin with `state` [L, H, K, V], or zero."""
+class _Intra(torch.autograd.Function):
+    """The output, and the states after the segments with external state; segments begin with `state` [L, H, K, V], or zero.
+
+    The node of `intra`, and of both phases at once (`whole`).
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -114,9 +104,9 @@ class _Run(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, g, *states = ctx.saved_tensors
-        passes, scan = ctx.passes, ctx.passes.entered(Scan(*states), ctx.handover.start)
+        passes, scan = ctx.passes, ctx.passes.with_external(Scan(*states), ctx.handover.start)
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        after, ctx.handover.after = ctx.handover.after, None
+        after = ctx.handover.reading()
         if after is None:
             d_end = None if d_end is None else passes.among_scanned(d_end)
             after = passes.state_gradients(q, do, g, scan, d_end)
@@ -125,30 +115,32 @@ class _Run(torch.autograd.Function):
         return *found, d_state, None, None, None
 
 
-class _Enter(torch.autograd.Function):
+class _Apply(torch.autograd.Function):
     """`intra` plus what the states before the segments with external state [L, H, K, V] add to the output.
 
-    Its gradients are those of `intra` and of the states; `_Run` sees to the others.
+    Its gradients are those of `intra` and of the states; `_Intra` sees to the others.
     """
 
     @staticmethod
     def forward(ctx: Any, intra: Tensor, state: Tensor, *arguments: Any) -> Tensor:
         q, g, passes, scan, handover = arguments
-        start = passes.arriving(scan, state)
-        handover.start, ctx.passes, ctx.handover = start, passes, handover
+        start = passes.at_spans(scan, state)
+        handover.entered(start)
+        ctx.passes, ctx.handover = passes, handover
         ctx.save_for_backward(q, g, *scan)
-        return passes.enter(q, g, start, intra.contiguous())
+        return passes.add_external(q, g, start, intra.contiguous())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, g, *states = ctx.saved_tensors
-        passes, scan = ctx.passes, ctx.passes.entered(Scan(*states), ctx.handover.start)
-        ctx.handover.after = passes.state_gradients(q, do.contiguous(), g, scan, None)
-        return do, passes.of_external(ctx.handover.after.end), None, None, None, None, None
+        passes, scan = ctx.passes, ctx.passes.with_external(Scan(*states), ctx.handover.start)
+        after = passes.state_gradients(q, do.contiguous(), g, scan, None)
+        ctx.handover.begin(after)
+        return do, passes.of_external(after.end), None, None, None, None, None
 
 
-class _Map(torch.autograd.Function):
+class _Maps(torch.autograd.Function):
     """The states after the segments with external state from zero [L, H, K, V], and the sums of their log-decays [L, H ...]."""
 
     @staticmethod

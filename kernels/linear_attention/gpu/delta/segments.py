@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from lsys.kernels.linear_attention.gpu.delta.passes import (
     start_gradients,
 )
 from lsys.kernels.linear_attention.gpu.delta.wy import WY
+from lsys.kernels.linear_attention.gpu.handover import Handover
 from lsys.kernels.linear_attention.gpu.spans import Division, divide, span_chunks
 from lsys.kernels.linear_attention.gpu.tiles import chunk_tokens
 from lsys.kernels.linear_attention.scan import adjoint, compose, scan
@@ -63,25 +63,10 @@ def scan_states(x: Prepared, division: Division, width: int) -> States:
     return States(before, transition, *external, *totals)
 
 
-@dataclass
-class Handover:
-    """What the nodes of `intra` and `apply` tell each other beside autograd's gradients.
-
-    Outputs are linear in the states, so the gradients of what tokens hold are taken once, by the node of `intra`, from the
-    sum of both states. The node of `apply`, which comes first in the backward pass, finds those of the states.
-    """
-
-    start: Tensor | None = (
-        None  # [ml, H, K, V], before each span of a segment with external state what is left of the state before its segment
-    )
-    end: Tensor | None = None  # [m, H, K, V], the gradients of the states after the scanned spans
-    p: Tensor | None = None  # `scores`
-
-
 class DeltaTritonSegments:
     """log_decay None, [H] or [T, H]; beta [T, H]. See `lsys.kernels.linear_attention.Segments`.
 
-    `apply` is called at most once, with what `intra` gave, which nothing else reads. What these kernels do not compute is
+    `intra` is called once, and `apply` at most once, with what `intra` gave, which nothing else reads. What these kernels do not compute is
     said by `gpu.triton_refusal`.
 
     Args:
@@ -109,7 +94,7 @@ class DeltaTritonSegments:
         q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.float().contiguous()
         g = torch.zeros_like(beta[:1, :1]) if log_decay is None else log_decay.float()
         w, u, b = WY.apply(k, v, beta, g.expand(beta.shape), self.division.every, chunk)
-        self.tokens, self.handover = Prepared(q, k, w, u, b, scale, chunk), Handover()
+        self.tokens, self.handover = Prepared(q, k, w, u, b, scale, chunk), Handover[tuple[Tensor, Tensor]]()
 
     @cached_property
     def states(self) -> States:
@@ -122,12 +107,13 @@ class DeltaTritonSegments:
 
     def segment_map(self) -> SegmentMap:
         """The maps of the segments with external state."""
-        state, transition = _Map.apply(*self.tokens[1:], self.division, self.states)
+        state, transition = _Maps.apply(*self.tokens[1:], self.division, self.states)
         return SegmentMap(transition, state)
 
     def intra(self) -> Tensor:
         """What tokens get if every segment starts from zero, [T, H, V]; in fp32 if states may be added."""
         dtype = torch.float32 if len(self.division.external) else self.out_dtype
+        self.handover.read()
         return _Intra.apply(*self.tokens, self.division, self.states, self.scores, self.handover, dtype)
 
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor:
@@ -135,7 +121,7 @@ class DeltaTritonSegments:
         if state is None or len(self.division.external) == 0:
             return intra.to(self.out_dtype)
         parts = (self.division, self.states, self.scores, self.handover, self.out_dtype)
-        return _Enter.apply(intra, state.float(), *self.tokens, *parts)
+        return _Apply.apply(intra, state.float(), *self.tokens, *parts)
 
 
 class _Intra(torch.autograd.Function):
@@ -155,24 +141,26 @@ class _Intra(torch.autograd.Function):
         q, k, w, u, b, start, transition = ctx.saved_tensors
         division, handover, x = ctx.division, ctx.handover, Prepared(q, k, w, u, b, ctx.scale, ctx.chunk)
         do = do.to(q.dtype).contiguous()
-        if handover.end is None:  # no states entered
+        found = handover.reading()
+        if found is None:
             p = scores(x, division.every)
             end, _ = adjoint(start_gradients(x, p, division.scanned, do), None, transition, division.plan)
         else:
-            p, end, handover.p, handover.end = handover.p, handover.end, None, None
+            p, end = found
             rows = division.external_rows
             start = start + handover.start if rows is None else start.index_add(0, rows, handover.start)
         dq, dk, dw, du, db = gradients(x, p, division.every, start, end, do)
         return dq, dk, dw, du, db, *[None] * 7
 
 
-class _Enter(torch.autograd.Function):
+class _Apply(torch.autograd.Function):
     """`intra` plus what the states before the segments with external state [L, H, K, V] add to the output."""
 
     @staticmethod
     def forward(ctx: Any, intra: Tensor, state: Tensor, *arguments: Any) -> Tensor:
         q, k, w, _, b, scale, chunk, division, states, p, handover, dtype = arguments
-        handover.start = states.cumulative @ state.index_select(0, division.entry)  # [ml, H, K, V]
+        start = states.cumulative @ state.index_select(0, division.entry)  # [ml, H, K, V]
+        handover.entered(start)
         ctx.save_for_backward(q, k, w, b, states.transition)
         ctx.scale, ctx.chunk, ctx.division, ctx.handover, ctx.intra_dtype = (
             scale,
@@ -183,22 +171,23 @@ class _Enter(torch.autograd.Function):
         )
         external, intra = division.external, intra.contiguous()
         o = torch.empty_like(intra, dtype=dtype) if external.whole else intra.to(dtype, copy=True)
-        return outputs(Prepared(q, k, w, None, b, scale, chunk), p, external, handover.start, o, intra)
+        return outputs(Prepared(q, k, w, None, b, scale, chunk), p, external, start, o, intra)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, w, b, transition = ctx.saved_tensors
         division, handover, x = ctx.division, ctx.handover, Prepared(q, k, w, None, b, ctx.scale, ctx.chunk)
-        handover.p = scores(x, division.every)
-        from_output = start_gradients(x, handover.p, division.scanned, do.to(q.dtype).contiguous())
-        handover.end, d_state = adjoint(from_output, None, transition, division.plan)
+        p = scores(x, division.every)
+        from_output = start_gradients(x, p, division.scanned, do.to(q.dtype).contiguous())
+        end, d_state = adjoint(from_output, None, transition, division.plan)
+        handover.begin((p, end))
         if division.external_segments is not None:
             d_state = d_state.index_select(0, division.external_segments)
         return do.to(ctx.intra_dtype), d_state, *[None] * 12
 
 
-class _Map(torch.autograd.Function):
+class _Maps(torch.autograd.Function):
     """The states after the segments with external state from zero, [L, H, K, V], and the transitions over them, [L, H, K, K]."""
 
     @staticmethod
