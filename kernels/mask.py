@@ -60,6 +60,7 @@ class SharedPrefix:
     groups: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))  # a list does not hash
         if any(number < 1 for number in self.groups):
             raise ValueError(f"a group has a prefix at least, which is one document; got groups of {self.groups}")
 

@@ -85,7 +85,9 @@ GPUS: dict[str, Gpu] = {
 
 def of_device(name: str) -> Gpu | None:
     """The GPU that torch calls `name`, such as "NVIDIA H100 80GB HBM3"; None: it is not in the table."""
-    other = r"(?! (Ti|D|SUPER|Laptop|Max-Q)\b)"  # these are cards of their own, with other peaks
+    if re.search(r"\bMIG\b", name):
+        return None  # a part of one
+    other = r"(?!-\d| (Ti|D|SUPER|Laptop|Max-Q)\b)"  # these are cards of their own, such as H20-3e, with other figures
     return next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}\b{other}", name, re.IGNORECASE)), None)
 
 

@@ -44,6 +44,11 @@ class AttentionCard(Card):
         if known and model.head_width % 2:
             fix = f"{model.head_width - 1 or 2} or {model.head_width + 1} does"
             yield Refusal("head_dim", f"{model.head_width} is odd, and rotary positions turn pairs of channels", fix)
+        if not self.mask.is_own:  # a layer's positions, FLOPs and decoding are of documents that see themselves alone
+            problem = f"layers of {self.key} let documents see others, by {self.mask.documents}"
+            yield Refusal(
+                "pattern", problem, "a layer's mask has documents=Own(); others are for `softmax_attention` itself"
+            )
 
     def mixing_flops(self, lengths: Sequence[int], is_first: bool = False) -> float:
         return 4.0 * self.out_width * sum(self.mask.visible(0, length, length) for length in lengths)

@@ -12,6 +12,8 @@ from lsys.config.messages import ConfigError
 from lsys.config.notices import notices
 from lsys.config.rules import check, check_files, require
 from lsys.config.schema import Config
+from lsys.kernels.mask import Mask, SharedPrefix
+from lsys.mixers.softmax import Softmax
 
 STEP = 1 << 20
 
@@ -303,3 +305,17 @@ def test_no_notice_without_cause() -> None:
     assert notices(make(), 2) == []
     assert notices(make(model__pattern="RGMD", model__linear__key_heads=4, model__rope_base=5e5), 2) == []
     assert notices(make(parallel__context=2, parallel__linear="zeco", model__pattern="D"), 2) == []
+
+
+def test_a_card_whose_documents_see_others_is_refused() -> None:
+    """Positions, FLOPs and decoding of a layer are of documents by themselves."""
+
+    class Prefixed(Softmax):
+        @property
+        def mask(self) -> Mask:
+            return Mask(documents=SharedPrefix((2, 1)))
+
+    model = make().model
+    (refusal,) = Prefixed("prefixed", model, None).refusals()
+    assert refusal.key == "pattern" and "SharedPrefix(groups=(2, 1))" in refusal.problem and "Own()" in refusal.fix
+    assert not [*Softmax("softmax", model, None).refusals()]

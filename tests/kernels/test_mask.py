@@ -102,3 +102,8 @@ def test_groups_cover_all_documents():
 def test_a_mask_needs_no_torch():
     program = "import sys, lsys.kernels.mask; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_groups_may_be_a_list():
+    listed = SharedPrefix([2, 1])  # type: ignore[arg-type]
+    assert listed == SharedPrefix((2, 1)) and hash(Mask(documents=listed)) == hash(Mask(documents=SharedPrefix((2, 1))))

@@ -43,7 +43,10 @@ def test_each_is_found_by_its_device_name_and_its_word(name: str) -> None:
     assert hardware(f"{word}x4", "fp32").ranks_per_node == hardware(word, "fp32", 4).ranks_per_node == 4
 
 
-@pytest.mark.parametrize("name", ["RTX 3090 Ti", "RTX 4090 D", "RTX 4090 Laptop GPU", "RTX A6000 Max-Q"])
+@pytest.mark.parametrize(
+    "name",
+    ["RTX 3090 Ti", "RTX 4090 D", "RTX 4090 Laptop GPU", "RTX A6000 Max-Q", "H20-3e", "H100 80GB HBM3 MIG 1g.10gb"],
+)
 def test_a_card_of_another_name_is_not_taken_for_one_of_the_table(name: str) -> None:
     assert of_device(f"NVIDIA GeForce {name}") is None and of_device("NVIDIA GeForce RTX 3090") is GPUS["RTX 3090"]
 

@@ -1,6 +1,7 @@
 """Rules for all source files."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +35,26 @@ def test_docstrings_begin_with_what_is_there():
                 if words and words[0] in ("Of", "of"):
                     found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} {' '.join(words[:6])}")
     assert not found, "\n".join(found)
+
+
+def test_files_that_pages_name_are_there():
+    """From the root, from lsys, from the page's folder, or from the folder of another file that the page names."""
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "kernels").rglob("*.md"),
+    ]
+    missing = []
+    for page in pages:
+        names = sorted(
+            {name for name in re.findall(r"`([\w./-]+\.(?:py|sh|md|yaml))`", page.read_text()) if "NAME" not in name}
+        )
+        homes = [ROOT, ROOT / "lsys", page.parent]
+        homes += [
+            (home / name).parent for home in tuple(homes) for name in names if "/" in name and (home / name).exists()
+        ]
+        missing += [
+            f"{page.relative_to(ROOT)}: {name}" for name in names if not any((home / name).exists() for home in homes)
+        ]
+    assert len(pages) > 20 and not missing, "\n".join(missing)
