@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lsys.kernels.mask import CAUSAL, Mask
-from lsys.parallel.attention.reach import readers
+from lsys.parallel.attention.ring_distance import readers
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.schedule import Schedule, Step, Transfer, crossing
 from lsys.parallel.segments import SegmentTable, cut

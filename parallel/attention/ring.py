@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.mask import CAUSAL, Mask
-from lsys.parallel.attention.reach import farthest, readers
+from lsys.parallel.attention.ring_distance import farthest, readers
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import ring as messages
 from lsys.parallel.schedule import Schedule, Step, Transfer, crossing

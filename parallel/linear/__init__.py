@@ -80,10 +80,10 @@ def linear_attention(
         back = (q.flip(0), k.flip(0), v.flip(0), _flipped(log_decay), _flipped(beta))
         parts.append(kernel.segments(*back, lengths[::-1], external.segments[1], scale=scale, backend=backend))
     way = None if alone else row.function()(comm, layout, external, inputs)
-    reached: tuple[Tensor | None, ...] = (*inputs[1:], initial_state)  # by gradients of states
-    if any(x is not None and x.requires_grad for x in reached):
-        reached = (q, *reached)  # whose gradient alone starts the backward exchange as well
-    (o, *others), final = exchange.attention(parts, external, way, comm, initial_state, reached)
+    state_inputs: tuple[Tensor | None, ...] = (*inputs[1:], initial_state)  # by gradients of states
+    if any(x is not None and x.requires_grad for x in state_inputs):
+        state_inputs = (q, *state_inputs)  # whose gradient alone starts the backward exchange as well
+    (o, *others), final = exchange.attention(parts, external, way, comm, initial_state, state_inputs)
     if others:
         o = o + others[0].flip(0) - kernel.diagonal(q, k, v, beta, scale)
     return o, final

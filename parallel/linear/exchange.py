@@ -71,7 +71,7 @@ def attention(
         state = state.index_add(0, external.first, starts)
         if final is not None:
             final = final.index_add(0, external.empty, initial.to(final.dtype).index_select(0, external.empty))
-    ends = zip(parts, maps, intra, external.enter(composed, state), strict=True)
+    ends = zip(parts, maps, intra, external.states_before(composed, state), strict=True)
     return [part.apply(its_map, its_intra, before) for part, its_map, its_intra, before in ends], final
 
 

@@ -115,7 +115,7 @@ class ExternalSegments:
         scanned = scan(update, transition, self.plan)
         return Composed(scanned.total, scanned.total_cumulative, scanned.before, scanned.cumulative)
 
-    def enter(self, composed: Composed, state: Tensor | None) -> list[Tensor | None]:
+    def states_before(self, composed: Composed, state: Tensor | None) -> list[Tensor | None]:
         """The states before the segments with external state [L_direction, H, K, V], of those before the runs [R, H, K, V] (None is 0)."""
         if composed.before is not None:
             before = composed.before

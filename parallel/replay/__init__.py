@@ -18,7 +18,7 @@ or, for more ranks than a machine can run, from one rank after the other, alone:
 and `simulate(programs, GPUS["H100"].links)` gives their timeline.
 """
 
-from lsys.parallel.replay.link_rates import Link, Links
+from lsys.parallel.links import Link, Links
 from lsys.parallel.replay.program import (
     Compute,
     Issue,

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lsys.parallel.ledger import NETWORK, NODE, Operation, traffic
-from lsys.parallel.replay.link_rates import Links
+from lsys.parallel.links import Links
 from lsys.parallel.traffic import RINGS
 
 Port = tuple[int, str, str]  # rank, link class, "out" or "in"

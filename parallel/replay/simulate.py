@@ -10,8 +10,8 @@ from functools import partial
 from itertools import count
 
 from lsys.parallel.ledger import NETWORK, NODE
+from lsys.parallel.links import Links
 from lsys.parallel.replay.cost import Member, Port, cost
-from lsys.parallel.replay.link_rates import Links
 from lsys.parallel.replay.program import Compute, Issue, Program, Wait
 from lsys.parallel.replay.timeline import Share, Timeline
 

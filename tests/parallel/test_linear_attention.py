@@ -141,7 +141,7 @@ def test_lower_precision(gloo, dtype):
 def _without_carry(rank, world_size, cases):
     """The largest error of the output when no state comes in."""
     comm, errors = comm_of(world_size), {}
-    with mock.patch.object(ExternalSegments, "enter", lambda self, *_: [None] * len(self.segments)):
+    with mock.patch.object(ExternalSegments, "states_before", lambda self, *_: [None] * len(self.segments)):
         for case, full in cases:
             layout = all_layouts(case.lengths, world_size)[case.layout]
             errors[case] = largest_error(distributed(case, comm, world_size), full, layout, rank)["o"]

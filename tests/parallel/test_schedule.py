@@ -11,7 +11,7 @@ from support.masks import SHARES, mask_of, sees
 
 from lsys.kernels.mask import Mask
 from lsys.parallel.attention import gather, ring
-from lsys.parallel.attention.reach import farthest
+from lsys.parallel.attention.ring_distance import farthest
 from lsys.parallel.attention.route import route
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.schedule import Schedule, Step, Transfer, check, parts_of, returns

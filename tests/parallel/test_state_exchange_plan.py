@@ -96,7 +96,7 @@ def test_states_compose_as_on_one_rank(layout, causal):
             first[number] = min(at, (way, document, start)) if way == 0 else max(at, (way, document, start))
         assert sorted(first) == its.numbers.tolist()
         entering = torch.tensor([before[first[n]] for n in sorted(first)], dtype=torch.float64).view(-1, 1, 1, 1)
-        for each, found in zip(places, its.enter(composed, entering), strict=True):
+        for each, found in zip(places, its.states_before(composed, entering), strict=True):
             assert torch.allclose(found.flatten(), torch.tensor([before[place] for place in each], dtype=torch.float64))
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_composed_where_each_run_is_one_segment():
     composed = its.compose([maps])
     assert composed.update is maps.state and composed.before is None
     state = torch.randn(1, 2, 4, 4)
-    assert torch.equal(its.enter(composed, state)[0], state) and its.enter(composed, None) == [None]
+    assert torch.equal(its.states_before(composed, state)[0], state) and its.states_before(composed, None) == [None]
 
 
 # ---- chains

@@ -52,10 +52,10 @@ def channel_outer_kernel(
     chunks = tl.cdiv(count, C)
     for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         at = ((chunks - 1 - n) if REVERSE else n) * C
-        b, enter, leave, G = load_decay(g, first + at, count - at, head, 0, H, DX, REVERSE, C, BX)
+        b, from_start, to_end, G = load_decay(g, first + at, count - at, head, 0, H, DX, REVERSE, C, BX)
         xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
-        xs = (xs * leave).to(xs.dtype)
+        xs = (xs * to_end).to(xs.dtype)
         state = tl.dot(tl.trans(zs), xs, state * tl.exp(G)[None, :], input_precision=PRECISION)
         cumulative += G
     state = tl.trans(state * scale if REVERSE else state)
@@ -66,16 +66,16 @@ def channel_outer_kernel(
 
 
 @triton.jit
-def inter_chunk(state, xs, enter, G, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def inter_chunk(state, xs, from_start, G, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """What tokens get from the state that enters their chunk [BZ, BX], and what is left of it after the chunk.
 
     The first is [BZ, C] or, if TRANSPOSED, [C, BZ].
     """
     if TRANSPOSED:
         os = tl.trans(product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION))
-        return os * enter, state * tl.exp(G)[:, None]
+        return os * from_start, state * tl.exp(G)[:, None]
     else:
-        weighted = (xs * enter).to(WIDE)
+        weighted = (xs * from_start).to(WIDE)
         os = product(state.to(WIDE), tl.trans(weighted), PRECISION)
         return os, state * tl.exp(G)[None, :]
 
@@ -158,21 +158,21 @@ def channel_pass_kernel(
         start, left = first + at, count - at
         xs = load_rows(x, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         if TRANSPOSED:
-            b, enter, leave, G = load_decay(g, start, left, head, column, H, DZ, REVERSE, C, BZ)
+            b, from_start, to_end, G = load_decay(g, start, left, head, column, H, DZ, REVERSE, C, BZ)
         else:
-            b, enter, leave, G = load_decay(g, start, left, head, 0, H, DX, REVERSE, C, BX)
-        os, state = inter_chunk(state, xs, enter, G, TRANSPOSED, WIDE, PRECISION)
+            b, from_start, to_end, G = load_decay(g, start, left, head, 0, H, DX, REVERSE, C, BX)
+        os, state = inter_chunk(state, xs, from_start, G, TRANSPOSED, WIDE, PRECISION)
         if LOCAL:
             ys = load_rows(y, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
             zs = load_rows(z, start, left, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
             zero = tl.minimum(left, 0)  # else masks would be kept in registers from chunk to chunk
-            leave = leave * scale if REVERSE else leave
+            to_end = to_end * scale if REVERSE else to_end
             if TRANSPOSED:
-                state = tl.dot(tl.trans((zs * leave).to(zs.dtype)), ys, state, input_precision=PRECISION)
+                state = tl.dot(tl.trans((zs * to_end).to(zs.dtype)), ys, state, input_precision=PRECISION)
                 scores = product(xs, tl.trans(ys), PRECISION) * (scale if REVERSE else 1.0)
                 os = intra_values(os, scores, zs, b, zero, REVERSE, LEVELS, C, BZ, PRECISION)
             else:
-                state = tl.dot(tl.trans(zs), (ys * leave).to(ys.dtype), state, input_precision=PRECISION)
+                state = tl.dot(tl.trans(zs), (ys * to_end).to(ys.dtype), state, input_precision=PRECISION)
                 scores = intra_scores(xs, ys, b, zero, scale, REVERSE, LEVELS, C, BX, PRECISION)
                 os = tl.dot(tl.trans(zs), tl.trans(scores.to(zs.dtype)), os, input_precision=PRECISION)
         os = os if TRANSPOSED else tl.trans(os)

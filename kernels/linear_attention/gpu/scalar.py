@@ -111,8 +111,8 @@ def scalar_outer_kernel(
         xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
         if DECAY:
-            b, enter, leave, G = load_decay(g, first + at, count - at, head, g_token, g_head, REVERSE, C)
-            zs = (zs * leave[:, None]).to(z.dtype.element_ty)
+            b, from_start, to_end, G = load_decay(g, first + at, count - at, head, g_token, g_head, REVERSE, C)
+            zs = (zs * to_end[:, None]).to(z.dtype.element_ty)
             state *= tl.exp(G)
             cumulative += G
         state = tl.dot(tl.trans(xs), zs, state, input_precision=PRECISION)
@@ -154,15 +154,15 @@ def scalar_pass_kernel(
         xs = load_rows(x, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         os = product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION)  # [BZ, C]
         if DECAY:
-            b, enter, leave, G = load_decay(g, start, left, head, g_token, g_head, REVERSE, C)
-            os *= enter[None, :]
+            b, from_start, to_end, G = load_decay(g, start, left, head, g_token, g_head, REVERSE, C)
+            os *= from_start[None, :]
             state *= tl.exp(G)
         if LOCAL:
             ys = load_rows(y, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
             zs = load_rows(z, start, left, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)
             weighted = zs
             if DECAY:
-                weighted = (zs * (leave * scale if REVERSE else leave)[:, None]).to(zs.dtype)
+                weighted = (zs * (to_end * scale if REVERSE else to_end)[:, None]).to(zs.dtype)
             elif REVERSE:
                 weighted = (zs * scale).to(zs.dtype)
             state = tl.dot(tl.trans(weighted), ys, state, input_precision=PRECISION)

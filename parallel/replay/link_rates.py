@@ -1,5 +1,0 @@
-"""Links between ranks: see `lsys.parallel.links`."""
-
-from lsys.parallel.links import Link, Links
-
-__all__ = ["Link", "Links"]
