@@ -12,7 +12,7 @@ class FocalLoss:
     """Cross-entropy in which hard tokens count more: (1 - p)^2 (-log p), with the probability p of the target (Lin et al., 2017)."""
 
     def __init__(self, settings: Any) -> None:
-        from lsys.model.loss import token_losses  # made on the last stage, where Megatron is ready
+        from lsys.model.loss import token_losses  # made where Megatron is ready
 
         self.token_losses = token_losses
 

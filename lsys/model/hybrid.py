@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lsys.config import Config
-from lsys.config.reports import LOSS
+from lsys.config.reports import LOSS, TOKENS, declared
 from lsys.model.layers import block_spec
-from lsys.model.loss import Output, final_loss
+from lsys.model.loss import Output, final_loss, require_parts
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.comm import SequenceComm
 
@@ -69,7 +69,9 @@ class HybridModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and settings.model.tied,
                 tp_group=pg_collection.tp,
             )
-            self.loss = final_loss(settings)
+            self.loss, self.loss_name = final_loss(settings), settings.train.loss
+            last = [metric.name for metric in declared(settings) if metric.last_stage]
+            self.loss_parts = [name for name in last if name != TOKENS]
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -89,7 +91,7 @@ class HybridModel(LanguageModule):
         mask = torch.ones_like(packed.positions, dtype=torch.float32) if mask is None else mask
         weight = self.output_layer.weight if self._output_weight is None else self._output_weight
         output = Output(hidden, weight, targets[: len(mask)], mask, self.pg_collection.tp, packed, self._project)
-        losses = self.loss(output)
+        losses = require_parts(self.loss(output), self.loss_name, self.loss_parts)
         total = losses[LOSS]
         for name, part in losses.items():
             packed.report(name, part)

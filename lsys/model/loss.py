@@ -1,6 +1,6 @@
 """The final loss: what the last stage hands to it, and cross-entropy over a vocabulary that is sharded over the tensor ranks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lsys.config import Config
 from lsys.config.losses import LOSSES
+from lsys.config.messages import FilesError, Mistake
 from lsys.config.reports import LOSS, Z_LOSS
 from lsys.config.user_code import imported
 from lsys.model.packed import PackedMicroBatch
@@ -70,10 +71,45 @@ class FinalLoss(Protocol):
 
 
 def final_loss(settings: Config) -> FinalLoss:
-    """The loss that `train.loss` names, made with the configuration: one of the table, or the user's own."""
+    """The loss that `train.loss` names, made with the configuration: one of the table, or the user's own.
+
+    Raises:
+        FilesError: the user's own cannot be made, or is nothing that can be called.
+    """
     name = settings.train.loss
-    made: FinalLoss = imported(LOSSES[name].source if name in LOSSES else name)(settings)
+    make, fix = (
+        imported(LOSSES[name].source if name in LOSSES else name),
+        f"{name}(settings) gives what is called with each Output",
+    )
+    try:
+        made: FinalLoss = make(settings)
+    except Exception as error:  # the user's own code
+        raise _refusal(f"{name}(settings) raised {type(error).__name__}: {error}", fix) from error
+    if not callable(made):
+        raise _refusal(f"{name}(settings) gives {made!r:.60}, which cannot be called with an Output", fix)
     return made
+
+
+def require_parts(losses: Any, name: str, known: Collection[str]) -> Mapping[str, Tensor]:
+    """What the final loss `name` gave for a micro-batch: sums of one number each, by names among `known`, LOSS among them.
+
+    Raises:
+        FilesError: it gave something else.
+    """
+    fix = f"it gives sums over the rank's tokens by their names, of {', '.join(known)}; the first always"
+    if not isinstance(losses, Mapping):
+        raise _refusal(f"{name} gave {type(losses).__name__}, and no mapping", fix)
+    if LOSS not in losses or not {*losses} <= {*known}:
+        raise _refusal(f"{name} gave {', '.join(map(repr, losses)) or 'nothing'}", fix)
+    for part, value in losses.items():
+        if not (isinstance(value, Tensor) and value.numel() == 1):
+            kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise _refusal(f"{name} gave {part} as {kind}, and no tensor of one number", fix)
+    return losses
+
+
+def _refusal(problem: str, fix: str) -> FilesError:
+    return FilesError([Mistake("train.loss", problem, fix)])
 
 
 class CrossEntropy:

@@ -11,6 +11,7 @@ from lsys.config import Config
 from lsys.config.load import dump
 from lsys.config.rules import check_files, require
 from lsys.config.schema import ADAMW
+from lsys.config.user_code import is_path
 from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
@@ -38,7 +39,7 @@ def open_run(settings: Config) -> "Iterator[Run]":
     check_files(settings)
     require_own_folder(settings)
     efficiency = open_baseline(settings, launch)
-    if settings.model.mixers.paths or settings.optimizer.kind != ADAMW:
+    if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
         _require_own(settings)
     with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
         yield Run(settings, groups, efficiency)
@@ -49,11 +50,13 @@ def _require_own(settings: Config) -> None:
     from lsys.runtime import install_megatron
 
     install_megatron()
+    from lsys.model.loss import final_loss
     from lsys.model.own import require_modules
     from lsys.train.own import require_optimizer
 
     require_modules(settings)
     require_optimizer(settings.optimizer)
+    final_loss(settings)
 
 
 class Run:

@@ -1,11 +1,16 @@
 """The loss of examples/my_parts, brought by its path, is its definition, and trains alike on any degrees."""
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from support import parity
+from support import parity, resuming
 from train.test_own_parts import DEGREES, check
+
+from lsys.config.messages import FilesError
+from lsys.config.reports import LOSS
 
 FOCAL = {"train__loss": "my_parts.losses:FocalLoss", "train__z_loss": 0.0}
 
@@ -45,3 +50,99 @@ def test_the_loss_is_its_definition(gloo: Any, ranks: int) -> None:
 @pytest.mark.parametrize("case", DEGREES)
 def test_the_loss_equals_one_process(gloo: Any, case: str) -> None:
     check(gloo, FOCAL, case)
+
+
+# ---- what is refused
+
+
+class Fails:
+    def __init__(self, settings: Any) -> None:
+        raise OSError("no such table")
+
+
+def of_an_output(output: Any) -> dict[str, torch.Tensor]:
+    """Is named in the place of what makes it."""
+    return {LOSS: output.logits().sum()}
+
+
+def answers(settings: Any) -> dict[str, Any]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Fails", "(settings) raised OSError: no such table; "),
+        ("of_an_output", "(settings) raised AttributeError: 'Config' object has no attribute 'logits'"),
+        ("answers", "(settings) gives {}, which cannot be called with an Output"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_cannot_be_made_is_told_before_a_process_group_starts(name: str, said: str) -> None:
+    from lsys.train import run
+
+    others = dict.fromkeys(("check_files", "require_own_folder", "open_baseline", "process_groups"), mock.DEFAULT)
+    with mock.patch.multiple(run, **others) as patched, pytest.raises(FilesError) as caught:
+        with run.open_run(parity.settings(train__loss=f"{__name__}:{name}")):
+            pass
+    assert str(caught.value).startswith(f"train.loss: {__name__}:{name}{said}")
+    assert str(caught.value).endswith(f"; {__name__}:{name}(settings) gives what is called with each Output")
+    assert patched["open_baseline"].called and not patched["process_groups"].called
+
+
+class Gives:
+    """Gives what `found` makes of the logits."""
+
+    found: Any = staticmethod(lambda logits: logits.sum())
+
+    def __init__(self, settings: Any) -> None:
+        pass
+
+    def __call__(self, output: Any) -> Any:
+        return self.found(output.logits().float().square())
+
+
+class Unnamed(Gives):
+    found = staticmethod(lambda square: {"focal": square.sum()})
+
+
+class Tokens(Gives):
+    found = staticmethod(lambda square: {LOSS: square.sum(), "tokens": square.sum()})
+
+
+class Vector(Gives):
+    found = staticmethod(lambda square: {LOSS: square.sum(2)})
+
+
+class Number(Gives):
+    found = staticmethod(lambda square: {LOSS: float(square.sum())})
+
+
+class Square(Gives):
+    found = staticmethod(lambda square: {LOSS: square.sum()})
+
+
+WRONG = {
+    "Gives": "gave Tensor, and no mapping; it gives sums over the rank's tokens by their names, of loss_metrics/global_avg_loss, "
+    "loss_metrics/z_loss; the first always",
+    "Unnamed": "gave 'focal'; it gives",
+    "Tokens": "gave 'loss_metrics/global_avg_loss', 'tokens'; it gives",  # the engine counts them
+    "Vector": "gave loss_metrics/global_avg_loss as torch.float32 [97, 1], and no tensor of one number; it gives",
+    "Number": "gave loss_metrics/global_avg_loss as float, and no tensor of one number; it gives",
+}
+
+
+def refusals(rank: int, world_size: int, names: list[str]) -> list[str]:
+    said = []
+    for name in names:
+        changes = {"model__layers": 1, "model__pattern": "S", "train__loss": f"{__name__}:{name}"}
+        try:
+            resuming.run(rank, world_size, changes, Path("unused"), stop=1)
+        except FilesError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_loss_that_gives_something_else_is_told(gloo: Any) -> None:
+    (found,) = gloo(1, refusals, [*WRONG, "Square"])
+    for text, (name, said) in zip(found, WRONG.items(), strict=True):
+        assert text.startswith(f"train.loss: {__name__}:{name} {said}")
