@@ -104,6 +104,7 @@ def _train(words: list[str]) -> int:
 
 def _check(words: list[str]) -> int:
     from lsys.config.load import load
+    from lsys.config.modules import missing_modules
     from lsys.config.rules import check, file_mistakes
     from lsys.inspection import print_check
     from lsys.options import CheckOptions
@@ -111,7 +112,8 @@ def _check(words: list[str]) -> int:
     options, overrides = _with_overrides(CheckOptions, "check", words)
 
     def rules(config: "Config") -> "list[Mistake]":
-        return check(config, options.world_size) + (file_mistakes(config) if options.files else [])
+        files = file_mistakes(config) if options.files else []
+        return check(config, options.world_size) + missing_modules(config) + files
 
     config = load(options.config, overrides, rules)
     print_check(config, options.world_size, options.ranks_per_node, options.hardware, options.search)

@@ -109,6 +109,7 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
     """The configuration as this node reads it, and the files that it names."""
     from lsys.config.load import load, resolved
     from lsys.config.messages import ConfigError
+    from lsys.config.modules import missing_modules
     from lsys.config.overrides import parse_overrides
     from lsys.config.rules import check
     from lsys.observe.flops import parameters
@@ -118,7 +119,8 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
     except ConfigError as error:
         report.mistakes = [str(mistake) for mistake in error.mistakes]
         return
-    report.mistakes = [str(mistake) for mistake in check(settings, report.nodes * report.ranks)]
+    mistakes = check(settings, report.nodes * report.ranks) + missing_modules(settings)
+    report.mistakes = [str(mistake) for mistake in mistakes]
     report.config = flat(resolved(settings))
     report.folder = str(settings.train.folder)
     if settings.checkpoint.save:

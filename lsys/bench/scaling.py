@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from lsys.bench.signals import Signals
 from lsys.config.load import load
 from lsys.config.messages import ConfigError, Mistake
+from lsys.config.modules import missing_modules
 from lsys.config.overrides import Override
 from lsys.config.rules import check, file_mistakes
 from lsys.config.schema import Config
@@ -164,7 +165,7 @@ def _require_sound(options: ScalingOptions, overrides: Sequence[Override], sweep
     for point in sweep:
 
         def rules(config: Config, ranks: int = point.ranks) -> list[Mistake]:
-            return check(config, ranks) + file_mistakes(config)
+            return check(config, ranks) + missing_modules(config) + file_mistakes(config)
 
         try:
             load(options.config, [*overrides, *point.overrides], rules)

@@ -17,7 +17,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
@@ -140,16 +140,22 @@ def imported(path: str) -> Any:
         found = import_module(module)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise _refusal(_not_found(module)) from error
+            raise _refusal(not_found(module)) from error
         where = _line(error)
         raise _refusal(f"importing {module} failed{where}: {type(error).__name__}: {error}") from error
     if not hasattr(found, name):
-        similar = difflib.get_close_matches(name, [each for each in vars(found) if not each.startswith("_")], n=1)
-        raise _refusal(f"module {module} has no {name}" + (f"; did you mean {similar[0]}?" if similar else ""))
+        raise _refusal(lacks(module, name, vars(found)))
     return getattr(found, name)
 
 
-def _not_found(module: str) -> str:
+def lacks(module: str, name: str, names: Iterable[str]) -> str:
+    """That a module which has `names` has not this one, in words."""
+    similar = difflib.get_close_matches(name, [each for each in names if not each.startswith("_")], n=1)
+    return f"module {module} has no {name}" + (f"; did you mean {similar[0]}?" if similar else "")
+
+
+def not_found(module: str) -> str:
+    """That there is no such module, in words, and where it is looked for."""
     folders = os.environ.get("PYTHONPATH", "")
     top = module.partition(".")[0]
     text = f"there is no module {module} among installed packages and in PYTHONPATH ({folders or 'empty'})"

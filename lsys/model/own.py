@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from lsys.config import Config
 from lsys.config.messages import FilesError, Mistake
+from lsys.config.modules import wrong_module
 from lsys.config.user_code import imported
 from lsys.mixers.card import MixerCard
 from lsys.mixers.registry import ALL
@@ -27,14 +28,10 @@ def require_modules(settings: Config) -> None:
 
 def _mistakes(cards: Any, base: type) -> list[Mistake]:
     return [
-        Mistake(f"model.mixers.{key}.kind", f"{_text(card)}: {problem}")
+        wrong_module(key, card, problem)
         for key, card in cards.items()
         if type(card) not in ALL.values() and (problem := _problem(card, base))
     ]
-
-
-def _text(card: MixerCard) -> str:
-    return f"the module of {type(card).__name__}, {card.module}"
 
 
 def _problem(card: MixerCard, base: type) -> str:
