@@ -88,6 +88,12 @@ def declared(config: Config) -> tuple[Metric, ...]:
     return tuple({metric.name: metric for source in SOURCES for metric in source(config)}.values())
 
 
+def final_parts(config: Config) -> tuple[str, ...]:
+    """Names that the final loss may report its sums under; LOSS comes first, and is always there."""
+    metrics = (metric for source in SOURCES if source is not added for metric in source(config))
+    return tuple(metric.name for metric in metrics if metric.last_stage and metric.name != TOKENS)
+
+
 # Curves that a run has beside what is declared, and groups of curves, the first part of their names.
 CURVES = frozenset(
     {"grad_norm", "lr", "n_tokens_seen", "throughput(tps)", "tflops", "mfu(%)", "loss_metrics/validation_loss"}

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lsys.config import Config
-from lsys.config.reports import LOSS, TOKENS, declared
+from lsys.config.reports import LOSS, final_parts
 from lsys.model.layers import block_spec
 from lsys.model.loss import Output, final_loss, require_parts
 from lsys.model.packed import PackedMicroBatch
@@ -70,8 +70,7 @@ class HybridModel(LanguageModule):
                 tp_group=pg_collection.tp,
             )
             self.loss, self.loss_name = final_loss(settings), settings.train.loss
-            last = [metric.name for metric in declared(settings) if metric.last_stage]
-            self.loss_parts = [name for name in last if name != TOKENS]
+            self.loss_parts = final_parts(settings)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
