@@ -7,6 +7,8 @@ import pytest
 
 from lsys.cli import main
 from lsys.config.load import load
+from lsys.config.messages import ConfigError
+from lsys.mixers.registry import MIXERS
 from lsys.predict.hardware import Hardware, hardware
 from lsys.predict.hardware import load as load_calibration
 from lsys.predict.plan import Plan
@@ -42,6 +44,19 @@ def test_unknown_hardware_is_said_once(capsys: pytest.CaptureFixture) -> None:
 def test_what_is_no_hardware_is_refused(capsys: pytest.CaptureFixture, name: str) -> None:
     assert main(["check", LARGE, "--world-size", "512", "--hardware", name]) == 2
     assert f"--hardware {name}".split(" ")[1][:4] in capsys.readouterr().err
+
+
+def test_calibrations_are_advised_for_mixers_that_they_can_have() -> None:
+    """Not for the user's own, subclasses of lsys's included; a variant is lsys's."""
+    model, made = load(LARGE).model, type("Mine", (MIXERS["window"],), {"name": "mine", "letter": ""})
+    known, mine = MIXERS["window"]("far", model, None), made("mine", model, None)
+    for cards, named, advice in (
+        ((known,), "far", "bench/predict.py makes a calibration"),
+        ((mine,), "mine", "for mixers of your own there are only those of data sheets"),
+        ((known, mine), "far, mine", "for mixers of your own there are only those of data sheets"),
+    ):
+        with pytest.raises(ConfigError, match=f"has no rates for {named} layers; {advice}"):
+            Hardware("machine.json", 8, True).require(cards)
 
 
 def test_what_does_not_fit_is_said_with_the_nearest_that_does(capsys: pytest.CaptureFixture) -> None:
