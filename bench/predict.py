@@ -47,7 +47,6 @@ from lsys.predict.weights import weights
 from lsys.predict.work import StageWork, Work, backward
 
 CORES = len(os.sched_getaffinity(0))
-KINDS = "".join(card.letter for card in CARDS if card.letter)
 PARTS = (COMPUTE, *map(exposed, AXES), "waiting", "other")
 
 
@@ -65,7 +64,8 @@ def tree(**changes: Any) -> dict[str, Any]:
 
 
 def calibration_cases() -> list[Case]:
-    every = dict(model__pattern=KINDS, model__layers=len(KINDS))
+    """With a layer of every token mixer: times of others are refused."""
+    every = dict(model__pattern=[card.name for card in CARDS], model__layers=len(CARDS))
     large = dict(
         model__hidden=256,
         model__heads=4,

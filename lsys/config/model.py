@@ -38,7 +38,8 @@ def _is_valid(name: str, key: str, value: Any) -> bool:
 
 
 def _described(cards: Iterable[type[MixerCard]]) -> str:
-    return "; ".join(f"`{card.letter}`, `{card.name}`: {card.title}" for card in cards) + "."
+    short = {card: f"`{card.letter}`, " if card.letter else "" for card in cards}
+    return "; ".join(f"{letter}`{card.name}`: {card.title}" for card, letter in short.items()) + "."
 
 
 class LinearMixer(Section):

@@ -9,24 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from lsys.mixers.registry import LETTERS, module_class
+from lsys.mixers.registry import module_class
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "L": ("L", {}),
-    "L LRPE srms": ("L", dict(lrpe="first", norm="srms", key_heads=2, key_dim=6)),
-    "L no decay": ("L", dict(decay=False, lrpe="all")),
-    "R": ("R", {}),
-    "R shared keys": ("R", dict(key_heads=2, key_dim=6)),
-    "G": ("G", dict(gate_rank=3)),
-    "G shared keys": ("G", dict(key_heads=2, key_dim=6)),
-    "M": ("M", dict(key_heads=2, key_dim=6)),
-    "M width 1": ("M", dict(conv_width=1)),
-    "N": ("N", dict(key_heads=2, key_dim=6)),
-    "N own heads": ("N", {}),
-    "K": ("K", dict(key_heads=2, key_dim=6)),
-    "K own heads": ("K", dict(own=dict(gate_rank=3, conv_width=2))),
-    "D": ("D", dict(key_heads=2, key_dim=6)),
-    "D negative": ("D", dict(conv_width=2, negative_eigenvalues=True)),
+    "L": ("lightning", {}),
+    "L LRPE srms": ("lightning", dict(lrpe="first", norm="srms", key_heads=2, key_dim=6)),
+    "L no decay": ("lightning", dict(decay=False, lrpe="all")),
+    "R": ("retention", {}),
+    "R shared keys": ("retention", dict(key_heads=2, key_dim=6)),
+    "G": ("gla", dict(gate_rank=3)),
+    "G shared keys": ("gla", dict(key_heads=2, key_dim=6)),
+    "M": ("mamba2", dict(key_heads=2, key_dim=6)),
+    "M width 1": ("mamba2", dict(conv_width=1)),
+    "N": ("delta_net", dict(key_heads=2, key_dim=6)),
+    "N own heads": ("delta_net", {}),
+    "K": ("kimi_delta", dict(key_heads=2, key_dim=6)),
+    "K own heads": ("kimi_delta", dict(own=dict(gate_rank=3, conv_width=2))),
+    "D": ("gated_delta", dict(key_heads=2, key_dim=6)),
+    "D negative": ("gated_delta", dict(conv_width=2, negative_eigenvalues=True)),
 }
 LENGTHS = [1, 5, 0, 19, 2, 10]
 HIDDEN, SLACK = 12, 2
@@ -48,14 +48,18 @@ def mixer_of(rank: int, ranks: int, case: str, dtype: torch.dtype, **parallel: i
 
     kind, linear = CASES[case]
     sizes = {key: value for key, value in linear.items() if key != "own"}
-    own = {LETTERS[kind]: linear.get("own", {})}
+    own = {kind: linear.get("own", {})}
     changes: dict[str, Any] = {f"parallel__{axis}": degree for axis, degree in parallel.items()}
     changes |= dict(
-        model__pattern="S" + kind, model__hidden=HIDDEN, model__linear=sizes, model__mixers=own, model__init_std=0.4
+        model__pattern=["softmax", kind],
+        model__hidden=HIDDEN,
+        model__linear=sizes,
+        model__mixers=own,
+        model__init_std=0.4,
     )
     settings = parity.settings(**changes)
     with process_groups(settings.parallel, Launch(rank=rank, world_size=ranks)) as groups:
-        card = settings.model.cards[LETTERS[kind]]
+        card = settings.model.cards[kind]
         options = MixerOptions(card, settings.parallel.linear)
         mixer = module_class(card)(transformer_config(settings), 2, groups.collection, options).to(dtype)
         initialise(mixer, settings.model, seed=0)
@@ -112,7 +116,7 @@ def _against_paper(rank: int, ranks: int, case: str, dtype: torch.dtype, strong:
         found = [y, *torch.autograd.grad((y * weigh).sum(), (x, *parameters))]
         leaf = x.detach().double().requires_grad_()
         weights = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
-        layer = LAYERS[LETTERS[CASES[case][0]]]
+        layer = LAYERS[CASES[case][0]]
         y = torch.cat([layer(part, weights, model, 1) for part in leaf.split(LENGTHS) if len(part)])
         wanted = [y, *torch.autograd.grad((y * weigh.double()).sum(), (leaf, *weights.values()))]
         pairs = zip(("y", "x", *names), found, wanted, strict=True)
