@@ -84,9 +84,9 @@ class LayerTimes:
         self.rows: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
         layers = [layer for chunk in engine.chunks for layer in chunk.module.decoder.layers]
         for layer, kind in zip(layers, kinds, strict=True):
-            self._watch(layer, ("layer", *kind))
+            self._watch(layer, ("layer", kind.mixer, kind.channels))
             if layer.has_channels:
-                self._watch(layer.mlp, ("channels", *kind))
+                self._watch(layer.mlp, ("channels", kind.mixer, kind.channels))
         self.outside: list[float] = []
         layers[-1].register_forward_hook(self._beyond)
 

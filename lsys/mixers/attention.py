@@ -66,7 +66,7 @@ class AttentionCard(Card):
         received = b * k if place.is_sent else 0.0  # values, which are a view otherwise
         return Kept(rotated + normed + attended + received, 0.0, "kernel")
 
-    def tables(self, tensor: int) -> Mapping[Hashable, int]:
+    def tables(self, tensor: int, is_first: bool = False) -> Mapping[Hashable, int]:
         return {("rotary", self.model.head_width): self.model.head_width}
 
     def exchanges(self, tensor: int, is_first: bool = False) -> Sequence[Exchange]:

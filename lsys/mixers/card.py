@@ -65,14 +65,16 @@ class Place:
     """Where a layer runs, as far as its bytes depend on it.
 
     Attributes:
-        itemsize: bytes of a number of the model. gpu: whether norms and the like are fused kernels.
+        itemsize: bytes of an element of the model. gpu: whether norms and the like are fused kernels.
         tensor: degree. is_sent: whether kernels take heads of all tokens, which other ranks sent.
+        is_first: whether it is the first layer of its token mixer, where that is not as the others.
     """
 
     itemsize: int
     gpu: bool
     tensor: int
     is_sent: bool
+    is_first: bool = False
 
 
 class Kept(NamedTuple):
@@ -97,10 +99,16 @@ class Refusal(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The kind of a layer: the names of its token mixer and of its channel mixer."""
+    """The kind of a layer.
+
+    Attributes:
+        mixer, channels: the names of its token mixer and of its channel mixer.
+        is_first: as of `Place`; the predictor tells these layers from the others.
+    """
 
     mixer: str
     channels: str
+    is_first: bool = False
 
 
 class MixerCard(ABC):
@@ -229,8 +237,8 @@ class Card(MixerCard):
     def kept(self, place: Place) -> Kept:
         """What autograd keeps of one layer on a rank."""
 
-    def tables(self, tensor: int) -> Mapping[Hashable, int]:
-        """Widths of the tables of positions that its layers share with all of a micro-batch, by what makes two the same."""
+    def tables(self, tensor: int, is_first: bool = False) -> Mapping[Hashable, int]:
+        """Widths of the tables of positions that a layer shares with all of a micro-batch, by what makes two the same."""
         return {}
 
     @abstractmethod

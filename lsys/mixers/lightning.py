@@ -41,19 +41,22 @@ class Lightning(StateCard):
             yield self.out_norm()
 
     def widened(self, is_first: bool) -> int:
-        return self.key_width * (2 if self.own.lrpe == "all" or is_first and self.own.lrpe == "first" else 1)
+        return self.key_width * (2 if self._has_phases(is_first) else 1)
+
+    def _has_phases(self, is_first: bool) -> bool:
+        return self.own.lrpe == "all" or is_first and self.own.lrpe == "first"
 
     def kept(self, place: Place) -> Kept:
         sizes = Sizes(self, place)
         normed = sizes.normed - (sizes.b * sizes.values if self.own.norm == "srms" else 0.0)
         before = sizes.b * (2 * sizes.keys + sizes.values) + sizes.taken(0.0)
-        if self.own.lrpe == "all":
+        if self._has_phases(place.is_first):
             # Queries and keys with phases are tensors of their own; what they were made of stays where the values are a view of it.
             stays = 0.0 if sizes.is_copied or sizes.is_sent else sizes.b * 2 * sizes.keys
             before = sizes.b * (4 * sizes.keys + sizes.values) + stays
         return Kept(before, normed + sizes.gated, "kernel")
 
-    def tables(self, tensor: int) -> Mapping[Hashable, int]:
-        if self.own.lrpe == "none":
+    def tables(self, tensor: int, is_first: bool = False) -> Mapping[Hashable, int]:
+        if not self._has_phases(is_first):
             return {}
         return {("lrpe", self.key_heads // tensor, self.key_width): 2 * self.keys // tensor}

@@ -36,5 +36,5 @@ class Retention(StateCard):
             return Kept(before, after, "none")
         return Kept(before, after, "gate" if sizes.is_sent else "kernel")
 
-    def tables(self, tensor: int) -> Mapping[Hashable, int]:
+    def tables(self, tensor: int, is_first: bool = False) -> Mapping[Hashable, int]:
         return {("rotary", self.key_width): self.key_width}

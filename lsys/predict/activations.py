@@ -58,7 +58,7 @@ class Peak:
     """Bytes at the peak of a rank.
 
     Attributes:
-        held: by kind of layer, what forward passes left, in the micro-batches under way.
+        held: by kind of layer, first ones among the others, what forward passes left, in the micro-batches under way.
         rest: embeddings, borders of stages and the moment's own.
     """
 
@@ -93,12 +93,12 @@ class Activations:
     @cached_property
     def layers(self) -> dict[Layer, LayerMemory]:
         """Bytes of one layer and micro-batch, by kind of layer."""
-        return {kind: self._layer(*kind) for kind in dict.fromkeys(self.model.layer_kinds)}
+        return {kind: self._layer(kind) for kind in dict.fromkeys(self.deployment.layers)}
 
-    def _layer(self, kind: str, channels: str) -> LayerMemory:
+    def _layer(self, kind: Layer) -> LayerMemory:
         slots, part = self.slots, self.slots / self.tensor  # of the whole rank, and of the residual stream
         norm = part * self.norm(self.model.hidden)
-        card, channel_card = self.deployment.cards[kind], self.deployment.channels[channels]
+        card, channel_card = self.deployment.cards[kind.mixer], self.deployment.channels[kind.channels]
         projected = slots * self.b * card.in_width / self.tensor
         before, after, stays = card.kept(self.deployment.place(kind))
         residual = part * self._residual
@@ -140,11 +140,12 @@ class Activations:
         rest = 0.0
         for chunk, under_way in enumerate(counts):
             for kind in deployment.kinds(stage, chunk):
-                held[kind] = held.get(kind, 0.0) + under_way * self.kept(kind)
+                told = kind._replace(is_first=False)
+                held[told] = held.get(told, 0.0) + under_way * self.kept(kind)
             # Of each chunk's micro-batches the input, which its first layer's norm keeps, or the pipeline.
             if self.config.train.recompute != "full" and (self._residual or not deployment.is_first(stage, chunk)):
                 rest += under_way * self._hidden
-            rest += under_way * self._tables(layer.mixer for layer in deployment.kinds(stage, chunk))
+            rest += under_way * self._tables(deployment.kinds(stage, chunk))
         rest += self._gathered
         moments, done = [self._output()] if deployment.is_last(stage, last) else [0.0], 0.0
         is_tied = self.model.tied and deployment.is_first(stage) and deployment.is_last(stage, last)
@@ -161,11 +162,12 @@ class Activations:
         """Bytes of the residual stream."""
         return self.slots / self.tensor * self.b * self.model.hidden
 
-    def _tables(self, kinds: Iterable[str]) -> float:
+    def _tables(self, layers: Iterable[Layer]) -> float:
         """Cosines and sines of positions, which a micro-batch's layers share."""
         tables: dict[Hashable, int] = {}
-        for kind in kinds:
-            tables |= self.deployment.cards[kind].tables(self.tensor)
+        for layer in layers:
+            card = self.deployment.cards[layer.mixer]  # which takes `is_first` if its first layer is not as the others
+            tables |= card.tables(self.tensor, is_first=True) if layer.is_first else card.tables(self.tensor)
         return 4.0 * self.slots * sum(tables.values())
 
     @property

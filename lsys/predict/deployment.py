@@ -92,10 +92,6 @@ class Deployment:
         return self.config.model.channel_cards
 
     @cached_property
-    def _layers(self) -> tuple[Layer, ...]:
-        return self.config.model.layer_kinds
-
-    @cached_property
     def methods(self) -> dict[str, Method]:
         """How a token mixer crosses the context ranks."""
         taken = attention_methods(self.config, self.context_nodes)
@@ -108,10 +104,12 @@ class Deployment:
         parallel = self.config.parallel
         return Ranks(parallel.layout, self.documents, tuple(self.context_nodes), self.backend, self.itemsize)
 
-    def place(self, kind: str | None = None) -> Place:
+    def place(self, layer: Layer | None = None) -> Place:
         """Where a token mixer runs, as far as its bytes depend on it; None: a channel mixer, whose tokens stay where they are."""
-        is_sent = kind is not None and len(self.groups(kind)[0]) > 1
-        return Place(self.itemsize, self.gpu, self.mesh.tensor, is_sent)
+        if layer is None:
+            return Place(self.itemsize, self.gpu, self.mesh.tensor, is_sent=False)
+        is_sent = len(self.groups(layer.mixer)[0]) > 1
+        return Place(self.itemsize, self.gpu, self.mesh.tensor, is_sent, layer.is_first)
 
     def groups(self, kind: str) -> Groups:
         """The groups of context ranks inside which a token mixer's heads are exchanged for tokens."""
@@ -120,6 +118,14 @@ class Deployment:
         return self.methods[kind].groups(self.context_nodes, heads[0]) if heads else alone(self.context_nodes, 0)
 
     # ---- layers
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The kinds of the layers of the whole model."""
+        mixers = self.config.model.kinds
+        firsts = {mixers.index(kind) for kind, card in self.cards.items() if card.is_first_apart}
+        kinds = enumerate(self.config.model.layer_kinds)
+        return tuple(kind._replace(is_first=number in firsts) for number, kind in kinds)
 
     @property
     def chunks(self) -> int:
@@ -131,7 +137,7 @@ class Deployment:
         stages, model = self.mesh.pipeline, self.config.model
         each = model.layers // (stages * self.chunks)
         first = (chunk * stages + stage) * each
-        return self._layers[first : first + each]
+        return self.layers[first : first + each]
 
     def alike(self, stage: int) -> tuple[tuple[tuple[Layer, ...], ...], bool, bool]:
         """What two stages must share to need and take the same."""

@@ -7,6 +7,7 @@ the states before the chunks.
 
 from __future__ import annotations
 
+from lsys.mixers.card import Layer
 from lsys.mixers.state import StateCard
 from lsys.predict.deployment import Deployment
 
@@ -70,18 +71,18 @@ def chunk_size(lengths: list[int], key_width: int, value_width: int) -> int:
     return SIZES[costs.index(min(costs))]
 
 
-def _widths(deployment: Deployment, kind: str) -> tuple[int, int, int, int, int]:
+def _widths(deployment: Deployment, layer: Layer) -> tuple[int, int, int, int, int]:
     """H, H_k, K, V of a tensor rank, and C."""
-    card, t = _card(deployment, kind), deployment.mesh.tensor
-    k = card.widened(is_first=False)
-    external = has_external_state(deployment, kind)  # else documents are whole, or were put together
+    card, t = _card(deployment, layer), deployment.mesh.tensor
+    k = card.widened(layer.is_first)
+    external = has_external_state(deployment, layer)  # else documents are whole, or were put together
     parts = 2 if external and deployment.config.parallel.layout == "zigzag" else 1
     length = max(1, max(deployment.documents) // (parts * deployment.mesh.context if external else 1))
     return card.heads // t, card.key_heads // t, k, card.value_width, chunk_size([length] * parts, k, card.value_width)
 
 
-def _card(deployment: Deployment, kind: str) -> StateCard:
-    card = deployment.cards[kind]
+def _card(deployment: Deployment, layer: Layer) -> StateCard:
+    card = deployment.cards[layer.mixer]
     assert isinstance(card, StateCard)
     return card
 
@@ -99,79 +100,85 @@ def _counts(card: StateCard, external: bool, size: int, grouped: bool) -> Counts
     return keys, values, heads, *others
 
 
-def _elements(deployment: Deployment, kind: str, counts: Counts) -> float:
+def _elements(deployment: Deployment, layer: Layer, counts: Counts) -> float:
     """Elements a token, by their counts."""
-    heads, key_heads, k, v, c = _widths(deployment, kind)
+    heads, key_heads, k, v, c = _widths(deployment, layer)
     sizes = (key_heads * k, heads * v, heads * k, heads * c, heads * k * v / c, heads * k * k / c)
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
-def intermediate(deployment: Deployment, kind: str, tokens: float = 1.0, room: float = 1.0) -> float:
+def intermediate(deployment: Deployment, layer: Layer, tokens: float = 1.0, room: float = 1.0) -> float:
     """Elements that a kernel makes on its way, of so many tokens, `room` of them in a block."""
-    heads, key_heads, *_, size = _widths(deployment, kind)
-    external = has_external_state(deployment, kind)
-    found = room * _elements(deployment, kind, _counts(_card(deployment, kind), external, size, heads > key_heads))
-    return found + tokens * _elements(deployment, kind, ACROSS[variant(_card(deployment, kind))]) if external else found
+    heads, key_heads, *_, size = _widths(deployment, layer)
+    external = has_external_state(deployment, layer)
+    found = room * _elements(deployment, layer, _counts(_card(deployment, layer), external, size, heads > key_heads))
+    return (
+        found + tokens * _elements(deployment, layer, ACROSS[variant(_card(deployment, layer))]) if external else found
+    )
 
 
-def least(deployment: Deployment, kind: str) -> float:
+def least(deployment: Deployment, layer: Layer) -> float:
     """Bytes a token that a fused kernel of linear attention reads and writes at the least, forward."""
-    heads, key_heads, k, v, _ = _widths(deployment, kind)
-    return deployment.itemsize * (2 * key_heads * k + 2 * heads * v) + 4 * _card(deployment, kind).gates(
+    heads, key_heads, k, v, _ = _widths(deployment, layer)
+    return deployment.itemsize * (2 * key_heads * k + 2 * heads * v) + 4 * _card(deployment, layer).gates(
         deployment.mesh.tensor
     )
 
 
-def linear_workspace(deployment: Deployment, kind: str) -> float:
+def linear_workspace(deployment: Deployment, layer: Layer) -> float:
     """Bytes of a backward pass: gradients of the inputs, of the output and of what gates it, and intermediate results."""
-    heads, key_heads, k, v, c = _widths(deployment, kind)
+    heads, key_heads, k, v, c = _widths(deployment, layer)
     b, tokens = deployment.itemsize, deployment.slots
-    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _card(deployment, kind).gates(
+    whole = b * (2 * key_heads * k + (3 if b == 4 else 4) * heads * v) + 4 * _card(deployment, layer).gates(
         deployment.mesh.tensor
     )
-    block = GPU_BLOCK if deployment.gpu and not is_fused(deployment, kind) else BLOCK
+    block = GPU_BLOCK if deployment.gpu and not is_fused(deployment, layer) else BLOCK
     room = c * max(1, block // (c * max(1, heads * max(k, v))))
-    return tokens * whole + 4 * intermediate(deployment, kind, tokens, min(tokens, room))
+    return tokens * whole + 4 * intermediate(deployment, layer, tokens, min(tokens, room))
 
 
-def is_fused(deployment: Deployment, kind: str) -> bool:
+def is_fused(deployment: Deployment, layer: Layer) -> bool:
     """Whether the kernel is one for GPUs that makes no intermediate results in memory."""
-    return deployment.gpu and variant(_card(deployment, kind)) in FUSED
+    return deployment.gpu and variant(_card(deployment, layer)) in FUSED
 
 
-def has_external_state(deployment: Deployment, kind: str) -> bool:
+def has_external_state(deployment: Deployment, layer: Layer) -> bool:
     """Whether states come from and go to other ranks."""
-    return deployment.mesh.context > 1 and deployment.cards[kind].has_state and not deployment.methods[kind].whole
+    return (
+        deployment.mesh.context > 1
+        and deployment.cards[layer.mixer].has_state
+        and not deployment.methods[layer.mixer].whole
+    )
 
 
-def linear_saved(deployment: Deployment, kind: str) -> float:
+def linear_saved(deployment: Deployment, layer: Layer) -> float:
     """Bytes that the kernel itself keeps where segments have external state; else nothing but its inputs and output, which mixers count.
 
     The gather of states (`lasp2`) keeps all ranks' where their transitions travel beside them.
     """
-    if not has_external_state(deployment, kind):
+    if not has_external_state(deployment, layer):
         return 0.0
-    card = _card(deployment, kind)
-    heads, _, k, v, _ = _widths(deployment, kind)
+    card = _card(deployment, layer)
+    heads, _, k, v, _ = _widths(deployment, layer)
     runs = (
         (2 * deployment.mesh.context - 1) if deployment.config.parallel.layout == "zigzag" else deployment.mesh.context
     )
     own: float = 2 if deployment.config.parallel.layout == "zigzag" else 1
-    if (card.delta or card.decay in ("token", "channel")) and deployment.methods[kind].transitions:
+    if (card.delta or card.decay in ("token", "channel")) and deployment.methods[layer.mixer].transitions:
         own += runs * (1 + (k / v if card.delta else 1 / v if card.decay == "channel" else 0))
-    return 4.0 * (deployment.slots * _elements(deployment, kind, SAVED[variant(card)]) + own * heads * k * v)
+    return 4.0 * (deployment.slots * _elements(deployment, layer, SAVED[variant(card)]) + own * heads * k * v)
 
 
-def attention_workspace(deployment: Deployment, kind: str) -> float:
+def attention_workspace(deployment: Deployment, layer: Layer) -> float:
     """Bytes of softmax attention's backward pass: gradients of queries, keys, values, and its output's."""
-    card, t = deployment.cards[kind], deployment.mesh.tensor
+    card, t = deployment.cards[layer.mixer], deployment.mesh.tensor
     return deployment.slots * deployment.itemsize * (card.in_width + card.out_width) / t
 
 
-def workspace(deployment: Deployment, kind: str) -> float:
+def workspace(deployment: Deployment, layer: Layer) -> float:
     """Bytes of the backward pass of a mixer's kernel."""
     return (
-        linear_workspace(deployment, kind)
-        if deployment.cards[kind].has_state
-        else attention_workspace(deployment, kind)
+        linear_workspace(deployment, layer)
+        if deployment.cards[layer.mixer].has_state
+        else attention_workspace(deployment, layer)
     )

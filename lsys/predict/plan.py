@@ -61,7 +61,7 @@ class Plan:
         """Bytes by axis, of the rank that receives most among one of each kind of stages; of hundreds of context ranks, among the first 128."""
         mesh, step = self.deployment.mesh, StepTraffic(self.deployment)
         most: dict[str, tuple[int, Bytes]] = {}
-        distinct = {step.alike(stage): stage for stage in range(mesh.pipeline)}.values()
+        distinct = {self.deployment.alike(stage): stage for stage in range(mesh.pipeline)}.values()
         ends = {
             mesh.rank(tensor=tensor, context=context, data=data, pipeline=stage)
             for stage in distinct

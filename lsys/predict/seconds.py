@@ -67,7 +67,7 @@ class StepTime:
 
     def durations(self, stage: int) -> Durations:
         """Durations of the passes of a stage."""
-        key = self.traffic.alike(stage)
+        key = self.deployment.alike(stage)
         if key not in self._alike:
             found: Durations = {}
             for chunk in range(self.deployment.chunks):
@@ -84,9 +84,8 @@ class StepTime:
         if self.deployment.mesh.context == 1:
             return 0.0, 0.0
         forward = backward = 0.0
-        for number, kind in enumerate(self.deployment.kinds(stage, chunk)):
-            is_first = (stage, chunk, number) in self.traffic.firsts
-            (there, back), (there_beside, back_beside) = self.mixer_exchange(kind.mixer, is_first)
+        for kind in self.deployment.kinds(stage, chunk):
+            (there, back), (there_beside, back_beside) = self.mixer_exchange(kind.mixer, kind.is_first)
             hides = self.hardware.overlap * self.hardware.seconds(self.work.mixer(kind, self.deployment.methods, False))
             there += max(0.0, there_beside - hides)
             forward += there

@@ -199,18 +199,6 @@ class StepTraffic:
         return [each.phases(method, ranks) for each in exchanges]
 
     @cached_property
-    def firsts(self) -> set[tuple[int, int, int]]:
-        """Stage, chunk and place of the layers that are not as the others of their kind: the first of each, where that is so."""
-        kinds, stages = self.config.model.kinds, self.deployment.mesh.pipeline
-        each = self.config.model.layers // (stages * self.deployment.chunks)
-        numbers = (kinds.index(kind) for kind, card in self.deployment.cards.items() if card.is_first_apart)
-        return {(number // each % stages, number // each // stages, number % each) for number in numbers}
-
-    def alike(self, stage: int) -> object:
-        """What two stages must share to move and take the same."""
-        return self.deployment.alike(stage), frozenset(first for first in self.firsts if first[0] == stage)
-
-    @cached_property
     def _phases(self) -> dict[tuple[str, bool], list[Phases]]:
         stages = range(self.deployment.mesh.pipeline)
         return {key: self.layer_phases(*key) for key in dict.fromkeys(k for s in stages for k in self.layer_counts(s))}
@@ -234,9 +222,6 @@ class StepTraffic:
         return Counter(kind.channels for chunk in chunks for kind in self.deployment.kinds(stage, chunk)).items()
 
     def layer_counts(self, stage: int) -> Counter[tuple[str, bool]]:
-        """Layers of a stage by (token mixer, whether it is one of `firsts`)."""
-        counts: Counter[tuple[str, bool]] = Counter()
-        for chunk in range(self.deployment.chunks):
-            for number, kind in enumerate(self.deployment.kinds(stage, chunk)):
-                counts[kind.mixer, (stage, chunk, number) in self.firsts] += 1
-        return counts
+        """Layers of a stage by (token mixer, whether it is the first of it and not as the others)."""
+        chunks = range(self.deployment.chunks)
+        return Counter((kind.mixer, kind.is_first) for chunk in chunks for kind in self.deployment.kinds(stage, chunk))

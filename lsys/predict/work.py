@@ -78,11 +78,11 @@ class StageWork:
                 flops = self.attention_flops(mixer, methods[mixer])
                 work["attention"] = max(flops) if most else sum(flops) / len(flops)
                 work[f"kernel:{card.symbol}"] = layer.before
-            elif is_fused(self.deployment, mixer):
-                work[f"fused:{card.symbol}"] = self.deployment.slots * least(self.deployment, mixer)
+            elif is_fused(self.deployment, kind):
+                work[f"fused:{card.symbol}"] = self.deployment.slots * least(self.deployment, kind)
             else:
-                name = "linked" if has_external_state(self.deployment, mixer) else "kernel"
-                work[f"{name}:{card.symbol}"] = 4.0 * self.deployment.slots * intermediate(self.deployment, mixer)
+                name = "linked" if has_external_state(self.deployment, kind) else "kernel"
+                work[f"{name}:{card.symbol}"] = 4.0 * self.deployment.slots * intermediate(self.deployment, kind)
             work["bytes"] = layer.after + layer.middle
             work[f"layer:{card.symbol}"] = 1
             self._mixers[key] = work

@@ -10,6 +10,7 @@ import pytest
 
 from lsys.config.load import load
 from lsys.config.schema import Config
+from lsys.mixers.card import Layer
 from lsys.mixers.exchange import Exchange, Halo, KeyValues
 from lsys.mixers.softmax import Softmax
 from lsys.parallel.layout import SequenceLayout
@@ -21,6 +22,7 @@ from lsys.predict.seconds import StepTime
 from lsys.predict.work import StageWork
 
 H100 = hardware("h100x8", "bf16")
+CHUNKED = replace(H100, gpu=False)  # kernels of torch operations
 
 
 def config(**changes: Any) -> Config:
@@ -67,7 +69,7 @@ def test_attention_is_counted_by_the_pairs_that_a_rank_computes(method: str, hea
             for rank, mine in group:
                 expected[rank] = 4.0 * width * mine * pairs
         assert work.attention_flops(kind, deployment.methods[kind]) == expected
-        is_sent = deployment.place(kind).is_sent
+        is_sent = deployment.place(Layer(kind, "dense")).is_sent
         assert is_sent == (len(GROUPS[method, heads][0]) > 1)
 
 
@@ -132,3 +134,19 @@ def test_ring_between_single_ranks_of_usp_is_under_way_beside_its_work() -> None
     )
     usp, ring = (StepTime(Deployment(each, 8), H100).mixer_exchange("softmax", False) for each in settings)
     assert usp == ring and usp[0] == (0, 0) < usp[1]
+
+
+@pytest.mark.parametrize("context", [1, 8])
+def test_of_one_layer_with_phases_first_and_all_are_the_same(context: int) -> None:
+    """In memory, time and bytes; and stages without that layer are those of a model without phases."""
+    degrees: dict[str, Any] = dict(model__pattern="LS", parallel__context=context, parallel__pipeline=2)
+    first, every, none = (
+        Plan(config(**degrees, model__layers=4, model__mixers__lightning__lrpe=lrpe), 16, CHUNKED)
+        for lrpe in ("first", "all", "none")
+    )
+    stages = [
+        [(plan.memory[stage], StepTime(plan.deployment, CHUNKED).durations(stage)) for plan in (first, every, none)]
+        for stage in (0, 1)
+    ]
+    assert stages[0][0] == stages[0][1] != stages[0][2]
+    assert stages[1][0] == stages[1][2] != stages[1][1]

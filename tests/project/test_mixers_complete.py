@@ -36,7 +36,10 @@ STATES = [card.name for card in CARDS if card.has_state]
 
 
 # Each mixer as it is without keys of its own; of those whose keys change what their cards say, a variant too.
-OPTIONS: dict[str, dict[str, Any]] = {"phased": {"kind": "lightning", "lrpe": "all", "norm": "srms", "decay": False}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "phased": {"kind": "lightning", "lrpe": "all", "norm": "srms", "decay": False},
+    "phased_first": {"kind": "lightning", "lrpe": "first"},
+}
 KINDS = {name: name for name in MIXERS} | {name: own["kind"] for name, own in OPTIONS.items()}
 
 
@@ -228,8 +231,8 @@ PLACES: tuple[tuple[int, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-def kept(rank: int, world_size: int, changed: dict[str, Any]) -> dict[str, int]:
-    """What one rank's last layer keeps, by moment, for each token by which a micro-batch is longer."""
+def kept(rank: int, world_size: int, changed: dict[str, Any]) -> list[dict[str, int]]:
+    """What each of one rank's layers keeps, by moment, for each token by which a micro-batch is longer."""
     from lsys.runtime import install_megatron
 
     install_megatron()
@@ -248,34 +251,40 @@ def kept(rank: int, world_size: int, changed: dict[str, Any]) -> dict[str, int]:
             plan = planner.step(0, groups.data_rank, groups.data_size)
             batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
             layers = Watch(Engine(config, groups)).run(batches)
-            found.append(layers[max(layers)])
-    return {moment: found[1][moment] - found[0][moment] for moment in found[0]}
+            found.append([layers[number] for number in sorted(layers)])
+    return [{moment: many[moment] - few[moment] for moment in few} for few, many in zip(*found, strict=True)]
+
+
+def told_kept(ranks: int, stage: int, changed: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """As `kept`, what is told of the last layer of a stage, and of its first where the card says that it is not as the others."""
+    told: dict[int, dict[str, float]] = {}
+    for tokens, sign in zip(LENGTHS, (-1, 1), strict=True):
+        config = parity.settings(**changed, train__micro_batch_tokens=tokens, train__batch_tokens=tokens)
+        activations = Activations(Deployment(config, ranks, gpu=False))
+        kinds, norm = activations.deployment.kinds(stage), activations.slots / activations.tensor * activations.norm(64)
+        for number, kind in enumerate(kinds):
+            if kind.is_first or number == len(kinds) - 1:
+                layer = activations.layers[kind]
+                gathered = (
+                    activations._gathered if kind.is_first else 0.0
+                )  # Megatron's buffer, which the first layer makes
+                needed = layer.projected + layer.before + layer.entry - norm + gathered
+                tables = activations._tables(kinds[: number + 1])
+                sizes = {"kernel": needed, "forward": needed + layer.after + layer.mixed, "tables": tables}
+                before = told.get(number, {})
+                told[number] = {moment: before.get(moment, 0.0) + sign * size for moment, size in sizes.items()}
+    return told
 
 
 def check_kept(gloo: Any, name: str) -> None:
     """What autograd keeps, to the byte: after the forward pass, and of that what lives when the kernel's backward pass begins."""
-    for ranks, more in PLACES:
+    (card,) = settings(name).model.cards.values()
+    places = (*PLACES, (2, {"parallel__pipeline": 2})) if card.is_first_apart else PLACES
+    for ranks, more in places:
         changed = changes(name) | KEPT | more
-        told: dict[str, float] = dict.fromkeys(("forward", "kernel", "tables"), 0.0)
-        for tokens, sign in zip(LENGTHS, (-1, 1), strict=True):
-            config = parity.settings(**changed, train__micro_batch_tokens=tokens, train__batch_tokens=tokens)
-            activations = Activations(Deployment(config, ranks, gpu=False))
-            layer = activations.layers[config.model.layer_kinds[-1]]
-            needed = (
-                layer.projected
-                + layer.before
-                + layer.entry
-                - activations.slots / activations.tensor * activations.norm(64)
-            )
-            tables = activations._tables(config.model.kinds)
-            for moment, size in (
-                ("kernel", needed),
-                ("forward", needed + layer.after + layer.mixed),
-                ("tables", tables),
-            ):
-                told[moment] += sign * size
-        for found in gloo(ranks, kept, changed):
-            assert told == found, more
+        for rank, found in enumerate(gloo(ranks, kept, changed)):
+            told = told_kept(ranks, rank if "parallel__pipeline" in more else 0, changed)
+            assert told == {number: found[number] for number in told}, more
 
 
 def check_memory(gloo: Any, name: str) -> None:
