@@ -1,7 +1,8 @@
 """Traces of chosen steps on chosen ranks, for Perfetto (ui.perfetto.dev) and `lsys bench trace`.
 
 A trace is what torch.profiler records, with ranges for steps (`lsys.step 12`) and for the forward pass of layers, their
-mixers and MLPs (`lsys.layer 3`, `lsys.layer 3 Lightning`, `lsys.layer 3 MLP`), and beside it communication by axis: every
+mixers and MLPs (`lsys.layer 3`, `lsys.layer 3 Lightning`, `lsys.layer 3 MLP`; variants and mixers of the user's own by their
+names in `model.mixers`), and beside it communication by axis: every
 operation from its issue to the end of the first wait for it, with its bytes, and a track of the times for which the rank
 was blocked.
 On CUDA, a snapshot of the allocator (pytorch.org/memory_viz) is written too if asked for.
@@ -212,6 +213,9 @@ def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if number is not None and hasattr(module, "self_attention"):
             layer: Any = module
             kind = type(layer.self_attention).__name__.removesuffix("Mixer")
+            card = getattr(getattr(layer.self_attention, "options", None), "card", None)
+            if card is not None and card.key != card.name:  # a variant, or a mixer of the user's own
+                kind = card.key
             yield f"lsys.layer {number}", module
             yield f"lsys.layer {number} {kind}", layer.self_attention
             if hasattr(layer, "mlp"):

@@ -14,13 +14,13 @@ from unittest import mock
 
 import pytest
 import torch
-from support import delays
+from support import delays, parity
 from support.noted import noted
 from torch import nn
 
 from lsys.bench.trace import TraceError, TraceOptions, main, overlap, summarise, union
 from lsys.config.schema import Profile
-from lsys.observe.profiler import Communication, Operation, Profiler
+from lsys.observe.profiler import Communication, Operation, Profiler, named
 from lsys.train.observers import Observers, Tracing
 
 
@@ -139,6 +139,30 @@ def test_what_is_no_trace_is_refused(tmp_path):
         (tmp_path / "a.json.gz").write_bytes(text)
         with pytest.raises(TraceError, match=said):
             summarise(tmp_path / "a.json.gz")
+
+
+def ranges_of(rank: int, world_size: int, changed: dict[str, Any]) -> list[str]:
+    """The names of the ranges of a model."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+    from lsys.train.engine import Engine
+
+    config = parity.settings(**changed)
+    with process_groups(config.parallel, Launch(rank=rank, world_size=world_size)) as groups:
+        return [name for chunk in Engine(config, groups).chunks for name, _ in named(chunk.module)]
+
+
+def test_variants_of_a_mixer_have_ranges_of_their_own(gloo):
+    """Called as in the configuration; mixers of lsys by their modules."""
+    mixers = {"far": {"kind": "window", "window": 9}, "farther": {"kind": "window", "window": 99}}
+    pattern = ["window", "far", "farther", "gated_delta"]
+    changes = dict(model__pattern=pattern, model__layers=4, model__window=3, model__mixers=mixers)
+    (names,) = gloo(1, ranges_of, changes)
+    kinds = enumerate(("Window", "far", "farther", "GatedDelta"), 1)
+    assert names == [f"lsys.layer {n}{of}" for n, kind in kinds for of in ("", f" {kind}", " MLP")]
 
 
 def test_a_profiler_that_is_not_asked_does_nothing(tmp_path):
