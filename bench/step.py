@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it finds ls
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -20,13 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsys.config.load import load
-from lsys.config.model import Model, pattern_text
+from lsys.config.model import Model
 from lsys.config.overrides import parse_overrides
 from lsys.config.schema import Config
 from lsys.data.corpus import Corpus
 from lsys.data.plan import Planner, RankBatch
 from lsys.data.stream import TokenStream
 from lsys.kernels.linear_attention import linear_attention
+from lsys.mixers.dense import Dense
+from lsys.mixers.lightning import Lightning
+from lsys.mixers.softmax import Softmax
 from lsys.observe.flops import parameters
 from lsys.runtime.environment import Launch
 from lsys.runtime.groups import process_groups
@@ -84,24 +88,40 @@ class PlainLayer(nn.Module):
         return (o * torch.sigmoid(gate.squeeze(2))).reshape(tokens, -1)
 
 
+def different(model: Model) -> Iterator[str]:
+    """What of a model the plain one has not, beside what its parameters show."""
+    yield from (f"{key} layers" for key in model.cards if key not in (Softmax.name, Lightning.name))
+    yield from (f"{key} channels" for key in model.channel_cards if key != Dense.name)
+    for card in (*model.cards.values(), *model.channel_cards.values()):
+        for key in type(card.own).model_fields:
+            value = getattr(card.own, key)
+            if value != getattr(card.Options(), key) and (card.key, key) != (Lightning.name, "decay"):
+                yield f"model.mixers.{card.key}.{key} {value}"
+
+
 class PlainModel(nn.Module):
     """The whole model, of softmax and Lightning layers with SwiGLU.
 
     Raises:
-        ValueError: the configuration's has others: its parameters are not this one's, or it has a window.
+        ValueError: the configuration's is not so; it is named what is different.
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
+        if others := [*different(model)]:
+            raise ValueError(
+                f"{', '.join(others)}: the plain model has softmax and Lightning layers with SwiGLU; take these"
+            )
         self.embedding = nn.Embedding(model.padded_vocab, model.hidden)
         self.layers = nn.ModuleList(
             PlainLayer(model.cards[kind].has_state, i, model) for i, kind in enumerate(model.kinds)
         )
         self.norm = nn.RMSNorm(model.hidden, model.norm_eps)
         here, there = sum(p.numel() for p in self.parameters()), sum(parameters(model).values())
-        if here != there or model.window is not None:
-            kinds = f"{model.pattern_text}, channels {pattern_text(model.channels)}"
-            raise ValueError(f"pattern {kinds}: the plain model has {here:,} parameters for {there:,}, and no window")
+        if here != there:
+            raise ValueError(
+                f"the plain model has {here:,} parameters for {there:,}: leave sizes and norms as they are"
+            )
         for weight in self.parameters():
             if weight.dim() > 1 and weight.shape[-1] != model.linear_head_width:
                 nn.init.normal_(weight, 0.0, model.init_std)
