@@ -233,6 +233,7 @@ def test_what_autograd_keeps_of_it_is_exact(gloo: Any, kind: str) -> None:
     check_kept(gloo, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_peak_memory_is_known(gloo: Any, kind: str) -> None:
     check_memory(gloo, kind)

@@ -319,6 +319,7 @@ def test_what_autograd_keeps_of_it_is_exact(measured: Any, name: str) -> None:
     check_kept(measured, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_its_peak_memory_is_known(measured: Any, name: str) -> None:
     check_memory(measured, name)
