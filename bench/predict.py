@@ -197,7 +197,7 @@ def fit(rows: list[tuple[Work, float]]) -> dict[str, float]:
 
 
 def fit_links(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """Latency and bandwidth of two ranks' transfers: each takes as long as the one that came last stands still for it."""
+    """Latency and bandwidth of two ranks' transfers: each takes as long as the one that came last is blocked by it."""
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for result in results:
         if len(result["ranks"]) == 2:

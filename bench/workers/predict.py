@@ -228,7 +228,7 @@ def replay(case: Case, engine: Any, batches: Any) -> dict[str, Any]:
 
 
 def transfers(engine: Any, ready: Any) -> list[list[Any]]:
-    """[axis, kind, bytes, ranks, seconds of standing still] of a step's operations."""
+    """[axis, kind, bytes, ranks, seconds blocked] of a step's operations."""
     with record() as ledger:
         engine.forward_backward(ready)
         engine.step()

@@ -50,4 +50,4 @@ def lion(groups: list[dict[str, Any]], options: Any) -> Lion:
     return Lion(groups, options.beta1, options.beta2)
 
 
-lion.states = 1  # type: ignore[attr-defined]  # numbers that it keeps for each of a parameter: `lsys check` counts memory by it
+lion.states = 1  # type: ignore[attr-defined]  # elements that it keeps for each of a parameter: `lsys check` counts memory by it

@@ -19,7 +19,7 @@ class Activation(NamedTuple):
             output, in between, and the second's input.
         fused: the same where one kernel does all (Megatron's, on GPUs); None: there is none.
         workspace: channels of the width that are alive at the peak of its backward pass.
-        scalars: parameters of its own, one number each.
+        scalars: parameters of its own, one element each.
     """
 
     gated: bool

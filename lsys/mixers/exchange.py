@@ -18,7 +18,7 @@ class Ranks(NamedTuple):
 
     Attributes:
         layout: kind of the layout. documents: tokens of each. nodes: of each rank. backend: "nccl" or "gloo".
-        itemsize: bytes of a number.
+        itemsize: bytes of an element.
     """
 
     layout: str

@@ -181,7 +181,7 @@ class StateCard(Card):
 class Sizes:
     """Elements a token of a state mixer on a rank, and bytes that several mixers keep alike.
 
-    b is the bytes of a number of the model. Keys and values are the channels of all the rank's heads.
+    b is the bytes of an element of the model. Keys and values are the channels of all the rank's heads.
     """
 
     def __init__(self, card: StateCard, place: Place) -> None:

@@ -2,7 +2,7 @@
 
 What autograd keeps of a layer is counted operation by operation, in bytes a token slot; what is alive only for a moment is counted at
 the moments at which a peak can be, all in the first backward pass after the most forward passes: behind the output layer, in the channel
-mixer, in the token mixer's kernel. b is the bytes of a number of the model; sums, norms and states are fp32.
+mixer, in the token mixer's kernel. b is the bytes of an element of the model; sums, norms and states are fp32.
 
     norm of w channels, CPU      b = 4: normalised w, output w            b = 2: fp32 copy 4 w, normalised 4 w, output 2 w
     norm, GPU (fused)            output b w; its input is kept

@@ -12,7 +12,7 @@ from lsys.parallel.messages.placement import Phases, Placement
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one layer's attention on one rank (of tensor parallelism): heads, key heads, width and bytes of a number."""
+    """Sizes of one layer's attention on one rank (of tensor parallelism): heads, key heads, width and bytes of an element."""
 
     heads: int
     kv_heads: int
@@ -21,7 +21,7 @@ class Shape:
 
     @property
     def wide(self) -> int:
-        """Bytes of a number of a sum of gradients: fp32, fp64 for fp64."""
+        """Bytes of an element of a sum of gradients: fp32, fp64 for fp64."""
         return max(4, self.itemsize)
 
 

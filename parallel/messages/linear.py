@@ -18,7 +18,7 @@ class Shape:
         heads, key_heads, key_width, value_width: H, H_k, K, V.
         decay: one of DECAYS: of what there is a log-decay each.
         delta: whether it has the delta rule.
-        itemsize: bytes of a number of q, k, v and o. States, log-decays and betas are in fp32 (fp64 for fp64).
+        itemsize: bytes of an element of q, k, v and o. States, log-decays and betas are in fp32 (fp64 for fp64).
     """
 
     heads: int
@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def wide(self) -> int:
-        """Bytes of a number of a state."""
+        """Bytes of an element of a state."""
         return max(4, self.itemsize)
 
     @property
