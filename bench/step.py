@@ -186,12 +186,16 @@ def main() -> None:
     from lsys.train.engine import Engine
 
     settings = load(arguments.config, parse_overrides(["--train.precision", "fp32", "--train.z-loss", "0"]))
+    try:
+        plain = Plain(settings)
+    except ValueError as error:
+        parser.error(f"{arguments.config}: {error}")
     corpora = [Corpus.open(str(corpus.path)) for corpus in settings.data.corpora]
     stream = TokenStream(corpora, [1.0] * len(corpora), seed=0, split="train", validation_fraction=0.01)
     planner = Planner(stream, settings.train.batch_tokens, settings.train.micro_batch_tokens)
     times: dict[str, list[float]] = {"lsys": [], "plain": []}
     with process_groups(settings.parallel.model_copy(update=dict(tensor=1, pipeline=1, context=1)), Launch()) as groups:
-        engine, plain = Engine(settings, groups), Plain(settings)
+        engine = Engine(settings, groups)
         for step in range(arguments.steps + 2):
             batches = planner.step(step).on_rank(0, groups.device)
 

@@ -1,5 +1,6 @@
 """The plain model beside which a step is timed: what it has not is refused, not timed."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,17 @@ def test_what_it_has_is_built(plain: Any, words: list[str]) -> None:
 def test_what_it_has_not_is_refused(plain: Any, words: list[str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         plain(model(*words))
+
+
+def test_the_command_refuses_it_in_one_sentence(
+    plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from bench import step
+
+    text = (ROOT / "configs" / "quickstart.yaml").read_text()
+    file = tmp_path / "phased.yaml"
+    file.write_text(text.replace("\nmodel:\n", "\nmodel:\n  mixers: {lightning: {lrpe: all}}\n"))
+    monkeypatch.setattr(sys, "argv", ["step.py", str(file)])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "phased.yaml: model.mixers.lightning.lrpe all: the plain model has" in capsys.readouterr().err
