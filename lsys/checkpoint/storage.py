@@ -37,10 +37,11 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from lsys.checkpoint.agreement import agree
-from lsys.checkpoint.manifest import FileRecord
+from lsys.checkpoint.manifest import CheckpointError, FileRecord
 from lsys.checkpoint.unpickle import load_metadata
 
 METADATA = ".metadata"
+STATES = "optimizer.state."  # keys of tensors: this, a state's name, a parameter's key
 BACKEND = "torch_dist"
 
 
@@ -154,9 +155,12 @@ def read(state: dict[str, Any], folder: Path, files: Mapping[str, FileRecord]) -
     Args:
         files: what the manifest lists; nothing else in the folder is opened.
 
-    Raises RankFailure on all ranks if reading failed on any: a tensor missing or of another shape, a pickle that names what it must not.
+    Raises RankFailure on all ranks if reading failed on any: a tensor missing or of another shape, a state of the optimizer that nothing asks
+    for, a pickle that names what it must not.
     """
     metadata, common = agree(lambda: (_read_metadata(folder, files), _read_common(folder, files)))
+    if "optimizer" in state:  # it is not where the weights alone are read
+        agree(lambda: _require_states(state, metadata))
     load = _LoadTensors(metadata)
     return agree(
         lambda: dist_checkpointing.load(state, str(folder), sharded_strategy=load, common_strategy=_LoadCommon(common))
@@ -178,6 +182,20 @@ def _read_common(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, Any
         return torch.load(folder / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(f"{folder / COMMON_STATE_FNAME} is refused: {_first_line(error)}") from None
+
+
+def _require_states(state: dict[str, Any], metadata: Metadata) -> None:
+    """Refuse states of the optimizer that no rank asks for (collective): Megatron would leave them out without a word."""
+    everyone: list = [None] * dist.get_world_size()
+    asked = {str(getattr(entry, "key", "")) for entry in nested_values(state)}
+    dist.all_gather_object(everyone, {key for key in asked if key.startswith(STATES)})
+    lost = {key for key in metadata.state_dict_metadata if key.startswith(STATES)}.difference(*everyone)
+    if lost:
+        names = ", ".join(sorted({key.removeprefix(STATES).partition(".")[0] for key in lost}))
+        raise CheckpointError(
+            f"its optimizer states {names} would be lost: the optimizer of this run does not make them in its first step; take the optimizer "
+            "that wrote them, and have it make all its states there"
+        )
 
 
 def _listed(name: str, files: Mapping[str, FileRecord]) -> None:

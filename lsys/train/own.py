@@ -5,31 +5,31 @@ and marks of Megatron's; options are the section `optimizer`. It gives a `torch.
 stays around it: gradients are summed over ranks, clipped and, in bf16, handed over in fp32 with the fp32 copies of parameters that it
 updates. It sees a rank's piece of each parameter; what is no function of each number alone has to communicate.
 
-Its states are saved as Megatron shards parameters: tensors of the parameter's shape and type, and one `step` for all.
+Its states are saved as Megatron shards parameters: tensors of the parameter's shape and type, and one `step` for all. Nothing else of it is
+saved: `own_trial` sees to it that there is nothing else.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lsys.config import Config
-from lsys.config.messages import ConfigError, Mistake
+from lsys.config.messages import FilesError, Mistake
 from lsys.config.rules import is_factor
 from lsys.config.schema import ADAMW, Optimizer
 from lsys.config.user_code import imported, is_path
-from lsys.train.errors import RunError
 
 
 def take_over(optimizer: Any, options: Optimizer) -> None:
     """Put the user's own optimizer in the place of each AdamW that Megatron's wrappers hold; nothing where `optimizer.kind` is that.
 
     Raises:
-        RunError: it is no optimizer over the groups that it was given.
+        FilesError: it is no optimizer over the groups that it was given.
     """
     if options.kind == ADAMW:
         return
@@ -38,34 +38,13 @@ def take_over(optimizer: Any, options: Optimizer) -> None:
             continue
         adams = each.optimizer.defaults.keys() - {"lr", "weight_decay"}
         groups = [{key: value for key, value in g.items() if key not in adams} for g in each.optimizer.param_groups]
-        made, problem = _made(groups, options)
+        made, problem = make(groups, options)
         if problem:
-            raise RunError(f"optimizer.kind: {problem}")
+            raise FilesError([Mistake("optimizer.kind", problem)])
         each.optimizer, each.init_state_fn, each.is_own = made, allocate, True
 
 
-def require_optimizer(options: Optimizer) -> None:
-    """Let the user's own optimizer take a step with two small parameters, before a process group starts.
-
-    Raises:
-        ConfigError: it cannot be made or stepped, or keeps what a checkpoint cannot hold.
-    """
-    if options.kind == ADAMW:
-        return
-    rate = {"lr": options.lr, "weight_decay": options.weight_decay}
-    matrix, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,)))
-    made, problem = _made([{"params": [each], **rate} for each in (matrix, vector)], options)
-    if not problem:
-        matrix.grad, vector.grad = torch.ones(2, 3), torch.ones(3)
-        try:
-            made.step()
-        except Exception as error:
-            problem = f"the step of {options.kind} raised {type(error).__name__}: {error}"
-    if problem or (problem := next(_unsaved(made), "")):
-        raise ConfigError([Mistake("optimizer.kind", problem)])
-
-
-def _made(groups: list[dict[str, Any]], options: Optimizer) -> tuple[Any, str]:
+def make(groups: list[dict[str, Any]], options: Optimizer) -> tuple[Any, str]:
     """(the optimizer, what is wrong with it or "")."""
     given = [[id(parameter) for parameter in group["params"]] for group in groups]
     try:
@@ -74,24 +53,18 @@ def _made(groups: list[dict[str, Any]], options: Optimizer) -> tuple[Any, str]:
         return None, f"{options.kind}(groups, options) raised {type(error).__name__}: {error}"
     if not isinstance(made, torch.optim.Optimizer):
         return None, f"{options.kind} gives a {type(made).__name__}; it has to be a torch.optim.Optimizer"
-    if [[id(parameter) for parameter in group["params"]] for group in made.param_groups] != given:
+    if not all(hasattr(made, name) for name in ("param_groups", "state")):
+        return (
+            None,
+            f"{options.kind} has no param_groups and state; its __init__ has to call super().__init__(groups, defaults)",
+        )
+    try:
+        kept = [[id(parameter) for parameter in group["params"]] for group in made.param_groups]
+    except (TypeError, KeyError):
+        kept = []
+    if kept != given:
         return None, f"{options.kind} has other groups than it was given; it has to keep them, in their order"
     return made, ""
-
-
-def _unsaved(optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    """What of the states a checkpoint cannot hold, in words."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            shape = list(parameter.shape)
-            if name == "step":
-                continue
-            if not (isinstance(value, torch.Tensor) and list(value.shape) == shape and value.dtype == parameter.dtype):
-                kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-                yield (
-                    f"its state {name!r} is {kind} for a parameter {parameter.dtype} {shape}; checkpoints keep tensors of the parameter's shape and "
-                    "type, and one `step` for all"
-                )
 
 
 def allocate(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -118,20 +91,24 @@ class OwnSchedule(OptimizerParamScheduler):
     """Learning rate = factor(steps done) x `optimizer.lr`, with a factor of the user's own.
 
     Args:
-        factor: of each step from 0 to `last`; the same whenever it is asked, so a resumed run goes on exactly.
+        path: of the factor, for each step from 0 to `last`; the same whenever it is asked, so a resumed run goes on exactly.
     """
 
-    def __init__(self, factor: Callable[[int], float], last: int, *arguments: Any, **named: Any) -> None:
-        self.factor, self.last = factor, last
+    def __init__(self, path: str, last: int, *arguments: Any, **named: Any) -> None:
+        self.path, self.last = path, last
+        self.factor: Callable[[int], float] = imported(path)
         super().__init__(*arguments, **named)
 
     def get_lr(self, param_group: dict) -> float:
         step = min(self.num_steps, self.last)  # Megatron asks once more after the last step
         found = self.factor(step)
         if not is_factor(found):
-            raise RunError(f"optimizer.schedule gives {found!r} for step {step}; a factor is a number of 0 or more")
+            problem = f"{self.path}({step}) is {found!r}"
+            raise FilesError(
+                [Mistake("optimizer.schedule", problem, "a factor of optimizer.lr is a number of 0 or more")]
+            )
         peak: Any = param_group.get("max_lr", self.max_lr)
-        return found * peak
+        return float(found) * peak  # groups are saved, and a checkpoint holds no number of numpy's
 
 
 def scheduler_class(settings: Config) -> Callable[..., OptimizerParamScheduler]:
@@ -139,4 +116,4 @@ def scheduler_class(settings: Config) -> Callable[..., OptimizerParamScheduler]:
     path = settings.optimizer.schedule
     if not is_path(path):
         return OptimizerParamScheduler
-    return functools.partial(OwnSchedule, imported(path), settings.train.steps - 1)
+    return functools.partial(OwnSchedule, path, settings.train.steps - 1)

@@ -52,7 +52,7 @@ def _require_own(settings: Config) -> None:
     install_megatron()
     from lsys.model.loss import final_loss
     from lsys.model.own import require_modules
-    from lsys.train.own import require_optimizer
+    from lsys.train.own_trial import require_optimizer
 
     require_modules(settings)
     require_optimizer(settings.optimizer)

@@ -12,7 +12,7 @@ import torch
 import yaml
 from support import parity, resuming
 
-from lsys.config.messages import ConfigError, FilesError
+from lsys.config.messages import FilesError
 
 ROOT = Path(__file__).parents[2]
 MINE = {
@@ -216,52 +216,6 @@ def test_other_degrees_go_on_too(gloo: Any, tmp_path: Path) -> None:
 
 
 # ---- what is refused before a process group starts
-
-
-class Keeps(torch.optim.SGD):
-    """Keeps what a checkpoint cannot hold."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["row"] = parameter.sum(-1)
-
-
-def keeps(groups: list[dict[str, Any]], options: Any) -> Keeps:
-    return Keeps(groups)
-
-
-def regroups(groups: list[dict[str, Any]], options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD([parameter for group in groups for parameter in group["params"]], lr=options.lr)
-
-
-def fails(groups: list[dict[str, Any]], options: Any) -> None:
-    raise OSError("no")
-
-
-def nothing(groups: list[dict[str, Any]], options: Any) -> None:
-    return None
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("keeps", "its state 'row' is torch.float32 [2] for a parameter torch.float32 [2, 3]; checkpoints keep"),
-        ("regroups", "has other groups than it was given"),
-        ("fails", "(groups, options) raised OSError: no"),
-        ("nothing", "gives a NoneType; it has to be a torch.optim.Optimizer"),
-    ],
-)
-def test_an_optimizer_that_does_not_do(name: str, said: str) -> None:
-    from lsys.runtime import install_megatron
-
-    install_megatron()
-    from lsys.train.own import require_optimizer
-
-    changes = OWN_ADAMW | {"optimizer__kind": f"train.test_own_parts:{name}"}
-    with pytest.raises(ConfigError) as caught:
-        require_optimizer(parity.settings(**changes).optimizer)
-    assert str(caught.value).startswith("optimizer.kind: ") and said in str(caught.value)
 
 
 @pytest.mark.parametrize(
