@@ -3,7 +3,6 @@
 A dense MLP is taken with each of its activations.
 """
 
-from collections import Counter
 from typing import Any, get_args
 
 import pytest
@@ -138,17 +137,7 @@ def check_bytes(gloo: Any, kind: str) -> None:
         changed = changes(kind, **degrees)
         config = parity.settings(**changed)
         for rank, found in enumerate(gloo(2, operations, changed)):
-            told: Counter[Any] = Counter()
-            for lengths in found["lengths"]:
-                deployment = Deployment(config, 2, gpu=False, lengths=lengths)
-                for key, size in StepTraffic(deployment).bytes(rank).items():
-                    if key[0] == "context":
-                        told[key] += size // deployment.micro_batches
-                    elif key[0] != "world":
-                        told[key] = size
-            assert dict(told) == {key: size for key, size in found["bytes"].items() if size}
-            held = weights(Deployment(config, 2, gpu=False), 0, rank if "context" in degrees else 0)
-            assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
+            steps.check_told(config, rank, found, replica=rank if "context" in degrees else 0)
 
 
 LENGTHS = 256, 512

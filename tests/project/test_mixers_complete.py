@@ -5,7 +5,6 @@ any one fact of any card turns one of the checks red: test_planted_facts.py.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -197,17 +196,7 @@ def check_bytes(gloo: Any, name: str) -> None:
         changed = changes(name, **degrees) | more
         config = parity.settings(**changed)
         for rank, found in enumerate(gloo(2, operations, changed)):
-            told: Counter[Any] = Counter()
-            for lengths in found["lengths"]:
-                deployment = Deployment(config, 2, gpu=False, lengths=lengths)
-                for key, size in StepTraffic(deployment).bytes(rank).items():
-                    if key[0] == "context":
-                        told[key] += size // deployment.micro_batches
-                    elif key[0] != "world":
-                        told[key] = size
-            assert dict(told) == {key: size for key, size in found["bytes"].items() if size}
-            held = weights(Deployment(config, 2, gpu=False), 0, rank if "context" in degrees else 0)
-            assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
+            steps.check_told(config, rank, found, replica=rank if "context" in degrees else 0)
 
 
 # Little beside the mixers, so that a part of what they keep shows in the peak.

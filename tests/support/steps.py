@@ -98,3 +98,22 @@ class SameDocuments:
         return SimpleNamespace(
             lengths=np.array(self.lengths), tokens=tokens, targets=tokens, loss_mask=np.ones(count, dtype=np.float32)
         )
+
+
+def check_told(config: Any, rank: int, found: dict[str, Any], replica: int) -> None:
+    """What the predictor says of a rank, of two, is what `operations` found: every byte of a step, parameters and optimizer states."""
+    from lsys.predict.deployment import Deployment
+    from lsys.predict.traffic import StepTraffic
+    from lsys.predict.weights import weights
+
+    told: Counter[Any] = Counter()
+    for lengths in found["lengths"]:
+        deployment = Deployment(config, 2, gpu=False, lengths=lengths)
+        for key, size in StepTraffic(deployment).bytes(rank).items():
+            if key[0] == "context":
+                told[key] += size // deployment.micro_batches
+            elif key[0] != "world":
+                told[key] = size
+    assert dict(told) == {key: size for key, size in found["bytes"].items() if size}
+    held = weights(Deployment(config, 2, gpu=False), 0, replica)
+    assert found["tensors"] == {key: getattr(held, key) for key in ("parameters", "gradients", "optimizer")}
