@@ -15,7 +15,11 @@ from support import planted
 from lsys.mixers.registry import CHANNELS, MIXERS
 
 Check = Callable[[Any, str], None]
-CHECKING = ("test_mixers_complete.py", "test_channels_complete.py", "support/steps.py")  # what a check asserts stands in
+CHECKING = (
+    "test_mixers_complete.py",
+    "test_channels_complete.py",
+    "support/steps.py",
+)  # what a check asserts stands in
 # Where heads are sent only peaks are compared, which do not tell at which of two moments these projections go.
 ONLY_WHERE_NOTHING_IS_SENT = {"gla": ("kept.projections",)}
 
