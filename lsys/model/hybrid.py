@@ -17,6 +17,7 @@ from lsys.model.layers import block_spec
 from lsys.model.loss import Output, final_loss, require_parts
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.comm import SequenceComm
+from lsys.runtime.groups import own_device
 
 
 class HybridModel(LanguageModule):
@@ -73,6 +74,7 @@ class HybridModel(LanguageModule):
             self.loss_parts = final_parts(settings)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+        self.to(own_device())  # buffers and modules that a user's own part made where torch makes them
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Megatron's schedules hand over what the stage before sent: a list of one."""

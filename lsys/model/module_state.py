@@ -2,8 +2,8 @@
 
 The state is in persistent buffers (`register_buffer(name, tensor)`), of any type. A checkpoint holds them by their global names beside the
 parameters, bit for bit. One of `register_buffer` is the same on all ranks that have the layer; one of `HeadParameters.add_state` is cut along
-dim 0 over the tensor ranks, as parameters of heads are, and the same over the others. What it learns in a step comes from what all ranks
-reported, which is equal on all of them; or the module communicates itself.
+dim 0 over the tensor ranks, as parameters of heads are, and the same over the others. Both go to the device of the model. What it learns in a
+step comes from what all ranks reported, which is equal on all of them; or the module communicates itself.
 """
 
 from collections.abc import Iterator

@@ -60,6 +60,11 @@ def device_of(launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def own_device() -> torch.device:
+    """Where this process has its model: the GPU that it has chosen, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @contextlib.contextmanager
 def process_groups(parallel: Parallel, launch: Launch, *, timeout_minutes: float = 10.0) -> Iterator[Groups]:
     """Start the process groups of a run (NCCL on GPUs, gloo on CPUs), and end those that it started.

@@ -67,6 +67,35 @@ def _of(case: str) -> tuple[Any, ...]:
     return ranks, run, changes
 
 
+def devices(rank: int, world_size: int) -> set[str]:
+    """Where a model's parameters and buffers are whose device is another one than torch's own; states of modules are made on torch's."""
+    from unittest import mock
+
+    from support import parity
+
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from lsys.model.hybrid import HybridModel
+    from lsys.model.megatron_config import transformer_config
+    from lsys.runtime.environment import Launch
+    from lsys.runtime.groups import process_groups
+
+    config = parity.settings()
+    with (
+        process_groups(config.parallel, Launch(rank=rank, world_size=world_size)) as groups,
+        states.stateful(),
+        mock.patch("lsys.model.hybrid.own_device", lambda: torch.device("meta")),
+    ):
+        place = transformer_config(config), groups.collection, groups.context
+        model = HybridModel(config, *place, pre_process=True, post_process=True)
+        return {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+
+
+def test_they_are_where_the_model_is(gloo: Any) -> None:
+    assert gloo(1, devices) == [{"meta"}]
+
+
 @pytest.mark.parametrize("case", ["PP2xVPP2", "TP2"])
 def test_all_chunks_are_told_when_steps_begin_and_end(gloo: Any, tmp_path: Path, case: str) -> None:
     layers: list[set[int]] = []

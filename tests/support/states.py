@@ -24,6 +24,7 @@ def metrics(config: Any) -> Iterable[Any]:
 @contextlib.contextmanager
 def stateful(told: list[tuple[str, int, int]] | None = None) -> Iterator[None]:
     """Inside, `L` layers count tokens by the place in their document, over all ranks, and keep a number for each head; both change their output.
+    Beside what is cut over the heads stands what is whole: a scalar, a vector and a module with a parameter.
 
     Args:
         told: takes what the layers are told: "begin" or "end", layer, step.
@@ -31,6 +32,7 @@ def stateful(told: list[tuple[str, int, int]] | None = None) -> Iterator[None]:
     from lsys.config import reports
     from lsys.model.mixers.heads import HeadParameters
     from lsys.model.mixers.lightning import LightningMixer
+    from lsys.model.mixers.mixer import SharedLinear
 
     build, mixing, told = LightningMixer.__init__, LightningMixer.mix, [] if told is None else told
 
@@ -39,11 +41,15 @@ def stateful(told: list[tuple[str, int, int]] | None = None) -> Iterator[None]:
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))
         self.of_heads = HeadParameters(config, self.tp_group)
         self.of_heads.add_state("scale", (HEADS,), 0.25, torch.float64)
+        self.of_heads.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.of_heads.register_buffer("trace", torch.zeros(HEADS - 1))
+        self.of_heads.inner = SharedLinear(config, 1, 1)
 
     def mix(self: Any, projected: torch.Tensor, packed: Any, *more: torch.Tensor) -> torch.Tensor:
         if self.layer_number == 2:
             packed.report(COUNTS, torch.bincount(packed.positions % 3, minlength=3))
         factor = self.of_heads.scale.float().repeat_interleave(8) * (1 + self.counts[1] % 7)
+        factor = factor * (1 + self.of_heads.steps + self.of_heads.trace.sum() + self.of_heads.inner.weight[0, 0])
         return mixing(self, projected, packed, *more) * factor
 
     def begin_step(self: Any, step: int) -> None:
@@ -55,6 +61,8 @@ def stateful(told: list[tuple[str, int, int]] | None = None) -> Iterator[None]:
         scale, local = self.of_heads.scale, HEADS // self.tp_group.size()
         heads = torch.arange(local) + self.tp_group.rank() * local
         scale.mul_(0.9).add_((heads + self.layer_number).double() / (3 * step))
+        self.of_heads.steps += 1
+        self.of_heads.trace.mul_(0.5).add_(torch.arange(HEADS - 1) * step)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(reports, "SOURCES", [*reports.SOURCES, metrics]))
@@ -73,10 +81,12 @@ def known(steps: int) -> dict[tuple[int, str], torch.Tensor]:
     counts = torch.from_numpy(np.bincount(places, minlength=3))
     found: dict[tuple[int, str], torch.Tensor] = {}
     for layer in (1, 2, 3):
-        scale = torch.full((HEADS,), 0.25, dtype=torch.float64)
+        scale, trace = torch.full((HEADS,), 0.25, dtype=torch.float64), torch.zeros(HEADS - 1)
         for step in range(1, steps + 1):
             scale.mul_(0.9).add_((torch.arange(HEADS) + layer).double() / (3 * step))
+            trace.mul_(0.5).add_(torch.arange(HEADS - 1) * step)
         found |= {(layer, "counts"): counts, (layer, "scale"): scale}
+        found |= {(layer, "steps"): torch.tensor([steps]), (layer, "trace"): trace}
     return found
 
 
@@ -117,5 +127,7 @@ def run(
             if has_state and hasattr(mixer, "of_heads"):
                 first = mixer.tp_group.rank() * HEADS // mixer.tp_group.size()
                 states[mixer.layer_number, "counts", 0] = mixer.counts.clone()
+                states[mixer.layer_number, "steps", 0] = mixer.of_heads.steps.clone().reshape(1)
+                states[mixer.layer_number, "trace", 0] = mixer.of_heads.trace.clone()
                 states[mixer.layer_number, "scale", first] = mixer.of_heads.scale.clone()
         return {"losses": seen.losses, "norms": seen.norms, "told": told, "states": states}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lsys.mixers.dense import Dense
 from lsys.model.packed import PackedMicroBatch
+from lsys.runtime.groups import own_device
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -71,9 +72,8 @@ class StarReLU(MegatronModule):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config=config)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         for name, value in (("scale", 0.8944), ("shift", -0.4472)):
-            parameter = torch.nn.Parameter(torch.full((1,), value, dtype=config.params_dtype, device=device))
+            parameter = torch.nn.Parameter(torch.full((1,), value, dtype=config.params_dtype, device=own_device()))
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             parameter.initial = lambda whole, generator, value=value: whole.fill_(value)  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)

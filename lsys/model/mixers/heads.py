@@ -17,6 +17,7 @@ from lsys.kernels import short_convolution as kernel
 from lsys.model.module_state import persistent
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.convolution import short_convolution
+from lsys.runtime.groups import own_device
 
 Initial = Callable[[Tensor, torch.Generator], Any]  # fills the whole parameter, fp32
 
@@ -35,36 +36,41 @@ def upcast(x: Tensor) -> Tensor:
 
 
 class HeadParameters(MegatronModule):
-    """Parameters that are cut along dim 0 over the tensor ranks. Those of one dimension get no weight decay (Megatron's rule)."""
+    """Parameters that are cut along dim 0 over the tensor ranks. Those of one dimension get no weight decay (Megatron's rule).
+
+    Cut is what `add` and `add_state` make; what else it holds, modules included, is as in any module: a buffer the same on all ranks.
+    """
 
     def __init__(self, config: TransformerConfig, tp_group: Any) -> None:
         super().__init__(config=config)
         self.tp_group = tp_group
+        self._cut: set[str] = set()
 
     def add(self, name: str, shape: tuple[int, ...], initial: Initial) -> None:
         """A parameter of this whole shape; `lsys.model.parameters.initialise` fills it."""
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         local = (shape[0] // self.tp_group.size(), *shape[1:])
-        parameter = torch.nn.Parameter(torch.empty(local, dtype=self.config.params_dtype, device=device))
+        parameter = torch.nn.Parameter(torch.empty(local, dtype=self.config.params_dtype, device=own_device()))
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         parameter.initial = initial  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
+        self._cut.add(name)
 
     def add_state(
         self, name: str, shape: tuple[int, ...], value: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> None:
         """A state that is no parameter, of this whole shape (`lsys.model.module_state`)."""
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         local = (shape[0] // self.tp_group.size(), *shape[1:])
-        self.register_buffer(name, torch.full(local, value, dtype=dtype, device=device))
+        self.register_buffer(name, torch.full(local, value, dtype=dtype, device=own_device()))
+        self._cut.add(name)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        held = persistent(self)
+        whole = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        cut = {name: tensor for name, tensor in persistent(self).items() if name in self._cut}
         group = (metadata or {})["dp_cp_group"]
-        return make_sharded_tensors_for_checkpoint(
-            held, prefix, dict.fromkeys(held, 0), sharded_offsets, tp_group=self.tp_group, dp_cp_group=group
+        return whole | make_sharded_tensors_for_checkpoint(
+            cut, prefix, dict.fromkeys(cut, 0), sharded_offsets, tp_group=self.tp_group, dp_cp_group=group
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lsys.mixers.card import Card
 from lsys.model.packed import PackedMicroBatch
+from lsys.runtime.groups import own_device
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class SharedLinear(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, in_width: int, out_width: int) -> None:
         super().__init__()
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.weight = torch.nn.Parameter(torch.empty(out_width, in_width, dtype=config.params_dtype, device=device))
+        self.weight = torch.nn.Parameter(
+            torch.empty(out_width, in_width, dtype=config.params_dtype, device=own_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
