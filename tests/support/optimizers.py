@@ -96,6 +96,10 @@ def negative_rate(step: int) -> float:
 # ---- no optimizers
 
 
+def plain(groups: list[dict[str, Any]], options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(groups)
+
+
 def regroups(groups: list[dict[str, Any]], options: Any) -> torch.optim.SGD:
     return torch.optim.SGD([parameter for group in groups for parameter in group["params"]], lr=options.lr)
 

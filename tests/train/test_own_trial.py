@@ -140,18 +140,14 @@ def test_a_trial_is_one_rank_without_a_network_and_leaves_nothing(trial: Any) ->
 
 
 def groups_of_a_run(rank: int, world_size: int) -> list[list[str]]:
-    with resuming.engine_of(rank, world_size, OWN | {"optimizer__kind": "train.test_own_trial:plain"}) as engine:
+    with resuming.engine_of(rank, world_size, OWN | {"optimizer__kind": "support.optimizers:plain"}) as engine:
         return [sorted({*group}) for group in engine.optimizer.param_groups]
-
-
-def plain(groups: list[dict[str, Any]], options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(groups)
 
 
 def test_a_trials_groups_are_as_a_runs(gloo: Any, trial: Any) -> None:
     from lsys.train.own_trial import Trial
 
-    one = Trial(parity.settings(**OWN, optimizer__kind=f"{__name__}:plain").optimizer)
+    one = Trial(parity.settings(**OWN, optimizer__kind="support.optimizers:plain").optimizer)
     assert gloo(1, groups_of_a_run)[0] == [sorted({*group}) for group in one.optimizer.param_groups]
 
 
