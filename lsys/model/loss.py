@@ -77,16 +77,14 @@ def final_loss(settings: Config) -> FinalLoss:
         FilesError: the user's own cannot be made, or is nothing that can be called.
     """
     name = settings.train.loss
-    make, fix = (
-        imported(LOSSES[name].source if name in LOSSES else name),
-        f"{name}(settings) gives what is called with each Output",
-    )
+    make = imported(LOSSES[name].source if name in LOSSES else name)
+    fix = "it is called with the configuration, and what that gives with each Output"
     try:
         made: FinalLoss = make(settings)
     except Exception as error:  # the user's own code
         raise _refusal(f"{name}(settings) raised {type(error).__name__}: {error}", fix) from error
     if not callable(made):
-        raise _refusal(f"{name}(settings) gives {made!r:.60}, which cannot be called with an Output", fix)
+        raise _refusal(f"{name}(settings) gives {made!r:.60}, which cannot be called", fix)
     return made
 
 
@@ -96,7 +94,7 @@ def require_parts(losses: Any, name: str, known: Collection[str]) -> Mapping[str
     Raises:
         FilesError: it gave something else.
     """
-    fix = f"it gives sums over the rank's tokens by their names, of {', '.join(known)}; the first always"
+    fix = f"it has to give sums over the rank's tokens by these names: {', '.join(known)}; the first always"
     if not isinstance(losses, Mapping):
         raise _refusal(f"{name} gave {type(losses).__name__}, and no mapping", fix)
     if LOSS not in losses or not {*losses} <= {*known}:

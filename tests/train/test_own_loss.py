@@ -74,7 +74,7 @@ def answers(settings: Any) -> dict[str, Any]:
     [
         ("Fails", "(settings) raised OSError: no such table; "),
         ("of_an_output", "(settings) raised AttributeError: 'Config' object has no attribute 'logits'"),
-        ("answers", "(settings) gives {}, which cannot be called with an Output"),
+        ("answers", "(settings) gives {}, which cannot be called; it is called"),
     ],
 )  # fmt: skip
 def test_a_loss_that_cannot_be_made_is_told_before_a_process_group_starts(name: str, said: str) -> None:
@@ -85,7 +85,7 @@ def test_a_loss_that_cannot_be_made_is_told_before_a_process_group_starts(name: 
         with run.open_run(parity.settings(train__loss=f"{__name__}:{name}")):
             pass
     assert str(caught.value).startswith(f"train.loss: {__name__}:{name}{said}")
-    assert str(caught.value).endswith(f"; {__name__}:{name}(settings) gives what is called with each Output")
+    assert str(caught.value).endswith("; it is called with the configuration, and what that gives with each Output")
     assert patched["open_baseline"].called and not patched["process_groups"].called
 
 
@@ -122,12 +122,12 @@ class Square(Gives):
 
 
 WRONG = {
-    "Gives": "gave Tensor, and no mapping; it gives sums over the rank's tokens by their names, of loss_metrics/global_avg_loss, "
+    "Gives": "gave Tensor, and no mapping; it has to give sums over the rank's tokens by these names: loss_metrics/global_avg_loss, "
     "loss_metrics/z_loss; the first always",
-    "Unnamed": "gave 'focal'; it gives",
-    "Tokens": "gave 'loss_metrics/global_avg_loss', 'tokens'; it gives",  # the engine counts them
-    "Vector": "gave loss_metrics/global_avg_loss as torch.float32 [97, 1], and no tensor of one number; it gives",
-    "Number": "gave loss_metrics/global_avg_loss as float, and no tensor of one number; it gives",
+    "Unnamed": "gave 'focal'; it has to give",
+    "Tokens": "gave 'loss_metrics/global_avg_loss', 'tokens'; it has to give",  # the engine counts them
+    "Vector": "gave loss_metrics/global_avg_loss as torch.float32 [97, 1], and no tensor of one number; it has to give",
+    "Number": "gave loss_metrics/global_avg_loss as float, and no tensor of one number; it has to give",
 }
 
 
