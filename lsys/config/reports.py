@@ -126,9 +126,9 @@ def mistakes(config: Config) -> Iterator[Mistake]:
             for loss in declare():
                 problem = _wrong_loss(loss, metrics)
                 if problem := problem or _contradiction(loss, *known.setdefault(loss.name, (key, loss))):
-                    yield Mistake(key, *problem)
+                    yield Mistake(key, *problem, is_local=bool(key))
         except Exception as error:  # the user's own code
-            yield Mistake(key, f"its losses() raised {type(error).__name__}: {error}", GIVES)
+            yield Mistake(key, f"its losses() raised {type(error).__name__}: {error}", GIVES, is_local=bool(key))
 
 
 GIVES = "losses() gives LayerLoss of lsys.config.losses"

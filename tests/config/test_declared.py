@@ -77,6 +77,7 @@ def told(declare: Any, *variants: dict[str, Any]) -> list[str]:
     config = config_of(**dict(zip(("one", "two"), variants or (plain(),), strict=False)))
     with mock.patch.object(Plain, "losses", declare):
         found = [str(mistake) for mistake in check(config, 1)]
+        assert all(mistake.is_local for mistake in check(config, 1))  # the card's code, which a node may have otherwise
         if found:
             with pytest.raises(ConfigError) as caught:
                 declared(config)
