@@ -135,6 +135,7 @@ def differences(case):
     return named, difference(run(case, definition(case), fresh, gradients)[0], wanted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward_are_the_definition(interpreter, name):
     found, entering = interpreter(differences, CASES[name])

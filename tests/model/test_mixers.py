@@ -195,6 +195,7 @@ def merged(shares: list[tuple[Any, Any, list[Any]]]) -> dict[str, Tensor]:
 DEGREES = [dict(tensor=2), dict(context=2), dict(context=3), dict(tensor=2, context=2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", DEGREES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_ranks_is_one_device(gloo: Any, case: str, parallel: dict[str, int]) -> None:

@@ -54,13 +54,16 @@ def assert_small(results, dtype):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("masks", [OWN, SHARES], ids=["own", "shared"])
+@pytest.mark.parametrize(
+    "masks", [pytest.param(OWN, id="own"), pytest.param(SHARES, id="shared", marks=pytest.mark.slow)]
+)
 def test_equals_one_device(gloo, world_size, masks):
     cases = [(lengths, mask, HEADS[1], "auto") for lengths in PACKS for mask in masks]
     cases += [(PACKS[0], mask, heads, "auto") for mask in masks[:4] for heads in HEADS]
     assert_small(gloo(world_size, _errors, torch.float64, cases), torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_one_device_in_other_types(gloo, world_size, dtype):

@@ -4,7 +4,7 @@ import random
 import subprocess
 from pathlib import Path
 
-ONE_IN = 4
+ONE_IN = 6
 
 
 def left_out(names: list[str], seed: str) -> set[str]:
