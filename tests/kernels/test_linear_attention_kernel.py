@@ -232,7 +232,7 @@ def test_segments_without_external_state_have_no_states():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_without_links_maps_have_the_form_of_the_member(variant):
+def test_without_external_state_maps_have_the_form_of_the_variant(variant):
     inputs = tensors(variant, [5, 9])
     flat = packed(inputs)
     found, wanted = (segments(*flat, [5, 9], (), backend=backend).segment_map() for backend in ("auto", "reference"))

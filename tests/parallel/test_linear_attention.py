@@ -87,7 +87,7 @@ def test_equals_the_definition(gloo, world_size):
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_member_by_every_method_over_every_layout(gloo, world_size, causal):
+def test_every_variant_by_every_method_over_every_layout(gloo, world_size, causal):
     lengths, methods = PACKS[0] if causal else PACKS[5], METHODS if world_size > 1 else METHODS[:1]
     flags = (causal, causal, causal)
     cases = [
