@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from lsys.checkpoint.agreement import RankFailure, agree, agree_on_first
 from lsys.checkpoint.compatible import differences
 from lsys.checkpoint.manifest import NAME as MANIFEST
 from lsys.checkpoint.manifest import CheckpointError, Cursor, FileRecord, Manifest
+from lsys.runtime.lock import LostError
 
 if (
     TYPE_CHECKING
@@ -36,12 +38,13 @@ class Checkpoints:
     Args:
         folder: created by the first save.
         keep: how many whole checkpoints stay.
+        guard: raises LockError where the folder is no longer this run's to write; the first rank asks it.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, guard: Callable[[], None] | None = None) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept")
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self.guard = Path(folder), keep, guard or (lambda: None)
 
     def save(self, engine: "Held", cursor: Cursor) -> Path:
         """Write the engine's state and the cursor (collective). Inside, the engine's parameters must be settled.
@@ -51,6 +54,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: on all ranks, if any could not write. What was there before is untouched.
+            LostError: on all ranks, if another run has taken the folder over.
         """
         from lsys.checkpoint.state import save_state
 
@@ -58,15 +62,23 @@ class Checkpoints:
             raise CheckpointError(f"a checkpoint at step {cursor.step} holds nothing that the seed does not give")
         final = self.folder / f"step-{cursor.step:08d}"
         partial = final.with_name(f"{final.name}.partial")
+        self._require_own()
         try:
             serial = agree_on_first(lambda: self._prepare(partial))
             files = save_state(engine, partial)
             agree_on_first(lambda: self._commit(partial, final, _manifest(engine, cursor, serial, files)))
         except RankFailure as failure:
+            self._require_own()  # else what is there may be the other run's
             text = agree_on_first(functools.partial(self._give_up, partial, cursor.step, failure))
             raise CheckpointError(text) from failure
         agree_on_first(self._retain)
         return final
+
+    def _require_own(self) -> None:
+        try:
+            agree_on_first(self.guard)
+        except RankFailure as failure:
+            raise LostError(failure.messages) from failure
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; None if there is none. What is no whole checkpoint is logged and passed over."""
@@ -150,8 +162,7 @@ class Checkpoints:
         partial.mkdir()
         return 1 + max((Manifest.read(path).serial for path in whole), default=0)
 
-    @staticmethod
-    def _commit(partial: Path, final: Path, manifest: Manifest) -> None:
+    def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
         """Rename, after everything is on the disk. One of the same step stays until the new one has its name."""
         missing = manifest.incomplete(partial)
         if missing:
@@ -160,6 +171,7 @@ class Checkpoints:
             )
         manifest.write(partial)
         _synchronise(partial)
+        self.guard()
         replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():
             final.rename(replaced)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,9 @@ from lsys.config.user_code import is_path
 from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
-from lsys.runtime.environment import launch_from_environment
+from lsys.runtime.environment import Launch, launch_from_environment
 from lsys.runtime.groups import Groups, process_groups
+from lsys.runtime.lock import FolderLock
 from lsys.train.errors import RunError
 
 if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
@@ -37,12 +39,20 @@ def open_run(settings: Config) -> "Iterator[Run]":
     launch = launch_from_environment()
     require(settings, launch.world_size)
     check_files(settings)
-    require_own_folder(settings)
-    efficiency = open_baseline(settings, launch)
-    if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
-        _require_own(settings)
-    with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
-        yield Run(settings, groups, efficiency)
+    with _lock(settings, launch) as lock:  # before what is in the folder is looked at
+        require_own_folder(settings)
+        efficiency = open_baseline(settings, launch)
+        if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
+            _require_own(settings)
+        with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
+            yield Run(settings, groups, efficiency, lock=lock)
+
+
+def _lock(settings: Config, launch: Launch) -> contextlib.AbstractContextManager[FolderLock | None]:
+    """The first rank holds the folder for all."""
+    if launch.rank:
+        return contextlib.nullcontext()
+    return FolderLock(settings.train.folder, lambda text: print(f"lsys: {text}", file=sys.stderr, flush=True))
 
 
 def _require_own(settings: Config) -> None:
@@ -64,6 +74,7 @@ class Run:
 
     Args:
         make_engine: makes the engine of this rank; Megatron's if None.
+        lock: by which the first rank holds the folder; None on the others, and where nobody else can be there.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class Run:
         groups: Groups,
         efficiency: Efficiency | None = None,
         make_engine: "Callable[[Config, Groups], TrainingEngine] | None" = None,
+        lock: FolderLock | None = None,
     ) -> None:
         from lsys.checkpoint import Checkpoints
         from lsys.observe.hardware import peak_of_ranks
@@ -85,7 +97,8 @@ class Run:
         self.settings, self.groups = settings, groups
         self.data = open_data(settings, groups)
         self.engine: TrainingEngine = (make_engine or Engine)(settings, groups)
-        self.checkpoints = Checkpoints(settings.train.folder / "checkpoints", settings.checkpoint.keep)
+        folder, guard = settings.train.folder / "checkpoints", lock.require if lock else None
+        self.checkpoints = Checkpoints(folder, settings.checkpoint.keep, guard)
         self.step = self._resume()
         self.saved_step = self.step
         self.is_stopping = False

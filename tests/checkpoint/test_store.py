@@ -15,6 +15,7 @@ from support import resuming
 
 from lsys.checkpoint import CheckpointError, Checkpoints, Cursor, Manifest
 from lsys.checkpoint.manifest import FileRecord
+from lsys.runtime.lock import LockError, LostError
 
 
 def names(folder: Path) -> list[str]:
@@ -178,7 +179,7 @@ def test_folder_that_ranks_do_not_share(tmp_path: Path) -> None:
     partial.mkdir()
     manifest = Manifest(Cursor(10, 1, ""), 1, 2, {}, {}, {"__1_0.distcp": FileRecord(1, "00")})
     with pytest.raises(CheckpointError, match="__1_0.distcp is missing.; train.folder must be on a shared filesystem"):
-        Checkpoints._commit(partial, tmp_path / "step-00000010", manifest)
+        Checkpoints(tmp_path, 1)._commit(partial, tmp_path / "step-00000010", manifest)
 
 
 def damage(source: Path, kind: str) -> Path:
@@ -257,3 +258,28 @@ def test_a_checkpoint_older_than_a_key_had_its_default() -> None:
     assert differences(yaml.safe_dump(tree), parity.settings()) == []
     (text,) = differences(yaml.safe_dump(tree), parity.settings(model__linear={"norm": "srms"}))
     assert text == "model.mixers.lightning.norm head in the checkpoint, srms in the config"
+
+
+def loses_its_folder(rank: int, world_size: int, folder: Path, when: str) -> list[str]:
+    """Save once, then again while the first rank finds its folder taken: before the save or before its commit."""
+    taken: list[str] = []
+
+    def guard() -> None:
+        if taken.pop() == "other's" if taken else False:
+            raise LockError("the folder is another's")
+
+    with resuming.engine_of(rank, world_size, {}) as engine:
+        resuming.advance(engine, 0, 1, resuming.Seen())
+        checkpoints = Checkpoints(folder, 2, guard)
+        checkpoints.save(engine, resuming.cursor_of(engine, 10))
+        if rank == 0:
+            taken += {"before": ["other's"], "at the commit": ["other's", "other's", "mine"]}[when]
+        with pytest.raises(LostError, match="the folder is another's"):
+            checkpoints.save(engine, resuming.cursor_of(engine, 20))
+    return names(folder)
+
+
+@pytest.mark.parametrize("when", ["before", "at the commit"])
+def test_a_run_that_lost_its_folder_commits_and_removes_nothing(gloo: Any, tmp_path: Path, when: str) -> None:
+    left = gloo(2, loses_its_folder, tmp_path, when)[0]
+    assert left == (["step-00000010"] if when == "before" else ["step-00000010", "step-00000020.partial"])
