@@ -37,17 +37,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", choices=["all", "sample"], default="all", help="cases of slow tests: every one, or some")
     card = "path of a card of your own, package.module:Card, for tests/project/test_own_card.py; may be repeated"
     parser.addoption("--card", action="append", default=[], help=card)
-    parser.addoption("--seed", default=None, help="what the sample is drawn by; if left out, the commit")
+    parser.addoption(
+        "--part", type=int, help="which part of the slow cases; if left out, the number of commits says so"
+    )
 
 
-def _seed(config: pytest.Config) -> str:
-    return config.getoption("seed") or sampling.commit(config.rootpath)
+def _part(config: pytest.Config) -> int:
+    part = config.getoption("part")
+    return (sampling.commits(config.rootpath) if part is None else part) % sampling.ONE_IN
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.getoption("slow") == "sample":
-        told = f"one in {sampling.ONE_IN} cases of each slow test, drawn by --slow sample --seed {_seed(config)}"
-        terminalreporter.write_line(f"{told}; make test-all takes every one")
+        told = f"one in {sampling.ONE_IN} cases of slow tests, those of --slow sample --part {_part(config)}"
+        terminalreporter.write_line(f"{told}; as many commits take each once, make test-all all of them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,6 +59,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("world")
     if config.getoption("slow") == "sample":
         slow = [item.nodeid for item in items if item.get_closest_marker("slow")]
-        dropped = sampling.left_out(slow, _seed(config))
+        dropped = sampling.left_out(slow, _part(config))
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
         items[:] = [item for item in items if item.nodeid not in dropped]
