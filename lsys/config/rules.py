@@ -1,12 +1,12 @@
 """Rules that tie several keys to each other, to the number of ranks and to files."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
 
 from lsys.config import reports
+from lsys.config.corpora import corpus_mistakes
 from lsys.config.messages import FilesError, Mistake, choice, divisors, nearest, refusal
 from lsys.config.model import Model, pattern_text
 from lsys.config.schema import ADAMW, Config
@@ -263,36 +263,15 @@ def check_files(config: Config) -> None:
 
 
 def file_mistakes(config: Config) -> list[Mistake]:
-    """The corpora and the checkpoint to resume from that are missing, or have tokens that the model lacks."""
+    """The corpora and the checkpoint to resume from that are missing, damaged, or have tokens that the model lacks."""
+    holds_out = config.data.validation_fraction > 0 and config.train.validate_tokens > 0
     mistakes = [
         m
         for i, corpus in enumerate(config.data.corpora)
-        for m in _corpus(f"data.corpora.{i}.path", corpus.path, config.model.vocab)
+        for m in corpus_mistakes(f"data.corpora.{i}.path", corpus.path, config.model.vocab, holds_out=holds_out)
     ]
     resume = config.checkpoint.resume
     if isinstance(resume, Path) and not resume.exists():
-        mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", "name a checkpoint's folder, or auto"))
+        fix = "name a checkpoint's folder, or auto"
+        mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", fix, is_local=True))
     return mistakes
-
-
-def _corpus(key: str, prefix: Path, vocab: int) -> Iterator[Mistake]:
-    missing = [f"{prefix}{ending}" for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
-    if missing:
-        ended = prefix.suffix in (".bin", ".idx") and f"leave out {prefix.suffix}: the path is a prefix"
-        yield Mistake(
-            key, f"{' and '.join(missing)} not found", ended or f"lsys data prepare ... --out {prefix} makes them"
-        )
-        return
-    sidecar = Path(f"{prefix}.json")
-    if sidecar.is_file():  # files that other tools made have none
-        try:
-            needed = json.loads(sidecar.read_text())["vocab"]
-        except (ValueError, KeyError, TypeError, OSError):
-            yield Mistake(
-                key, f"{sidecar} is not what lsys data prepare writes", "prepare the corpus again, or remove that file"
-            )
-            return
-        if needed > vocab:
-            yield Mistake(
-                "model.vocab", f"{vocab} is below the {needed} tokens of corpus {prefix}", f"{needed} or more"
-            )

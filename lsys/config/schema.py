@@ -77,7 +77,9 @@ class Data(Section):
         0.01, ge=0.0, lt=1.0, description="Share of the documents of each corpus that is held out for validation."
     )
     verify: bool = Field(
-        True, description="Scan every token id against `model.vocab` before training (once per run, on the first rank)."
+        True,
+        description="Read the corpora before training, on the first rank: every token id against `model.vocab`, and files of up to 8 GiB against the "
+        "hashes of when they were prepared (`lsys data inspect --verify` for longer ones).",
     )
 
 

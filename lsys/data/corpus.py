@@ -1,8 +1,6 @@
 """A prepared corpus: Megatron's .bin and .idx, checked before they are used."""
 
 import hashlib
-import json
-import struct
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Megatron-core's DType codes (megatron/core/datasets/indexed_dataset.py).
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
-MAGIC = b"MMIDIDX\x00\x00"
-SIDECAR_VERSION = 1
-
-
-class CorpusError(ValueError):
-    """A corpus is missing, damaged, or does not fit the model."""
+from lsys.config.corpora import HEAD, CorpusError, corpus_files
 
 
 @dataclass
@@ -48,13 +39,7 @@ class Corpus:
             CorpusError: a file is missing or truncated, or the index contradicts itself or the .bin.
         """
         prefix = str(prefix)
-        lengths, tokens = _read(prefix)
-        description = _sidecar(prefix)
-        if description and (description["documents"], description["tokens"]) != (len(lengths), lengths.sum()):
-            raise CorpusError(
-                f"{prefix}.json says {description['documents']} documents and {description['tokens']} tokens, {prefix}.idx "
-                f"{len(lengths)} and {lengths.sum()}: they are of two corpora; prepare it again"
-            )
+        lengths, tokens, description = _read(prefix)
         mask = cls.open(f"{prefix}.mask") if Path(f"{prefix}.mask.idx").exists() else None
         if mask is not None and not np.array_equal(mask.lengths, lengths):
             raise CorpusError(f"{prefix}.mask has other document lengths than {prefix}; prepare the corpus again")
@@ -116,63 +101,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sidecar(prefix: str) -> dict[str, Any]:
-    path = Path(f"{prefix}.json")
-    if not path.exists():
-        return {}  # files of Megatron's own tools have none
-    try:
-        description = json.loads(path.read_text())
-        version, _, _ = description["version"], description["documents"], description["tokens"]
-    except (ValueError, KeyError, TypeError):
-        raise CorpusError(
-            f"{path} is not what lsys data prepare writes; prepare the corpus again, or remove it"
-        ) from None
-    if version != SIDECAR_VERSION:
-        raise CorpusError(
-            f"{path} has format version {version}, this lsys reads {SIDECAR_VERSION}; prepare the corpus again"
-        )
-    return description
-
-
-def _read(prefix: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Document lengths and the mapped tokens, every statement of the index checked."""
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (index, data):
-        if not path.is_file():
-            raise CorpusError(f"{path} not found; lsys data prepare ... --out {prefix} makes it")
-    raw, again = index.read_bytes(), "prepare it again"
-    head = len(MAGIC) + struct.calcsize("<QBQQ")
-    if raw[: len(MAGIC)] != MAGIC:
-        raise CorpusError(f"{index} is no Megatron index: it does not begin with MMIDIDX; {again}")
-    if len(raw) < head:
-        raise CorpusError(f"{index} is truncated: {len(raw)} bytes, its header alone has {head}; {again}")
-    version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(MAGIC))
-    if version != 1 or code not in DTYPES:
-        raise CorpusError(f"{index} has version {version} and dtype code {code}; version 1 and codes 1 to 8 are known")
-    expected = head + sequences * 12 + documents * 8
-    if len(raw) != expected:
-        raise CorpusError(
-            f"{index} has {len(raw)} bytes, its header says {expected}: it is truncated or damaged; {again}"
-        )
-    dtype = np.dtype(DTYPES[code])
-    sizes = np.frombuffer(raw, np.int32, sequences, head).astype(np.int64)
-    pointers = np.frombuffer(raw, np.int64, sequences, head + 4 * sequences)
-    borders = np.frombuffer(raw, np.int64, documents, head + 12 * sequences)
-    if (sizes < 0).any() or not np.array_equal(pointers, (sizes.cumsum() - sizes) * dtype.itemsize):
-        raise CorpusError(f"{index}: its offsets are not the running sum of its lengths: it is damaged; {again}")
-    if documents < 1 or borders[0] != 0 or borders[-1] != sequences or (np.diff(borders) < 0).any():
-        raise CorpusError(f"{index}: its documents do not cover its {sequences} sequences in order; {again}")
-    wanted = int(sizes.sum()) * dtype.itemsize
-    if data.stat().st_size != wanted:
-        raise CorpusError(
-            f"{data} has {data.stat().st_size} bytes, its index says {wanted}: it is truncated or of another index; {again}"
-        )
-    if not np.issubdtype(dtype, np.integer):
-        raise CorpusError(f"{index} holds {dtype} numbers; token ids are integers")
-    if wanted == 0:
-        raise CorpusError(f"{prefix} holds no tokens; {again} from text that is not empty")
+def _read(prefix: str) -> tuple[NDArray[np.int64], NDArray[Any], dict[str, Any]]:
+    """Document lengths, the mapped tokens and the description, every statement of the index checked."""
+    files = corpus_files(prefix)
+    header, index, again = files.header, Path(f"{prefix}.idx"), "prepare it again"
+    raw = index.read_bytes()
+    sizes = np.frombuffer(raw, np.int32, header.sequences, HEAD).astype(np.int64)
+    pointers = np.frombuffer(raw, np.int64, header.sequences, HEAD + 4 * header.sequences)
+    borders = np.frombuffer(raw, np.int64, header.documents + 1, HEAD + 12 * header.sequences)
     ends = np.concatenate(([0], sizes.cumsum()))
-    return np.diff(ends[borders]), _tokens(prefix)
+    if (sizes < 0).any() or not np.array_equal(pointers, ends[:-1] * header.itemsize):
+        raise CorpusError(f"{index}: its offsets are not the running sum of its lengths: it is damaged", again)
+    if borders[0] != 0 or borders[-1] != header.sequences or (np.diff(borders) < 0).any():
+        raise CorpusError(f"{index}: its documents do not cover its {header.sequences} sequences in order", again)
+    return np.diff(ends[borders]), _tokens(prefix), files.description
 
 
 def _tokens(prefix: str) -> NDArray[Any]:

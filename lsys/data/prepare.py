@@ -261,7 +261,8 @@ class _Files(AbstractContextManager):
             builder.add_document(content, [len(content)])
 
     def commit(self, counts: Counts, entropy: float | None) -> None:
-        from lsys.data.corpus import SIDECAR_VERSION, sha256
+        from lsys.config.corpora import SIDECAR_VERSION
+        from lsys.data.corpus import sha256
 
         for kind, builder in self.builders.items():
             builder.finalize(f"{self.part}{kind}.idx")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lsys.data.corpus import Corpus
+from lsys.data.corpus import Corpus, CorpusError
 
 
 class Piece(NamedTuple):
@@ -175,7 +175,7 @@ class TokenStream:
         sources = [(c.lengths[ids], w) for c, ids, w in zip(corpora, self.documents, weights, strict=True)]
         for corpus, (lengths, _) in zip(corpora, sources, strict=True):
             if lengths.sum() == 0:
-                raise ValueError(
+                raise CorpusError(
                     f"{corpus.prefix} has no tokens for {split}: {corpus.documents} documents, data.validation_fraction "
                     f"{validation_fraction}; change the fraction, or add documents"
                 )

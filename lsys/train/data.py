@@ -12,7 +12,6 @@ from lsys.data.plan import Planner, RankBatch
 from lsys.data.stream import TokenStream
 from lsys.observe.flops import training_flops
 from lsys.runtime.groups import Groups
-from lsys.train.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,8 @@ class RunData:
                 yield plan.on_rank(self.groups.context_rank, self.groups.device, self.groups.context)
 
 
-def open_data(settings: Config, groups: Groups) -> RunData:
-    """Open the corpora; refuse token ids outside the vocabulary (rank 0 looks, all ranks hear)."""
-    corpora = [Corpus.open(str(corpus.path)) for corpus in settings.data.corpora]
-    if settings.data.verify:
-        _verify(corpora, settings, groups)
+def open_data(settings: Config, groups: Groups, corpora: Sequence[Corpus]) -> RunData:
+    """The plans of this rank over corpora that are open and checked."""
     weights = [corpus.weight for corpus in settings.data.corpora]
     fraction = settings.data.validation_fraction
 
@@ -84,22 +80,7 @@ def open_data(settings: Config, groups: Groups) -> RunData:
     return RunData(settings, groups, planner("train"), held_out, steps, _bigram_entropy(corpora, weights), weighted)
 
 
-def _verify(corpora: list[Corpus], settings: Config, groups: Groups) -> None:
-    message: list[str | None] = [None]
-    if groups.launch.rank == 0:
-        try:
-            for corpus in corpora:
-                corpus.verify_tokens(settings.model.vocab)
-        except ValueError as error:
-            message = [str(error)]
-    dist.broadcast_object_list(
-        message, src=0, device=torch.device("cpu") if groups.device.type == "cpu" else groups.device
-    )
-    if message[0] is not None:
-        raise RunError(message[0])
-
-
-def _bigram_entropy(corpora: list[Corpus], weights: list[float]) -> float | None:
+def _bigram_entropy(corpora: Sequence[Corpus], weights: list[float]) -> float | None:
     """Mean over the corpora by weight, where every one was counted when it was prepared."""
     counted = [corpus.bigram_entropy for corpus in corpora]
     if any(entropy is None for entropy in counted):

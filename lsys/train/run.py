@@ -3,7 +3,7 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,11 @@ from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import Launch, launch_from_environment
 from lsys.runtime.groups import Groups, process_groups
 from lsys.runtime.lock import FolderLock
+from lsys.train.corpora import open_corpora
 from lsys.train.errors import RunError
 
 if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
+    from lsys.data.corpus import Corpus
     from lsys.train.observers import Observers, StepDone
     from lsys.train.protocol import TrainingEngine
 
@@ -44,8 +46,9 @@ def open_run(settings: Config) -> "Iterator[Run]":
         efficiency = open_baseline(settings, launch)
         if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
             _require_own(settings)
+        corpora = open_corpora(settings, is_first=launch.rank == 0)
         with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
-            yield Run(settings, groups, efficiency, lock=lock)
+            yield Run(settings, groups, efficiency, lock=lock, corpora=corpora)
 
 
 def _lock(settings: Config, launch: Launch) -> contextlib.AbstractContextManager[FolderLock | None]:
@@ -75,6 +78,7 @@ class Run:
     Args:
         make_engine: makes the engine of this rank; Megatron's if None.
         lock: by which the first rank holds the folder; None on the others, and where nobody else can be there.
+        corpora: that are read, open and checked.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Run:
         efficiency: Efficiency | None = None,
         make_engine: "Callable[[Config, Groups], TrainingEngine] | None" = None,
         lock: FolderLock | None = None,
+        corpora: "Sequence[Corpus]" = (),
     ) -> None:
         from lsys.checkpoint import Checkpoints
         from lsys.observe.hardware import peak_of_ranks
@@ -95,7 +100,7 @@ class Run:
         from lsys.train.engine import Engine
 
         self.settings, self.groups = settings, groups
-        self.data = open_data(settings, groups)
+        self.data = open_data(settings, groups, corpora)
         self.engine: TrainingEngine = (make_engine or Engine)(settings, groups)
         folder, guard = settings.train.folder / "checkpoints", lock.require if lock else None
         self.checkpoints = Checkpoints(folder, settings.checkpoint.keep, guard)

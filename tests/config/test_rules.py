@@ -1,6 +1,8 @@
 """Each rule refuses what cannot run, and what it proposes instead passes."""
 
 import json
+import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from lsys.config.messages import ConfigError
 from lsys.config.notices import notices
-from lsys.config.rules import check, check_files, require
+from lsys.config.rules import check, check_files, file_mistakes, require
 from lsys.config.schema import Config
 from lsys.kernels.mask import Mask, SharedPrefix
 from lsys.mixers.softmax import Softmax
@@ -214,16 +216,66 @@ def test_files(tmp_path: Path) -> None:
     assert len(found()) == 2
     assert f"{prefix}.bin and {prefix}.idx not found; lsys data prepare ... --out {prefix} makes them" in found()[0]
     assert "step-3 does not exist" in found()[1]
-    for name in ("corpus.bin", "corpus.idx"):
-        (tmp_path / name).touch()
     (tmp_path / "step-3").mkdir()
+    write_corpus(prefix, [3, 2])
     assert found() == []
-    (tmp_path / "corpus.json").write_text(json.dumps({"vocab": 97}))
+    sidecar = {"version": 1, "documents": 2, "tokens": 5, "vocab": 97}
+    (tmp_path / "corpus.json").write_text(json.dumps(sidecar))
     assert found() == [f"model.vocab: 96 is below the 97 tokens of corpus {prefix}; 97 or more"]
     (tmp_path / "corpus.json").write_text("{")
     assert "is not what lsys data prepare writes" in found()[0]
     config = make(data__corpora=[{"path": f"{prefix}.bin"}])
     assert "leave out .bin: the path is a prefix" in found()[0]
+
+
+def write_corpus(prefix: Path, lengths: list[int]) -> None:
+    """Megatron's two files, byte by byte: documents of one sequence each, of numbers of two bytes."""
+    count, starts = len(lengths), [2 * sum(lengths[:n]) for n in range(len(lengths))]
+    numbers = struct.pack(f"<{count}i{count}q{count + 1}q", *lengths, *starts, *range(count + 1))
+    Path(f"{prefix}.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, count, count + 1) + numbers)
+    Path(f"{prefix}.bin").write_bytes(bytes(2 * sum(lengths)))
+
+
+@pytest.mark.parametrize("ending", [".idx", ".bin"])
+@pytest.mark.parametrize("change", [-7, 4])
+def test_files_are_held_to_their_headers(tmp_path: Path, ending: str, change: int) -> None:
+    """The command of the remedy is read from the description."""
+    prefix = tmp_path / "corpus"
+    write_corpus(prefix, [5, 4, 3])
+    description = {"version": 1, "documents": 3, "tokens": 12, "sources": ["a b.txt"], "tokenizer": {"spec": "t.json"}}
+    (tmp_path / "corpus.json").write_text(json.dumps(description))
+    config = make(data__corpora=[{"path": str(prefix)}])
+    assert file_mistakes(config) == []
+    path = Path(f"{prefix}{ending}")
+    size = path.stat().st_size
+    os.truncate(path, size + change)
+    (mistake,) = file_mistakes(config)
+    assert f"{path} has {size + change} bytes, its {'header' if ending == '.idx' else 'index'} says {size}" in str(
+        mistake
+    )
+    command = f"lsys data prepare 'a b.txt' --out {prefix} --overwrite --tokenizer t.json"
+    assert mistake.is_local and str(mistake).endswith(f"; prepare it again: {command}")
+
+
+def test_a_mask_and_a_description_of_another_corpus_are_told(tmp_path: Path) -> None:
+    prefix = tmp_path / "corpus"
+    write_corpus(prefix, [5, 4, 3])
+    config = make(data__corpora=[{"path": str(prefix)}])
+    write_corpus(tmp_path / "corpus.mask", [5, 4])
+    assert "corpus.mask has other document lengths" in str(file_mistakes(config)[0])
+    write_corpus(tmp_path / "corpus.mask", [5, 4, 3])
+    (tmp_path / "corpus.json").write_text('{"version": 1, "documents": 3, "tokens": 11}')
+    assert "says 3 documents and 11 tokens" in str(file_mistakes(config)[0])
+
+
+def test_one_document_cannot_be_held_out(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", [9])
+    corpora = [{"path": str(tmp_path / "corpus")}]
+    (mistake,) = file_mistakes(make(data__corpora=corpora, train__validate_tokens=10))
+    assert mistake.key == "data.validation_fraction" and "has 1 document" in mistake.problem
+    none = {"data__validation_fraction": 0}
+    assert file_mistakes(make(data__corpora=corpora, train__validate_tokens=10, **none)) == []
+    assert file_mistakes(make(data__corpora=corpora)) == []
 
 
 NOTICES: list[tuple[dict[str, Any], int | None, str]] = [

@@ -51,14 +51,14 @@ def test_documents_of_several_sequences(tmp_path: Path, dtype: type) -> None:
 
 HEADER, SIZES = 9, 34  # where version and lengths are
 DAMAGE: dict[str, tuple[Callable[[str], object], str]] = {
-    "no bin": (lambda p: Path(f"{p}.bin").unlink(), r"c\.bin not found; lsys data prepare"),
+    "no bin": (lambda p: Path(f"{p}.bin").unlink(), r"c\.bin not found; lsys data prepare .* makes it"),
     "no idx": (lambda p: Path(f"{p}.idx").unlink(), r"c\.idx not found; lsys data prepare"),
     "other file": (lambda p: Path(f"{p}.idx").write_bytes(b"x" * 100), "does not begin with MMIDIDX"),
     "empty idx": (lambda p: Path(f"{p}.idx").write_bytes(b""), "does not begin with MMIDIDX"),
     "header cut": (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:20]), "20 bytes, its header"),
     "version": (lambda p: patch(f"{p}.idx", HEADER, struct.pack("<Q", 2)), "version 2 and dtype code 8"),
     "dtype": (lambda p: patch(f"{p}.idx", HEADER + 8, b"\x63"), "version 1 and dtype code 99"),
-    "float": (lambda p: patch(f"{p}.idx", HEADER + 8, b"\x07"), "offsets are not the running sum"),
+    "float": (lambda p: patch(f"{p}.idx", HEADER + 8, b"\x07"), "holds float32 numbers: token ids are integers"),
     "count": (lambda p: patch(f"{p}.idx", HEADER + 9, struct.pack("<Q", 6)), "has 126 bytes, its header says 138"),
     "idx cut": (lambda p: Path(f"{p}.idx").write_bytes(Path(f"{p}.idx").read_bytes()[:-3]), "its header says 126"),
     "length": (lambda p: patch(f"{p}.idx", SIZES, struct.pack("<i", 2)), "offsets are not the running sum"),

@@ -42,7 +42,7 @@ class StubData:
 
     validation_steps, bigram_entropy, corpora = 0, None, ()
 
-    def __init__(self, settings: Any, groups: Any) -> None:
+    def __init__(self, settings: Any, groups: Any, corpora: Any = ()) -> None:
         from lsys.data.plan import Planner
 
         train, parallel = settings.train, settings.parallel
