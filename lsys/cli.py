@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
     if name not in COMMANDS:
-        print(f"lsys: {name!r} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"lsys: {name!r} is no command; {_similar(name)}there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
         return COMMANDS[name](words[len(name.split()) :])
@@ -55,10 +55,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _refuse(error)
         return 2
+    except OSError as error:
+        if debug or error.filename is None or error.strerror is None:
+            raise
+        _refuse(FileProblem(f"{error.filename}: {error.strerror}; --debug shows what it was wanted for"))
+        return 2
+
+
+class FileProblem(ValueError):
+    """A file or folder that the system refuses."""
+
+
+def _similar(name: str) -> str:
+    """`did you mean train? `, or nothing."""
+    from difflib import get_close_matches
+
+    words = {word: command for command in COMMANDS for word in (command, command.split()[-1])}
+    found = get_close_matches(name, words, n=1, cutoff=0.6)
+    return f"did you mean {words[found[0]]}? " if found else ""
 
 
 def _refuse(error: ValueError) -> None:
-    """Print an error: once where every rank has the same one (`everywhere`), else with the name of the rank."""
+    """Print an error: once where every rank has the same one (`everywhere`), or every rank of a node (`on_node`), else with the rank's number."""
     from lsys.runtime.environment import LaunchError, launch_from_environment
 
     try:
@@ -67,7 +85,8 @@ def _refuse(error: ValueError) -> None:
         print(f"lsys: {unreadable}", file=sys.stderr)
         return
     everywhere = getattr(error, "everywhere", False)
-    if launch.rank and everywhere:
+    first = not (launch.rank or getattr(error, "number", 0))
+    if (everywhere and not first) or launch.local_rank and getattr(error, "on_node", False):
         return
     who = f"lsys, rank {launch.rank}" if launch.world_size > 1 and not everywhere else "lsys"
     lines = str(error).splitlines() or [type(error).__name__]
@@ -89,14 +108,18 @@ def _options(kind: type[T], command: str, words: list[str]) -> T:
 
 
 def _train(words: list[str]) -> int:
+    from lsys.config.corpora import corpus_notices
     from lsys.config.load import load
-    from lsys.config.rules import check
+    from lsys.config.rules import check, file_mistakes
     from lsys.options import TrainOptions
-    from lsys.runtime.environment import launch_from_environment
+    from lsys.runtime.environment import launch_from_environment, require_launcher
 
+    require_launcher()
     options, overrides = _with_overrides(TrainOptions, "train", words)
     launch = launch_from_environment()
-    config = load(options.config, overrides, lambda config: check(config, launch.world_size))
+    config = load(options.config, overrides, lambda config: check(config, launch.world_size) + file_mistakes(config))
+    for notice in corpus_notices(config) if launch.rank == 0 else ():
+        print(f"notice: {notice}", file=sys.stderr, flush=True)
     from lsys.train.run import main as train
 
     return train(config)

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lsys.config.corpora import corpus_notices
 from lsys.config.load import config_hash, dump
 from lsys.config.methods import attention_costs, attention_methods
 from lsys.config.notices import notices
+from lsys.config.rules import file_mistakes
 from lsys.config.schema import Config
 from lsys.observe.flops import flops_per_token, parameters, recompute_flops_per_token
 from lsys.parallel.mesh import AXES, Mesh
@@ -38,7 +40,8 @@ def print_check(
     mesh = Mesh.of(config.parallel, world_size)
     print(dump(config))
     print(f"# sha256 {config_hash(config)}\n")
-    for notice in notices(config, world_size):
+    absent = [f"not on this machine: {mistake}" for mistake in file_mistakes(config)]
+    for notice in [*notices(config, world_size), *corpus_notices(config), *absent]:
         console.print(f"notice: {notice}")
     console.print(_grid(mesh), _parameters(config), _flops(config), _batches(config, mesh), sep="\n")
     if mesh.context > 1 and any(not card.has_state for card in config.model.cards.values()):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lsys.cli import main
+from lsys.cli import COMMANDS, main
 from lsys.config.model import LinearMixer
 from lsys.config.schema import Profile
 from lsys.mixers.registry import ALL
-from lsys.runtime.environment import Launch, LaunchError, launch_from_environment
+from lsys.runtime.environment import FOREIGN, Foreign, Launch, LaunchError, launch_from_environment, require_launcher
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -19,7 +19,8 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    sizes = (launcher.size for launcher in FOREIGN)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *sizes):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -67,13 +68,49 @@ def test_unknown_options_are_told_with_all_other_mistakes(capsys: pytest.Capture
     words = ["--parallel.tensr", "2", "--train.steps", "0", "--fast", "stray", "--train.sed"]
     assert main(["train", QUICKSTART, *words]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "lsys: 5 mistakes",
+        "lsys: 4 mistakes",
         "  '--fast' is no option; write --section.key value, such as --parallel.tensor 2",
-        "  'stray' is no option; write --section.key value, such as --parallel.tensor 2",
         "  train.sed: no value was given; write --train.sed VALUE",
         "  parallel.tensr: unknown key; did you mean tensor?",
         "  train.steps: 0 does not do: it should be greater than 0 (Optimizer steps)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--lr", "1e-3"], "--optimizer.lr 1e-3"),
+        (["--lr=1e-3"], "--optimizer.lr 1e-3"),
+        (["--tp", "2"], "--parallel.tensor 2"),
+        (["--steps", "99"], "--train.steps 99"),
+        (["--micro-batch-token", "512"], "--train.micro_batch_tokens 512"),
+        (["parallel.tensor=2"], "--parallel.tensor 2"),
+        (["parallel.tensor", "2"], "--parallel.tensor 2"),
+    ],
+)
+def test_options_that_were_meant_are_named(words: list[str], meant: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["topology", QUICKSTART, "--world-size", "2", *words]) == 2
+    assert capsys.readouterr().err == f"lsys: {words[0].split('=')[0]!r} is no option; did you mean {meant}?\n"
+    assert main(["topology", QUICKSTART, "--world-size", "2", *meant.split()]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["train.steps", "2k"], "write 2000, or 2048"),
+        (["train.batch_tokens", "4M"], "write 4000000, or 4194304"),
+        (["train.steps", "two"], "write it in digits, such as 8"),
+        (["train.steps", "40 steps"], "did you mean 40?"),
+        (["train.steps", "2.5"], "2 or 3 does"),
+        (["optimizer.lr", "3e-3x"], "did you mean 3e-3?"),
+        (["optimizer.lr", "high"], "write it in digits, such as 3e-4"),
+    ],
+)
+def test_numbers_that_were_meant_are_named(words: list[str], remedy: str, capsys: pytest.CaptureFixture) -> None:
+    key, value = words
+    assert main(["check", QUICKSTART, "--world-size", "2", f"--{key}", value]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lsys: {key}: ") and line.endswith(f"; {remedy}")
 
 
 def test_unknown_commands(capsys: pytest.CaptureFixture) -> None:
@@ -83,6 +120,14 @@ def test_unknown_commands(capsys: pytest.CaptureFixture) -> None:
         in capsys.readouterr().err
     )
     assert main(["data", "fly"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("trian", "train"), ("prepare", "data prepare"), ("data inspct", "data inspect")]
+)
+def test_commands_that_were_meant_are_named(wrong: str, meant: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(wrong.split()) == 2
+    assert f"{wrong!r} is no command; did you mean {meant}? there are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -148,9 +193,43 @@ def test_unknown_keys_do_not_hide_what_the_rules_refuse(capsys: pytest.CaptureFi
 
 def test_files_are_looked_for_on_request(capsys: pytest.CaptureFixture) -> None:
     words = ["check", QUICKSTART, "--world-size", "2", "--data.corpora.0.path", "nowhere/at_all"]
+    told = "data.corpora.0.path: nowhere/at_all.bin and nowhere/at_all.idx not found"
     assert main(words) == 0
+    assert f"notice: not on this machine: {told}" in capsys.readouterr().out
     assert main([*words, "--files"]) == 2
-    assert "data.corpora.0.path: nowhere/at_all.bin and nowhere/at_all.idx not found" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
+
+
+def test_rules_and_files_are_told_together_and_once_a_node(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", QUICKSTART, "--data.corpora.0.path", "nowhere/at_all", "--parallel.tensor", "3"]
+    words += ["--checkpoint.resume", "nowhere/step-3"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        assert main(words) == 2
+        told = capsys.readouterr().err.splitlines()
+        if rank % 2:
+            assert told == []
+        else:
+            assert told[0].endswith("4 mistakes") and (rank == 0 or told[0].startswith("lsys, rank 2"))
+            for part in ("parallel: tensor 3 ", "parallel.tensor: ", "data.corpora.0.path: ", "checkpoint.resume: "):
+                assert any(line.startswith(f"  {part}") for line in told)
+
+
+def test_a_folder_that_the_system_refuses_is_told_without_traceback(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(words: list[str]) -> int:
+        raise PermissionError(13, "Permission denied", "some/folder")
+
+    monkeypatch.setitem(COMMANDS, "check", refuse)
+    assert main(["check"]) == 2
+    assert capsys.readouterr().err.startswith("lsys: some/folder: Permission denied; ")
+    with pytest.raises(PermissionError):
+        main(["check", "--debug"])
 
 
 def test_only_the_first_rank_tells_what_all_ranks_find(
@@ -193,3 +272,25 @@ def test_launch() -> None:
     del torchrun["GROUP_RANK"]
     with pytest.raises(LaunchError, match="GROUP_RANK, the number of this rank's node, is missing"):
         launch_from_environment(torchrun)
+
+
+@pytest.mark.parametrize("launcher", FOREIGN, ids=lambda launcher: launcher.size)
+def test_launchers_that_make_no_ranks_are_refused(
+    launcher: Foreign, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by one of the processes; what torchrun or run.sh starts under the same launcher, and one process, may train."""
+    told = {launcher.size: "4", launcher.number: "1"}
+    with pytest.raises(LaunchError, match=f"{launcher.size} is 4: .* has started 4 processes, each of which") as caught:
+        require_launcher(told)
+    assert "launch/run.sh" in str(caught.value)
+    require_launcher(told | {launcher.size: "1"})
+    require_launcher(told | dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"))
+    monkeypatch.setenv(launcher.size, "2")
+    for number in "01":
+        monkeypatch.setenv(launcher.number, number)
+        assert main(["train", QUICKSTART]) == 2
+        assert (f"{launcher.size} is 2" in capsys.readouterr().err) == (number == "0")
+
+
+def test_a_script_of_slurm_is_one_process() -> None:
+    require_launcher({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "3"})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lsys.config.messages import Mistake
+from lsys.config.schema import Config
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEAD = len(MAGIC) + struct.calcsize("<QBQQ")
@@ -28,6 +29,7 @@ TYPES = {
     8: ("uint16", 2),
 }
 SIDECAR_VERSION = 1
+MARGIN = 256  # entries of a vocabulary that nobody minds
 
 
 class CorpusError(ValueError):
@@ -173,17 +175,34 @@ def corpus_mistakes(key: str, prefix: Path, vocab: int, *, holds_out: bool = Fal
                 again = _again(str(prefix), files.description)
                 raise CorpusError(f"{prefix}.mask has other document lengths than {prefix}", again)
     except CorpusError as error:
-        yield Mistake(key, error.problem, error.fix, is_local=True)
+        yield Mistake(key, error.problem, error.fix, is_local=True, is_file=True)
         return
     except OSError as error:
         problem = f"{error.filename or prefix} cannot be read: {error.strerror or error}"
-        yield Mistake(key, problem, "let this user read it", is_local=True)
+        yield Mistake(key, problem, "let this user read it", is_local=True, is_file=True)
         return
     needed = files.description.get("vocab", 0)  # files that other tools made say nothing
     if needed > vocab:
         problem = f"{vocab} is below the {needed} tokens of corpus {prefix}"
-        yield Mistake("model.vocab", problem, f"{needed} or more", is_local=True)
+        yield Mistake("model.vocab", problem, f"{needed} or more", is_local=True, is_file=True)
     if holds_out and files.header.documents < 2:
         problem = f"corpus {prefix} has 1 document, which cannot be held out and trained on"
         fix = "data.validation_fraction 0 trains on it all, without validation; or add documents"
-        yield Mistake("data.validation_fraction", problem, fix, is_local=True)
+        yield Mistake("data.validation_fraction", problem, fix, is_local=True, is_file=True)
+
+
+def corpus_notices(config: Config) -> list[str]:
+    """Sentences about corpora that are here and that the model is larger than it need be for."""
+    model, needed = config.model, []
+    for corpus in config.data.corpora:
+        try:
+            needed.append(int(read_description(str(corpus.path)).get("vocab", 0)))
+        except (CorpusError, ValueError, TypeError):  # a mistake, or another's file
+            return []
+    most = max(needed)
+    if not min(needed) or model.vocab <= most + max(MARGIN, most // 4):
+        return []
+    cost = f"logits and the two vocabulary matrices are {model.vocab / most:.0f} times as large"
+    return [
+        f"model.vocab {model.vocab} is above the {most} tokens that the corpora's tokenizer has: {cost}; {most} does"
+    ]

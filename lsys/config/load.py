@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lsys.config.messages import ConfigError, Mistake, from_validation, refusal
+from lsys.config.messages import ConfigError, Mistake, from_validation, meant, refusal
 from lsys.config.model import Model
 from lsys.config.overrides import Override
 from lsys.config.schema import Config
@@ -110,8 +110,7 @@ def override(tree: dict, overrides: Iterable[Override]) -> list[Mistake]:
     for names, text in overrides:
         key = ".".join(names)
         if len(names) < 2:
-            remedy = "write --section.key value, such as --parallel.tensor 2"
-            mistakes.append(Mistake("", f"{key!r} is no option", remedy))
+            mistakes.append(Mistake("", f"{key!r} is no option", _option(key, text)))
             continue
         if text is None:
             mistakes.append(Mistake(key, "no value was given", f"write --{key} VALUE"))
@@ -123,6 +122,15 @@ def override(tree: dict, overrides: Iterable[Override]) -> list[Mistake]:
         except LookupError as error:
             mistakes.append(Mistake(key, str(error.args[0])))
     return mistakes
+
+
+def _option(word: str, value: str | None) -> str:
+    """What to write instead of a word that is no option."""
+    section, _, key = word.lstrip("-").partition(".")
+    path = f"{section}.{key}" if key and section in Config.model_fields else meant(section, Config) if not key else ""
+    if not path or not word.startswith("-") and not key:
+        return "write --section.key value, such as --parallel.tensor 2"
+    return f"did you mean --{path}{'' if value is None else f' {value}'}?"
 
 
 def _put(tree: dict, names: Sequence[str], value: Any) -> None:

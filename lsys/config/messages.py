@@ -1,6 +1,8 @@
 """Mistakes in a configuration, said so that they can be put right: the key, what is wrong with it, what would do."""
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,31 @@ from lsys.section import held_section
 INSIDE = "inside"
 
 # What pydantic's words leave open, by its names of mistakes.
-RULES = {"model_type": "it should be a mapping", "list_type": "it should be a list in brackets, such as [a, b]"}
+RULES = {
+    "model_type": "it should be a mapping",
+    "list_type": "it should be a list in brackets, such as [a, b]",
+    "int_parsing": "it should be a whole number",
+    "int_type": "it should be a whole number",
+    "int_from_float": "it should be a whole number",
+    "float_parsing": "it should be a number",
+    "float_type": "it should be a number",
+    "bool_parsing": "it should be true or false",
+    "bool_type": "it should be true or false",
+}
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+LETTERS = {"k": 10, "m": 20, "g": 30, "b": 30, "t": 40}  # powers of two that are meant by a letter behind a number
+# Names of keys that other systems' users are used to.
+USUAL = {
+    "tp": "parallel.tensor",
+    "pp": "parallel.pipeline",
+    "vpp": "parallel.virtual_pipeline",
+    "cp": "parallel.context",
+    "ep": "parallel.expert",
+    "learning_rate": "optimizer.lr",
+    "wd": "optimizer.weight_decay",
+    "output_dir": "train.folder",
+    "save_interval": "checkpoint.every",
+}
 
 
 @dataclass(frozen=True)
@@ -24,12 +50,14 @@ class Mistake:
     Attributes:
         key: dotted path of the key. problem: value and rule. fix: the nearest value that would do, or what to change.
         is_local: whether another node may be without it: it lies in files or in code of the user's own, not in the configuration.
+        is_file: whether it lies in files, which all ranks of a node see alike.
     """
 
     key: str
     problem: str
     fix: str = ""
     is_local: bool = False
+    is_file: bool = False
 
     def __str__(self) -> str:
         text = f"{self.key}: {self.problem}" if self.key else self.problem
@@ -47,9 +75,17 @@ class ConfigError(ValueError):
 
 
 class FilesError(ConfigError):
-    """Files or modules that the configuration names are missing or do not fit; another node may have them."""
+    """Files or modules that the configuration names are missing or do not fit; another node may have them.
+
+    Attributes:
+        on_node: whether all ranks of a node find the same.
+    """
 
     everywhere = False
+
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        super().__init__(mistakes)
+        self.on_node = all(mistake.is_file or not mistake.is_local for mistake in mistakes)
 
 
 def refusal(mistakes: Sequence[Mistake]) -> ConfigError:
@@ -87,7 +123,25 @@ def _mistake(found: Any, names: list[str | int], section: type[BaseModel] | None
     rule = RULES.get(found["type"]) or found["msg"].replace("Input should", "it should")
     is_told = not meaning or found["type"] in (REFUSED, MISNAMED)
     problem = f"{_short(found['input'])} does not do: {rule}" + ("" if is_told else f" ({meaning})")
-    return Mistake(key, problem, is_local=found["type"] == REFUSED)
+    return Mistake(key, problem, _number(found["type"], found["input"]), is_local=found["type"] == REFUSED)
+
+
+def _number(kind: str, value: Any) -> str:
+    """What was meant by a value that is no number, or not a whole one."""
+    is_whole = kind.startswith("int_")
+    if kind == "int_from_float":
+        return f"{math.floor(value)} or {math.ceil(value)} does"
+    if kind not in ("int_parsing", "float_parsing", "int_type", "float_type"):
+        return ""
+    text = value.strip() if isinstance(value, str) else ""
+    found = NUMBER.match(text)
+    if found is None:
+        return "write it in digits, such as 8" if is_whole else "write it in digits, such as 3e-4"
+    number, rest = found[0].replace("_", ""), text[found.end() :].lower()
+    if rest in LETTERS:
+        power = LETTERS[rest]
+        return f"write {float(number) * 10 ** (power * 3 // 10):.0f}, or {float(number) * 2**power:.0f}"
+    return f"did you mean {math.floor(float(number)) if is_whole else number}?"
 
 
 def _place(schema: type[BaseModel], loc: Iterable[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:
@@ -122,6 +176,22 @@ def _similar(name: str, section: type[BaseModel], above: list[str | int], schema
         if name in keys and [other] != above:
             return f"{other}.{name}"
     return None
+
+
+def meant(name: str, schema: type[BaseModel]) -> str:
+    """The key `section.key` that is meant by one without its section, or by its name in other systems; empty if none is alike."""
+    sections = {key: held_section(field.annotation) for key, field in schema.model_fields.items()}
+    keys = {f"{above}.{key}": key for above, section in sections.items() if section for key in section.model_fields}
+    name = name.replace("-", "_")
+    found = [path for path, key in keys.items() if key == name]
+    if not found and name in USUAL:
+        found = [USUAL[name]]
+    if not found:
+        alike = difflib.get_close_matches(name, keys.values(), n=1, cutoff=0.75)
+        found = [path for path, key in keys.items() if key in alike]
+    return min(
+        found, key=lambda path: not path.startswith("train."), default=""
+    )  # a name of several sections: the run's
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -114,17 +114,18 @@ def _given(parsed: Any, options: type, above: tuple[str, ...] = ()) -> Iterator[
 
 
 def _unknown(words: Sequence[str]) -> Iterator[Override]:
-    """`--section.key value`, `--section.key=value`, or a word that is neither, as it stands."""
+    """`--section.key value`, `--section.key=value`, or what is neither: a word as it stands, with the value behind it."""
     queue = list(words)
     while queue:
         word = queue.pop(0)
         name, equals, text = word.partition("=")
-        if not re.fullmatch(r"--[^.]+(\.[^.]+)+", name):
-            yield Override((word,), None)
-        elif equals:
-            yield Override(_names(name), text)
+        is_key = bool(re.fullmatch(r"--[^.]+(\.[^.]+)+", name))
+        names = _names(name) if is_key else (name,)
+        if equals:
+            yield Override(names, text)
         else:
-            yield Override(_names(name), queue.pop(0) if queue and not queue[0].startswith("--") else None)
+            takes_value = is_key or re.match(r"--?[a-zA-Z]|\w+\.\w", name)
+            yield Override(names, queue.pop(0) if takes_value and queue and not queue[0].startswith("--") else None)
 
 
 def _names(option: str) -> tuple[str, ...]:

@@ -273,5 +273,5 @@ def file_mistakes(config: Config) -> list[Mistake]:
     resume = config.checkpoint.resume
     if isinstance(resume, Path) and not resume.exists():
         fix = "name a checkpoint's folder, or auto"
-        mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", fix, is_local=True))
+        mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", fix, True, True))
     return mistakes

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 
 class LaunchError(ValueError):
-    """A launcher's variable cannot be read."""
+    """A launcher's variable cannot be read, or the launcher is one that lsys does not start ranks with.
+
+    Attributes:
+        everywhere: whether all processes of the launch find the same. number: of this process among them, where the launcher is another's.
+    """
+
+    def __init__(self, text: str, everywhere: bool = False, number: int = 0) -> None:
+        self.everywhere, self.number = everywhere, number
+        super().__init__(text)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Launch:
     is_torchrun: bool = False
 
 
+RENDEZVOUS = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what ranks need to find each other
 VARIABLES = {
     "rank": "RANK",
     "world_size": "WORLD_SIZE",
@@ -36,6 +45,48 @@ VARIABLES = {
     "node": "GROUP_RANK",
     "restart_count": "TORCHELASTIC_RESTART_COUNT",
 }
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What another launcher than torchrun tells each process that it has started: in `size` how many there are, in `number` which this is."""
+
+    name: str
+    size: str
+    number: str
+    remedy: str = "torchrun --nproc-per-node {size} -m lsys train CONFIG, on several nodes launch/run.sh CONFIG on each"
+
+
+SLURM = "srun --ntasks-per-node 1 launch/run.sh CONFIG"
+# SLURM_NTASKS would not do: a job's script, of which there is one, has it too.
+FOREIGN = (
+    Foreign("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    Foreign("MVAPICH's mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    Foreign("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", SLURM),
+    Foreign("mpirun or mpiexec", "PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI; also Slurm's for these
+    Foreign("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
+    Foreign("flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+)
+
+
+def require_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to train under a launcher that starts several processes without making ranks of them: each would be a run of its own.
+
+    Raises:
+        LaunchError: names the variable, and what to start with.
+    """
+    if environment.keys() >= RENDEZVOUS:
+        return
+    for launcher in FOREIGN:
+        size = environment.get(launcher.size, "")
+        if size.isdigit() and int(size) > 1:
+            number = environment.get(launcher.number, "0")
+            raise LaunchError(
+                f"{launcher.size} is {size}: {launcher.name} has started {size} processes, each of which would be a run of its own in the "
+                f"same train.folder; start with {launcher.remedy.format(size=size)} (docs/launch.md)",
+                everywhere=True,
+                number=int(number) if number.isdigit() else 0,
+            )
 
 
 def launch_from_environment(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -53,7 +104,7 @@ def launch_from_environment(environment: Mapping[str, str] = os.environ) -> Laun
                 raise LaunchError(
                     f"{variable} is {environment[variable]!r}, not a number; start with torchrun, or unset it"
                 ) from None
-    launch = Launch(**values, is_torchrun={"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys())
+    launch = Launch(**values, is_torchrun=environment.keys() >= RENDEZVOUS)
     if not 0 <= launch.rank < launch.world_size:
         raise LaunchError(
             f"RANK {launch.rank} is not below WORLD_SIZE {launch.world_size}; start with torchrun, or unset both"

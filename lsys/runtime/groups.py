@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lsys.config.schema import Parallel
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.ledger import WORLD, label, unlabel
-from lsys.runtime.environment import Launch
+from lsys.runtime.environment import Launch, LaunchError
 from lsys.runtime.megatron import install_megatron
 
 # What Megatron's groups are accounted to, by their names in ProcessGroupCollection. Norms and found infinities are summed
@@ -127,6 +127,9 @@ def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
         kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **kwargs)
         return
+    if launch.world_size > 1:
+        missing = f"WORLD_SIZE is {launch.world_size}, and MASTER_ADDR or MASTER_PORT, where ranks meet, is missing"
+        raise LaunchError(f"{missing}; start with torchrun or launch/run.sh, or set them", everywhere=True)
     store = dist.HashStore()  # one process, no network
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1, timeout=timeout

@@ -16,7 +16,7 @@ from lsys.config.user_code import is_path
 from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
-from lsys.runtime.environment import Launch, launch_from_environment
+from lsys.runtime.environment import Launch, launch_from_environment, require_launcher
 from lsys.runtime.groups import Groups, process_groups
 from lsys.runtime.lock import FolderLock
 from lsys.train.corpora import open_corpora
@@ -38,6 +38,7 @@ def main(settings: Config) -> int:
 @contextlib.contextmanager
 def open_run(settings: Config) -> "Iterator[Run]":
     """The run of this launch and its process groups. All that can be refused is refused before one of them starts."""
+    require_launcher()
     launch = launch_from_environment()
     require(settings, launch.world_size)
     check_files(settings)
