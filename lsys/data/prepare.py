@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from lsys.data.entropy import BigramCounter
-from lsys.data.sources import STDLIB, TEXT_SUFFIXES, Document, Reader, SourceError
+from lsys.data.source_error import SourceError
+from lsys.data.sources import STDLIB, TEXT_SUFFIXES, Document, Reader, splits_of
 from lsys.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH, BATCH_SIZE = 64, 1 << 20  # documents, and about as many bytes, that a worker tokenizes at a time
@@ -34,7 +35,7 @@ class PrepareArgs:
 
     sources: Positional[list[str]]
     """Files (text, .jsonl, .parquet), folders, Hugging Face datasets on disk, or the word stdlib: the source of Python's standard library."""
-    out: Path
+    out: Annotated[str | Path, arg(metavar="PATH")]  # a text keeps the slash at its end, which a path loses
     """Prefix of the files to write, such as data/mine."""
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json."""
@@ -46,6 +47,8 @@ class PrepareArgs:
     """Key or column of a list of [start, end) character ranges; only they count for the loss. Writes PREFIX.mask."""
     suffix: list[str] = field(default_factory=lambda: list(TEXT_SUFFIXES))
     """Endings of the files to take from folders, besides .jsonl and .parquet, and of other files to read as text."""
+    split: str | None = None
+    """Of sources that have several splits (a DatasetDict, or a folder of train-*.parquet and test-*.parquet): which to read."""
     empty: Literal["error", "skip"] = "error"
     """What to do with a document without text (stdlib: always skipped)."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
@@ -54,6 +57,11 @@ class PrepareArgs:
     """Processes that tokenize; the result does not depend on it."""
     overwrite: bool = False
     """Replace a corpus of that name."""
+
+    @property
+    def prefix(self) -> Path:
+        """`out` as a path."""
+        return Path(self.out)
 
 
 ENDINGS = (".idx", ".bin", ".mask.idx", ".mask.bin", ".json")  # of all files that a corpus may have
@@ -65,14 +73,20 @@ class PrepareError(ValueError):
 
 @dataclass
 class Counts:
-    """What was written and what was left out."""
+    """What was written, of all and of each source (documents, tokens), and what was left out."""
 
     documents: int = 0
     tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, source: str, tokens: int) -> None:
+        self.documents, self.tokens = self.documents + 1, self.tokens + tokens
+        documents, before = self.sources.get(source, (0, 0))
+        self.sources[source] = documents + 1, before + tokens
 
 
-Encoded = tuple[str, NDArray[Any], NDArray[np.uint8] | None]  # skipped why (or ""), ids, mask
+Encoded = tuple[str, str, NDArray[Any], NDArray[np.uint8] | None]  # source, skipped why (or ""), ids, mask
 
 
 def prepare(arguments: PrepareArgs) -> Counts:
@@ -85,12 +99,17 @@ def prepare(arguments: PrepareArgs) -> Counts:
         raise PrepareError("no source was given; name files or folders, or stdlib")
     if arguments.workers < 1:
         raise PrepareError(f"{arguments.workers} workers tokenize nothing; --workers 1 or more")
+    if arguments.prefix.is_dir() or str(arguments.out).endswith("/"):
+        inside = arguments.prefix / "corpus"
+        raise PrepareError(f"--out {arguments.out} is a folder; name files in it, such as --out {inside}")
+    if arguments.split is not None and not any(map(splits_of, arguments.sources)):
+        raise PrepareError(f"--split {arguments.split}: no source has splits; leave it out")
     existing = [f"{arguments.out}{ending}" for ending in ENDINGS if Path(f"{arguments.out}{ending}").exists()]
     if existing and not arguments.overwrite:
         raise PrepareError(f"{existing[0]} exists; take another --out, or --overwrite to replace it")
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eod)
     replace = arguments.invalid_utf8 == "replace"
-    reader = Reader(tuple(arguments.suffix), arguments.text_column, arguments.mask_column, replace)
+    reader = Reader(tuple(arguments.suffix), arguments.text_column, arguments.mask_column, replace, arguments.split)
     files = [(source, path) for source in arguments.sources for path in reader.files(source)]
     console = Console()
     bar = Progress(
@@ -102,13 +121,17 @@ def prepare(arguments: PrepareArgs) -> Counts:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise PrepareError(
-                f"no space left on {arguments.out.parent} (errno 28): nothing was kept; free space, or take another --out"
+                f"no space left on {arguments.prefix.parent} (errno 28): nothing was kept; free space, or take another --out"
             ) from None
-        raise PrepareError(f"{arguments.out} cannot be written: {error.strerror or error}") from None
+        raise PrepareError(
+            f"{arguments.out} cannot be written: {error.strerror or error}; take another --out"
+        ) from None
     left_out = "".join(f"; left out: {n} {why}" for why, n in counts.skipped.items())
     console.print(
         f"{arguments.out}: {counts.documents:,} documents, {counts.tokens:,} tokens, vocabulary {tokenizer.vocab}{left_out}"
     )
+    for source, (documents, tokens) in counts.sources.items() if len(counts.sources) > 1 or arguments.split else ():
+        console.print(f"  {source}: {documents:,} documents, {tokens:,} tokens", markup=False)
     if entropy is not None:
         console.print(
             f"bigram entropy {entropy:.4f} nats per byte: a model that looks at one byte only can do no better"
@@ -140,16 +163,16 @@ def _batches(files: list[tuple[str, Path]], reader: Reader, bar: Progress) -> It
 def _write(
     arguments: PrepareArgs, tokenizer: Tokenizer, batches: Iterator[Any], bar: Progress
 ) -> tuple[Counts, float | None]:
-    counts = Counts()
+    counts = Counts(sources=dict.fromkeys(arguments.sources, (0, 0)))
     bigrams = BigramCounter(tokenizer.vocab) if tokenizer.spec == "bytes" else None
     with ExitStack() as stack:
         writer = stack.enter_context(_Files(arguments, tokenizer))
-        for why, ids, mask in _encoded(arguments, tokenizer, batches):
+        for source, why, ids, mask in _encoded(arguments, tokenizer, batches):
             if why:
                 counts.skipped[why] = counts.skipped.get(why, 0) + 1
                 continue
             writer.add(ids, mask)
-            counts.documents, counts.tokens = counts.documents + 1, counts.tokens + len(ids)
+            counts.add(source, len(ids))
             if bigrams is not None:
                 bigrams.add(ids)
         if not counts.documents:
@@ -190,10 +213,12 @@ def _encode_in_worker(batch: list[tuple[str, Document]], arguments: PrepareArgs)
 
 
 def _encode(batch: list[tuple[str, Document]], arguments: PrepareArgs, tokenizer: Tokenizer) -> list[Encoded]:
-    return [_encode_one(document, tokenizer, arguments, source) for source, document in batch]
+    return [(source, *_encode_one(document, tokenizer, arguments, source)) for source, document in batch]
 
 
-def _encode_one(document: Document, tokenizer: Tokenizer, arguments: PrepareArgs, source: str) -> Encoded:
+def _encode_one(
+    document: Document, tokenizer: Tokenizer, arguments: PrepareArgs, source: str
+) -> tuple[str, NDArray[Any], NDArray[np.uint8] | None]:
     nothing = np.empty(0, np.int64)
     try:
         text = document.text if isinstance(document.text, str) else document.text.decode()
@@ -246,8 +271,8 @@ class _Files(AbstractContextManager):
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         self.arguments, self.tokenizer, self.dtype = arguments, tokenizer, _dtype(tokenizer)
-        self.part = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}.partial")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        self.part = arguments.prefix.with_name(f".{arguments.prefix.name}.{os.getpid()}.partial")
+        arguments.prefix.parent.mkdir(parents=True, exist_ok=True)
         self.builders = {"": IndexedDatasetBuilder(f"{self.part}.bin", dtype=self.dtype)}
         if arguments.mask_column:
             self.builders[".mask"] = IndexedDatasetBuilder(f"{self.part}.mask.bin", dtype=np.uint8)

@@ -1,19 +1,21 @@
 """Where text comes from: files, folders, JSONL, Parquet, Hugging Face datasets on disk, and the standard library of the running Python."""
 
 import json
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsys.data.saved_dataset import dataset_files, dataset_splits, is_dataset
+from lsys.data.source_error import SourceError, absent, unreadable
+
 TEXT_SUFFIXES = tuple(".txt .md .rst .py .c .h .cpp .cu .java .js .ts .rs .go .tex .html".split())
 TABLES = (".jsonl", ".parquet", ".arrow")
 STDLIB = "stdlib"
-
-
-class SourceError(ValueError):
-    """Text cannot be read as asked."""
+SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)([-_.]|$)")  # how files of a split are called
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Reader:
     Attributes:
         suffixes: endings of files taken from folders. text: key or column of the text. mask: of the spans, or None.
         replace: put U+FFFD for what is not UTF-8 in a JSONL line; otherwise such a line is handed on as it is.
+        split: of sources that have several, the one that is read.
     """
 
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
     text: str = "text"
     mask: str | None = None
     replace: bool = False
+    split: str | None = None
 
     @property
     def _columns(self) -> list[str]:
@@ -60,22 +64,37 @@ class Reader:
         if path.is_file():
             known = (*self.suffixes, *TEXT_SUFFIXES, *TABLES)
             if path.suffix and path.suffix not in known:
-                raise SourceError(
-                    f"{source} ends in {path.suffix}, which is none of {', '.join(dict.fromkeys(known))}; "
-                    f"--suffix {path.suffix} reads it as one document of text"
-                )
+                raise SourceError(unreadable(path, known))
             return [path]
         if not path.is_dir():
-            raise SourceError(f"source {source} does not exist; name a file, a folder, or {STDLIB}")
-        if _is_dataset(path):
-            return _dataset_files(path)
+            raise SourceError(absent(source))
+        if path.joinpath("dataset_dict.json").exists():
+            return dataset_files(path / self._chosen(source, dataset_splits(path)))
+        if is_dataset(path):
+            return dataset_files(path)
         known = (*self.suffixes, ".jsonl", ".parquet")
         found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in known)
         if not found:
+            others = Counter(p.suffix for p in path.rglob("*") if p.is_file() and p.suffix)
+            there = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(5))
             raise SourceError(
-                f"folder {source} holds no file that ends in {', '.join(known)}; name other endings with --suffix"
+                f"folder {source} holds no file that ends in {', '.join(known)}{f', but {there}' * bool(there)}; "
+                "name other endings with --suffix"
             )
+        splits = {p: name[1] for p in found if p.suffix in TABLES and (name := SPLIT.match(p.name))}
+        if len(names := sorted(set(splits.values()))) > 1:
+            return [p for p in found if splits.get(p) == self._chosen(source, names)]
         return found
+
+    def _chosen(self, source: str, splits: Sequence[str]) -> str:
+        """The split to read of those that a source has."""
+        if self.split in splits or (self.split is None and len(splits) == 1):
+            return self.split or splits[0]
+        there = f"{source} has the splits {', '.join(splits)}"
+        if self.split is None:
+            fix = f"name one with --split, such as --split {'train' if 'train' in splits else splits[0]}"
+            raise SourceError(f"{there}, and a corpus of all would train on what is to be tested with; {fix}")
+        raise SourceError(f"{there}, and none that is called {self.split}; --split takes one of these")
 
     def read(self, path: Path) -> Iterator[Document]:
         """The documents of one file.
@@ -124,15 +143,23 @@ class Reader:
         for batch in batches:
             for name in self._columns:
                 if name not in batch.schema.names:
-                    raise SourceError(f"{path} has no column {name!r}; it has {', '.join(batch.schema.names)}")
+                    texts = {field.name: str(field.type) in ("string", "large_string") for field in batch.schema}
+                    raise SourceError(f"{path} has no column {name!r}; {self._columns_there('it has', name, texts)}")
             for row in batch.select(self._columns).to_pylist():
                 yield self._document(f"{path}, row {number}", row)
                 number += 1
 
+    def _columns_there(self, there: str, name: str, is_text: Mapping[str, bool]) -> str:
+        """The keys or columns that there are, and the option that names the one that is meant."""
+        option = "--text-column" if name == self.text else "--mask-column"
+        fits = [key for key, text in is_text.items() if text == (name == self.text)]
+        return f"{there} {', '.join(is_text)}: name one with {option}{f' {fits[0]}' if len(fits) == 1 else ''}"
+
     def _document(self, origin: str, row: dict[str, Any]) -> Document:
         for name in self._columns:
             if name not in row:
-                raise SourceError(f"{origin}: no key {name!r}; there are {', '.join(map(str, row))}")
+                texts = {str(key): isinstance(value, str) for key, value in row.items()}
+                raise SourceError(f"{origin}: no key {name!r}; {self._columns_there('there are', name, texts)}")
         text = row[self.text]
         if not isinstance(text, str):
             raise SourceError(
@@ -160,26 +187,15 @@ def stdlib_files() -> list[Path]:
     return sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
 
 
-def _is_dataset(path: Path) -> bool:
-    """Whether a folder is what Hugging Face's `save_to_disk` writes (one split, or a dictionary of them)."""
-    return any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
-
-
-def _dataset_files(path: Path) -> list[Path]:
-    """The Arrow files that the dataset's own lists name: beside them may lie caches, which repeat its rows."""
-    found: list[Path] = []
-    for state in sorted(path.rglob("state.json")):
-        try:
-            found += [state.parent / each["filename"] for each in json.loads(state.read_text())["_data_files"]]
-        except (ValueError, KeyError, TypeError):
-            raise SourceError(f"{state} does not list the dataset's files; save the dataset again") from None
-    if not found:
-        found = sorted(p for p in path.rglob("*.arrow") if not p.name.startswith("cache-"))
-    missing = [each for each in found if not each.is_file()]
-    if missing or not found:
-        absent = f"{missing[0]} is missing" if missing else "it holds no Arrow file"
-        raise SourceError(f"dataset {path} is not whole: {absent}; save it again with save_to_disk")
-    return found
+def splits_of(source: str) -> list[str]:
+    """The names of the splits that a source has: of a DatasetDict, or of tables in a folder that are called by them; else none."""
+    path = Path(source)
+    if path.joinpath("dataset_dict.json").exists():
+        return dataset_splits(path)
+    if not path.is_dir() or is_dataset(path):
+        return []
+    names = {name[1] for p in path.rglob("*") if p.suffix in TABLES and (name := SPLIT.match(p.name))}
+    return sorted(names) if len(names) > 1 else []
 
 
 def _parquet(path: Path, columns: list[str]) -> Iterator[Any]:
@@ -191,7 +207,7 @@ def _parquet(path: Path, columns: list[str]) -> Iterator[Any]:
             known = set(columns) <= set(file.schema_arrow.names)  # else its columns are shown in a message
             yield from file.iter_batches(batch_size=256, columns=columns if known else None)
     except pyarrow.ArrowInvalid as error:
-        raise SourceError(f"{path} is no Parquet file: {error}") from None
+        raise SourceError(f"{path} is no Parquet file: {error}; copy or write it again") from None
 
 
 def _arrow(path: Path) -> Iterator[Any]:
@@ -206,5 +222,5 @@ def _arrow(path: Path) -> Iterator[Any]:
             try:
                 reader = ipc.open_file(memory)
             except pyarrow.ArrowInvalid as error:
-                raise SourceError(f"{path} holds no Arrow stream or file: {error}") from None
+                raise SourceError(f"{path} holds no Arrow stream or file: {error}; copy or save it again") from None
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))

@@ -66,7 +66,11 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer as Library
 
         if not Path(path).is_file():
-            raise TokenizerError(f"tokenizer {path} not found; give the path of a tokenizer.json, or bytes")
+            inside = Path(path) / "tokenizer.json"
+            if inside.is_file():
+                raise TokenizerError(f"tokenizer {path} is a folder; give --tokenizer {inside}")
+            what = "has no tokenizer.json" if Path(path).is_dir() else "not found, and nothing is downloaded"
+            raise TokenizerError(f"tokenizer {path} {what}; give the path of a tokenizer.json, or bytes")
         try:
             self.library = Library.from_file(path)
         except Exception as error:  # the library raises a bare Exception

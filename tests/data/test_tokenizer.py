@@ -70,7 +70,9 @@ def test_the_end_of_documents_is_found_or_named(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="not found; give the path of a tokenizer.json, or bytes"):
+    with pytest.raises(
+        TokenizerError, match="not found, and nothing is downloaded; give the path of a tokenizer.json, or bytes"
+    ):
         load_tokenizer(str(tmp_path / "none.json"))
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"t\.json is no tokenizer\.json"):
