@@ -32,7 +32,7 @@ USAGE = """usage: lsys COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, or 2 for a mistake of the user, which is printed without traceback."""
+    """Run a command line; the exit code: 0, or 2 for a mistake of the user, which is printed without traceback; errors may have another one."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or not type(error).__module__.startswith("lsys"):
             raise
         _refuse(error)
-        return 2
+        return int(getattr(error, "exit_code", 2))
     except OSError as error:
         if debug or error.filename is None or error.strerror is None:
             raise

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lsys.kernels.not_finite import NotFiniteError
+
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> None:
     """q, k [T, H_k, K], v [T, H, V], log_decay None, [H], [T, H] or [T, H, K], beta None or [T, H].
@@ -35,7 +37,7 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bet
         # A sum is cheaper than a look at every number, and NaN in it says that there may be one.
         if x is not None and x.sum().isnan() and x.isnan().any():
             at = x.isnan().nonzero()[0].tolist()
-            raise ValueError(
+            raise NotFiniteError(
                 f"{name} has NaN, first at {at}; linear attention would spread it over the rest of its document"
             )
     if log_decay is not None and log_decay.numel():

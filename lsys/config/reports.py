@@ -94,9 +94,10 @@ def final_parts(config: Config) -> tuple[str, ...]:
     return tuple(metric.name for metric in metrics if metric.last_stage and metric.name != TOKENS)
 
 
+SKIPPED = "train/skipped_steps"  # updates that were not made since they were not finite, over the whole run
 # Curves that a run has beside what is declared, and groups of curves, the first part of their names.
 CURVES = frozenset(
-    {"grad_norm", "lr", "n_tokens_seen", "throughput(tps)", "tflops", "mfu(%)", "loss_metrics/validation_loss"}
+    {"grad_norm", "lr", "n_tokens_seen", "throughput(tps)", "tflops", "mfu(%)", "loss_metrics/validation_loss", SKIPPED}
 )
 GROUPS = frozenset({"comm", "memory", "ranks", "scaling", "time_metrics", "validation", "waterfall"})
 

@@ -161,6 +161,11 @@ class Train(Section):
     validate_tokens: NonNegativeInt = Field(
         0, description="Tokens of one validation, rounded up to whole batches; 0: no validation."
     )
+    skip_limit: PositiveInt = Field(
+        3,
+        description="Updates in a row that are not made, since loss or gradients are not finite, which stop the run: exit code 3, also of a "
+        "launcher's restarts.",
+    )
     timeout_minutes: PositiveFloat = Field(
         10.0, description="How long a collective may wait before the run is declared dead."
     )

@@ -25,7 +25,7 @@ class StepModule(nn.Module):
 
     def end_step(self, step: int, values: Values) -> None:
         """The parameters have been updated; `values`: what all ranks reported in the step (on the host). Not called for an update that was not
-        applied: the step is then begun again.
+        applied: persistent buffers are then put back to what they were before the step, and the next step begins.
         """
 
 
@@ -51,6 +51,16 @@ def _nothing(*unused: object) -> None:
 def step_hooks(chunk: nn.Module) -> Iterator[StepHooks]:
     """The modules of a model chunk that have `begin_step` or `end_step`, with or without `StepModule`."""
     return (StepHooks(each) for each in chunk.modules() if hasattr(each, "begin_step") or hasattr(each, "end_step"))
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(module, name, buffer) of all states in a model that are no parameters; a buffer of several modules comes once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield module, name, buffer
 
 
 def persistent(module: nn.Module) -> dict[str, Tensor]:

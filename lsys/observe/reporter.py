@@ -123,8 +123,8 @@ class Reporter:
         total = self.settings.train.steps
         left = timedelta(seconds=round((total - step) * interval.step_seconds))
         self.say(
-            f"step {step:>{len(str(total))}}/{total} | loss {values[LOSS]:.4f} | {interval.tokens_per_second:,.0f} tokens/s{mfu} | "
-            f"memory {gib:.2f} GiB | grad norm {values['grad_norm']:.2f} | lr {values['lr']:.2e} | ETA {left}"
+            f"step {step:>{len(str(total))}}/{total} | loss {_shown(values, LOSS, '.4f')} | {interval.tokens_per_second:,.0f} tokens/s{mfu} | "
+            f"memory {gib:.2f} GiB | grad norm {_shown(values, 'grad_norm', '.2f')} | lr {values['lr']:.2e} | ETA {left}"
             + (f" | efficiency {values['scaling/efficiency(%)']:.1f}%" if self.efficiency else "")
             + "".join(
                 f" | {metric.console} {self._numbers(metric, values)}" for metric in self.metrics if metric.console
@@ -155,3 +155,8 @@ class Reporter:
         record = self.history.record(self.settings, self.ranks, hardware_name(self.device)) if self.active else None
         if record:
             self._show(WRITING, record.save, self.settings.train.folder / RECORD)
+
+
+def _shown(values: Mapping[str, float], tag: str, form: str) -> str:
+    """The number, or a dash where the step has none."""
+    return format(values[tag], form) if tag in values else "-"

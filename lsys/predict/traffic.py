@@ -12,7 +12,7 @@ has s / t slots; Korthikanti et al., 2022) and elements of b bytes:
 
 Recomputing a layer repeats its forward pass, but for nothing of the output layer. Once a step: gradients and parameters over the
 data x context ranks, bucket by bucket; sums over tensor ranks of the gradients of norms; over first and last stage of a tied
-embedding's; and scalars: tokens, losses and what layers report, the norm, and whether to stop.
+embedding's; and scalars: tokens, losses and what layers report, the norm and whether it is finite, and whether to stop.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class StepTraffic:
             yield self._issued("tensor", rank, Operation("all_reduce", 4 * held.summed), 1)
         yield from self._data(rank, stage)
         yield self._issued("model", rank, Operation("all_reduce", 4), 1, self.norm_axis)  # the gradients' norm
+        if not self.config.optimizer.distributed:  # whether each replica found it finite
+            yield self._issued("data", rank, Operation("all_reduce", 8), 1, "replicas")
         yield Issued("world", tuple(range(deployment.world_size)), Operation("all_reduce", 8), 1)  # whether to stop
 
     @property

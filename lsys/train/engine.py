@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,10 +24,11 @@ from lsys.model.megatron_config import transformer_config
 from lsys.model.module_state import step_hooks
 from lsys.model.parameters import initialise
 from lsys.observe.added_loss import scales
-from lsys.observe.values import Collector, Values
+from lsys.observe.values import Collector
 from lsys.runtime.groups import Groups
-from lsys.train import megatron_state
+from lsys.train import finite, megatron_state, origin
 from lsys.train.errors import RunError
+from lsys.train.origin import StepStart
 from lsys.train.own import scheduler_class, take_over
 from lsys.train.protocol import Losses, Update
 
@@ -50,7 +52,8 @@ class Engine:
         take_over(self.optimizer, settings.optimizer)
         self.scheduler = _scheduler(settings, self.optimizer)
         self.stateful = [module for chunk in self.chunks for module in step_hooks(chunk)]
-        self._values: Values | None = None  # that the last forward and backward passes gave
+        self._losses: Losses | None = None  # that the last forward and backward passes gave
+        self._start = StepStart.of(self.chunks)  # of the last step
         self._install_hooks()
 
     @property
@@ -122,14 +125,25 @@ class Engine:
             Losses over all ranks, equal on all of them.
         """
         if not forward_only:
-            for module in self.stateful:
-                module.begin_step(self.scheduler.num_steps + 1)
+            self._start = StepStart.of(self.chunks)
+            self._begin(self.scheduler.num_steps + 1)
+        collector = self._pass(batches, forward_only, force_all_reduce)
+        losses = Losses.of(collector.reduce())
+        if not forward_only:
+            self._losses = losses
+        return losses
+
+    def _begin(self, step: int) -> None:
+        for module in self.stateful:
+            module.begin_step(step)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _pass(self, batches: Sequence[RankBatch], forward_only: bool, force_all_reduce: bool = False) -> Collector:
+        """What this rank alone reports in the passes."""
         for chunk in self.chunks:
             chunk.train(not forward_only)
-            if not forward_only:
-                chunk.zero_grad_buffer()
-        if not forward_only:
-            self.optimizer.zero_grad()
         groups = self.groups
         found = scales(layer_losses(self.settings), batches, groups.collection.dp_cp, groups.device)
         collector = Collector(self.slots, groups, found)
@@ -148,20 +162,50 @@ class Engine:
             )
         if not forward_only:
             collector.pending.require_none()
-        losses = Losses.of(collector.reduce())
-        if not forward_only:
-            self._values = losses.values
-        return losses
+        return collector
 
     def step(self) -> Update:
-        """Clip, update, advance the schedule; then modules with a state of their own end the step."""
-        applied, norm, _ = self.optimizer.step()
+        """Clip and update, unless loss or norm is not finite; advance the schedule. Then modules with a state of their own end the step, or
+        have the state that they had before it."""
+        assert self._losses is not None
+        found_inf = self.optimizer.prepare_grads()
+        norm = finite.gradient_norm(self.optimizer)
+        applied = self._losses.are_finite and math.isfinite(norm) and not found_inf
+        if not self.settings.optimizer.distributed:
+            applied = finite.agreed(applied, self.groups.device, self.groups.collection.dp_cp)
         if applied:
-            self.scheduler.step(increment=1)
+            finite.apply(self.optimizer, norm)
+        self.scheduler.step(increment=1)
+        if applied:
             for module in self.stateful:
-                assert self._values is not None
-                module.end_step(self.scheduler.num_steps, self._values)
-        return Update(float(norm), applied)
+                module.end_step(self.scheduler.num_steps, self._losses.values)
+        else:
+            self._start.restore_states()
+        return Update(norm, applied)
+
+    def find_not_finite(self, batches: Sequence[RankBatch]) -> str:
+        assert self._losses is not None
+        return origin.find(self, batches, self._losses.are_finite)
+
+    def rerun(self, batches: Sequence[RankBatch]) -> Collector:
+        """What this rank alone reports in the last step's passes, run once more; gradients are left as it computes them by itself, unreduced.
+
+        Random generators and states of modules are in it as they were in the step, and afterwards as they are now.
+        """
+        now = StepStart.of(self.chunks)
+        self._start.restore()
+        try:
+            with self.settled_parameters():
+                self._begin(self.scheduler.num_steps)
+                with origin.without_reduction(self.config, self.chunks):
+                    return self._pass(batches, False)
+        finally:
+            now.restore()
+
+    def numbers(self) -> Iterator[tuple[str, Tensor]]:
+        for _, name, parameter in origin.parameters(self.chunks):
+            yield name, parameter.detach()
+        yield from finite.states(self.optimizer)
 
     def state(self, *, loading: bool) -> dict[str, Any]:
         """What a checkpoint holds; see `lsys.checkpoint.held.Held`."""

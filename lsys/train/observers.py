@@ -10,18 +10,19 @@ one makes no collective, so one rank's can fail on its own: it is told once, clo
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lsys.config.reports import LOSS, TOKENS
+from lsys.config.reports import LOSS, SKIPPED, TOKENS
 from lsys.config.user_code import imported
 from lsys.observe.meter import Meter
 from lsys.observe.profiler import Profiler
 from lsys.observe.reporter import Reporter
 from lsys.observe.waterfall_recorder import Recorder
-from lsys.train.errors import RunError
+from lsys.train.errors import RunError, step_named
 from lsys.train.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class StepDone:
 
     Attributes:
         step: its number, from 1. losses: what it reported. grad_norm: before clipping. lr: that it was taken with.
-        flops: model FLOPs of this rank's data replica.
+        flops: model FLOPs of this rank's data replica. applied: whether the update was made; not, if it was not finite.
     """
 
     step: int
@@ -46,6 +47,7 @@ class StepDone:
     grad_norm: float
     lr: float
     flops: float
+    applied: bool = True
 
 
 class StepObserver:
@@ -61,7 +63,7 @@ class StepObserver:
         """Step `step`, from 1, begins; its batches are there."""
 
     def end_step(self, done: StepDone) -> None:
-        """The parameters have been updated."""
+        """The parameters have been updated, unless `done.applied` says otherwise."""
 
     def paused(self, what: str) -> AbstractContextManager[Any]:
         """Around what is no part of a step's own work: one of PAUSES. No pause is in another one."""
@@ -163,7 +165,7 @@ class Saving(StepObserver):
 
     def end_step(self, done: StepDone) -> None:
         run = self.run
-        if is_due(done.step, run.settings.checkpoint.every) or run.is_ending:
+        if is_due(done.step, run.settings.checkpoint.every) or run.is_ending or run.updates.save_is_due:
             run.save()
 
 
@@ -204,10 +206,17 @@ class Validation(StepObserver):
             return
         with self.run.observers.paused("validation"), engine.settled_parameters():
             for batches in data.validation():
-                found = engine.forward_backward(batches, forward_only=True).values
+                with step_named(f"the validation after step {step}", self.run.groups.launch.rank):
+                    found = engine.forward_backward(batches, forward_only=True).values
                 values = values.followed_by(found) if values else found
         assert values is not None  # there are validation steps
-        loss = values.total(LOSS) / max(values.total(TOKENS), 1)
+        if not values.total(TOKENS):
+            self.run.reporter.say(f"step {step} | no validation loss: no target of the held-out documents counts")
+            return
+        loss = values.total(LOSS) / values.total(TOKENS)
+        if not math.isfinite(loss):
+            self.run.reporter.say(f"step {step} | validation loss {loss}, which is no point of its curve")
+            return
         self.run.reporter.validation(step, loss, data.bigram_entropy, values.curves)
 
 
@@ -242,14 +251,17 @@ class Reporting(StepObserver):
 
     def end_step(self, done: StepDone) -> None:
         settings, found = self.run.settings, done.losses.values
-        self.values = self.values.followed_by(found) if self.values else found
+        if done.applied:
+            self.values = self.values.followed_by(found) if self.values else found
         if not is_due(done.step, settings.metrics.every) and done.step != settings.train.steps:
             return
         own = self.meter.take()
         with self.run.observers.paused("report"):
             interval = replace(own, flops=self.run.data.flops_of_all(own.flops))
-            values = {LOSS: done.losses.mean, **self.values.shown(found), "grad_norm": done.grad_norm, "lr": done.lr}
+            values = {**(self.values.shown(found) if self.values else {}), "grad_norm": done.grad_norm, "lr": done.lr}
             values["n_tokens_seen"] = done.step * settings.train.batch_tokens
+            values[SKIPPED] = self.run.updates.skipped
+            values = {tag: value for tag, value in values.items() if math.isfinite(value)}
             self.reporter.training(done.step, interval, values, waterfall=self.recorder.take())
         self.values = None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +13,7 @@ from lsys.config.reports import LOSS, TOKENS, Z_LOSS
 from lsys.observe.values import Values
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lsys.data.plan import RankBatch
 
@@ -35,6 +36,11 @@ class Losses:
         """Cross-entropy per token, nats."""
         return self.entropy / max(self.tokens, 1)
 
+    @property
+    def are_finite(self) -> bool:
+        """Whether all that was differentiated is: the final loss, its z-loss, and what layers add."""
+        return all(map(math.isfinite, (self.entropy, self.z_loss, *map(self.values.total, self.values.counts))))
+
 
 @dataclass(frozen=True)
 class Update:
@@ -42,7 +48,7 @@ class Update:
 
     Attributes:
         norm: of the gradients of the whole model, before clipping.
-        applied: whether parameters changed; not, if gradients were inf or nan.
+        applied: whether parameters changed; not, if the loss, a gradient or the norm was not finite.
     """
 
     norm: float
@@ -73,7 +79,21 @@ class TrainingEngine(Held, Protocol):
         """
 
     def step(self) -> Update:
-        """Clip, update, advance the schedule. An update that is not applied changes nothing."""
+        """Clip, update, advance the schedule; the norm is equal on all ranks, and so is whether the update was applied.
+
+        Where the loss of the last `forward_backward` or the norm is not finite, no parameter, moment, decay or count of the optimizer
+        changes; the schedule advances alike.
+        """
+
+    def find_not_finite(self, batches: Sequence[RankBatch]) -> str:
+        """After an update that was not applied: where it arose, with the parameter, module or loss and the rank, equal on all ranks.
+
+        Args:
+            batches: of that step. They may be run once more; nothing of the run is changed by that.
+        """
+
+    def numbers(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what a checkpoint holds of this rank and has to be finite: parameters, copies, moments. Parameters are settled."""
 
     def settled_parameters(self) -> AbstractContextManager[None]:
         """Inside, parameters are whole and current: for validation and checkpoints."""

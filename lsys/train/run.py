@@ -1,7 +1,6 @@
 """One run, from a configuration to its last checkpoint."""
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,11 @@ from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import Launch, launch_from_environment, require_launcher
 from lsys.runtime.groups import Groups, process_groups
+from lsys.runtime.job import job_from_environment
 from lsys.runtime.lock import FolderLock
 from lsys.train.corpora import open_corpora
-from lsys.train.errors import RunError
+from lsys.train.errors import RunError, step_named
+from lsys.train.stopped import clear, refuse_restart
 
 if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
     from lsys.data.corpus import Corpus
@@ -40,6 +41,7 @@ def open_run(settings: Config) -> "Iterator[Run]":
     """The run of this launch and its process groups. All that can be refused is refused before one of them starts."""
     require_launcher()
     launch = launch_from_environment()
+    refuse_restart(settings.train.folder, job_from_environment())
     require(settings, launch.world_size)
     check_files(settings)
     with _lock(settings, launch) as lock:  # before what is in the folder is looked at
@@ -48,6 +50,8 @@ def open_run(settings: Config) -> "Iterator[Run]":
         if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
             _require_own(settings)
         corpora = open_corpora(settings, is_first=launch.rank == 0)
+        if launch.rank == 0 and (said := clear(settings.train.folder)):
+            print(said, flush=True)
         with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
             yield Run(settings, groups, efficiency, lock=lock, corpora=corpora)
 
@@ -99,12 +103,14 @@ class Run:
         from lsys.observe.waterfall_recorder import Recorder
         from lsys.train.data import open_data
         from lsys.train.engine import Engine
+        from lsys.train.skips import Updates
 
         self.settings, self.groups = settings, groups
         self.data = open_data(settings, groups, corpora)
         self.engine: TrainingEngine = (make_engine or Engine)(settings, groups)
         folder, guard = settings.train.folder / "checkpoints", lock.require if lock else None
         self.checkpoints = Checkpoints(folder, settings.checkpoint.keep, guard)
+        self.updates = Updates(lambda text: self.reporter.say(text))
         self.step = self._resume()
         self.saved_step = self.step
         self.is_stopping = False
@@ -145,6 +151,7 @@ class Run:
         if path is None:
             return 0
         cursor = self.checkpoints.load(self.engine, path)
+        self.updates.skipped = int(cursor.extra.get("skipped_steps", 0))
         return cursor.step
 
     def train(self) -> None:
@@ -179,6 +186,7 @@ class Run:
 
     def _observers(self) -> "Observers":
         from lsys.train import observers as known
+        from lsys.train.skips import Limit
 
         meter, rank = self.meter, self.groups.launch.rank
 
@@ -190,6 +198,7 @@ class Run:
                 known.Saving(self),
                 known.Stopping(self),
                 known.Validation(self),
+                Limit(self),
                 *known.own_observers(self, tell),
                 known.Tracing(self, self.profiler),
                 known.Reporting(self, self.reporter, meter, self.waterfall),
@@ -203,27 +212,28 @@ class Run:
         from lsys.train.observers import StepDone
 
         self.observers.begin_step(self.step + 1)
-        losses = self.engine.forward_backward(batches)
-        if not math.isfinite(losses.entropy):
-            raise RunError(
-                f"the loss of step {self.step + 1} is {losses.mean}: no update was made; the newest checkpoint is "
-                f"{self.checkpoints.latest()}. A lower optimizer.lr, a longer warmup_steps or optimizer.clip may help"
-            )
+        with step_named(f"step {self.step + 1}", self.groups.launch.rank):
+            losses = self.engine.forward_backward(batches)
         lr = self.engine.learning_rate
         update = self.engine.step()
-        if not update.applied:
-            raise RunError("the optimizer found inf or nan in the gradients and made no update; lower optimizer.lr")
         self.step += 1
-        return StepDone(self.step, losses, update.norm, lr, flops)
+        origin = "" if update.applied else self.engine.find_not_finite(batches)
+        self.updates.note(self.step, losses, update, origin)
+        return StepDone(self.step, losses, update.norm, lr, flops, update.applied)
 
     def save(self) -> None:
         """Write a checkpoint of the steps done, unless there is one (collective)."""
         from lsys.checkpoint import Cursor
+        from lsys.train.skips import save_left_out
 
         if not self.settings.checkpoint.save or self.step == self.saved_step:
             return
         with self.observers.paused("checkpoint"), self.engine.settled_parameters():
-            cursor = Cursor(self.step, self.step * self.settings.train.batch_tokens, dump(self.settings))
+            if refusal := self.updates.refusal(self.engine.numbers()):
+                save_left_out(self, refusal)
+                return
+            extra = {"skipped_steps": self.updates.skipped}
+            cursor = Cursor(self.step, self.step * self.settings.train.batch_tokens, dump(self.settings), extra)
             path = self.checkpoints.save(self.engine, cursor)
-        self.saved_step = self.step
+        self.saved_step, self.updates.save_is_due = self.step, False
         self.reporter.say(f"saved {path}")

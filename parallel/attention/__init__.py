@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.mask import Mask
+from lsys.kernels.not_finite import NotFiniteError
 from lsys.parallel.attention import ulysses
 from lsys.parallel.attention.executor import Options
 from lsys.parallel.attention.select import Select
@@ -110,4 +111,4 @@ def _check_numbers(name: str, x: Tensor, layout: SequenceLayout, rank: int) -> N
         row = int(rows[0])
         document, position = int(layout.documents(rank)[row]), int(layout.positions(rank)[row])
         place = f"row {row} of rank {rank}, token {position} of document {document}"
-        raise ValueError(f"{name} has a NaN in {place}, and {len(rows) - 1} more rows; find its source upstream")
+        raise NotFiniteError(f"{name} has a NaN in {place}, and {len(rows) - 1} more rows; find its source upstream")

@@ -72,6 +72,7 @@ def test_a_validation_shows_what_its_batches_give_together() -> None:
             forward_backward=lambda batch, forward_only: SimpleNamespace(values=batch),
         ),
         observers=Observers([], print),
+        groups=SimpleNamespace(launch=SimpleNamespace(rank=0)),
         reporter=SimpleNamespace(validation=lambda *told: shown.append(told)),
     )
     Validation(run).end_step(SimpleNamespace(step=1))  # type: ignore[arg-type]
@@ -86,6 +87,7 @@ def test_of_an_interval_of_training_the_loss_is_the_newest_steps() -> None:
         settings=SimpleNamespace(metrics=SimpleNamespace(every=2), train=SimpleNamespace(steps=9, batch_tokens=1)),
         data=SimpleNamespace(flops_of_all=float),
         observers=Observers([], print),
+        updates=SimpleNamespace(skipped=0),
     )
     reporter: Any = SimpleNamespace(training=lambda step, interval, curves, waterfall: shown.append(curves))
     reporting = Reporting(run, reporter, Meter(), SimpleNamespace(take=lambda: None))  # type: ignore[arg-type]
