@@ -101,7 +101,9 @@ class Optimizer(Section):
         description="After warm-up: cosine decay; warm-up-stable-decay; or constant. Or `package.module:name` of your own, a function of the steps "
         "done (0 in the first step) to the factor of `lr`, which takes the place of warm-up and decay.",
     )
-    warmup_steps: NonNegativeInt = Field(0, description="Steps of linear warm-up.")
+    warmup_steps: NonNegativeInt = Field(
+        0, description="Steps of linear warm-up: the first has `lr` / `warmup_steps`, the last of them `lr`."
+    )
     decay_steps: PositiveInt | None = Field(
         None, description="Steps of the final decay of `wsd` (1/5 of `train.steps` if empty)."
     )

@@ -23,6 +23,7 @@ from lsys.config.messages import FilesError, Mistake
 from lsys.config.rules import is_factor
 from lsys.config.schema import ADAMW, Optimizer
 from lsys.config.user_code import imported, is_path
+from lsys.train.schedule import Schedule
 
 
 def take_over(optimizer: Any, options: Optimizer) -> None:
@@ -112,8 +113,8 @@ class OwnSchedule(OptimizerParamScheduler):
 
 
 def scheduler_class(settings: Config) -> Callable[..., OptimizerParamScheduler]:
-    """Megatron's scheduler, or the user's own in its form."""
+    """One of lsys's schedules, or the user's own in their form."""
     path = settings.optimizer.schedule
     if not is_path(path):
-        return OptimizerParamScheduler
+        return Schedule
     return functools.partial(OwnSchedule, path, settings.train.steps - 1)

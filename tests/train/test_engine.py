@@ -24,7 +24,7 @@ def losses_after_a_step(rank: int, world_size: int, overlap: bool, settled: bool
     with process_groups(settings.parallel, Launch(rank=rank, world_size=world_size)) as groups:
         engine = Engine(settings, groups)
         planner: Any = Planner(parity.RandomDocuments(61), 4 * 97, 97)  # type: ignore[arg-type]
-        for step in range(2):  # the first step has learning rate 0
+        for step in range(2):
             engine.forward_backward(planner.step(step, groups.data_rank, groups.data_size).on_rank(0, groups.device))
             engine.step()
         with engine.settled_parameters() if settled else nullcontext():
@@ -202,7 +202,7 @@ def rates(rank: int, world_size: int, changes: dict[str, Any]) -> list[float]:
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_the_learning_rate_is_the_schedules_formula(gloo: Any, schedule: str) -> None:
-    """Linear warm-up over 4 of 20 steps; then cosine (Loshchilov & Hutter, 2017), or constant with a linear end of 5 steps (Hu et al., 2024)."""
+    """Linear warm-up over 4 of 20 steps, to the peak; then cosine (Loshchilov & Hutter, 2017), or constant with a linear end of 5 steps (Hu et al., 2024)."""
     peak, least, warm, steps, end = 0.01, 0.001, 4, 20, 5
     changes = dict(schedule=schedule, lr=peak, min_lr=least, warmup_steps=warm, decay_steps=end)
     if schedule == "constant":
@@ -210,8 +210,8 @@ def test_the_learning_rate_is_the_schedules_formula(gloo: Any, schedule: str) ->
     (found,) = gloo(1, rates, {f"optimizer__{key}": value for key, value in changes.items()} | {"train__steps": steps})
 
     def formula(done: int) -> float:
-        if done <= warm:
-            return peak * done / warm
+        if done < warm:
+            return peak * (done + 1) / warm
         if schedule == "cosine":
             share = (1 + math.cos(math.pi * (done - warm) / (steps - warm))) / 2
         else:
