@@ -127,6 +127,7 @@ def _train(words: list[str]) -> int:
 
 def _check(words: list[str]) -> int:
     from lsys.config.load import load
+    from lsys.config.messages import Mistake
     from lsys.config.modules import missing_modules
     from lsys.config.rules import check, file_mistakes
     from lsys.inspection import print_check
@@ -134,9 +135,15 @@ def _check(words: list[str]) -> int:
 
     options, overrides = _with_overrides(CheckOptions, "check", words)
 
+    blind = []
+    if options.search and not options.hardware:
+        blind = [
+            Mistake("", "--search goes by predicted times, which need --hardware", "add --hardware h100x8, or yours")
+        ]
+
     def rules(config: "Config") -> "list[Mistake]":
         files = file_mistakes(config) if options.files else []
-        return check(config, options.world_size) + missing_modules(config) + files
+        return [*check(config, options.world_size), *missing_modules(config), *files, *blind]
 
     config = load(options.config, overrides, rules)
     print_check(config, options.world_size, options.ranks_per_node, options.hardware, options.search)

@@ -111,7 +111,7 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
     from lsys.config.messages import ConfigError
     from lsys.config.modules import missing_modules
     from lsys.config.overrides import parse_overrides
-    from lsys.config.rules import check
+    from lsys.config.rules import check, file_mistakes
     from lsys.observe.flops import parameters
 
     try:
@@ -120,6 +120,7 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
         report.mistakes = [str(mistake) for mistake in error.mistakes]
         return
     mistakes = check(settings, report.nodes * report.ranks) + missing_modules(settings)
+    mistakes += file_mistakes(settings, absent=False)  # `files` says what is missing
     report.mistakes = [str(mistake) for mistake in mistakes]
     report.config = flat(resolved(settings))
     report.folder = str(settings.train.folder)

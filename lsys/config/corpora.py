@@ -68,8 +68,7 @@ def corpus_files(prefix: str) -> CorpusFiles:
     Raises:
         CorpusError: a file is missing, truncated, or of another corpus.
     """
-    missing = [f"{prefix}{ending}" for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
-    if missing:
+    if missing := missing_files(prefix):
         path = Path(prefix)
         # PREFIX.bin.bin is missing where PREFIX.bin was meant
         ended = path.suffix in (".bin", ".idx") and f"leave out {path.suffix}: the path is a prefix"
@@ -96,6 +95,11 @@ def corpus_files(prefix: str) -> CorpusFiles:
         )
         raise CorpusError(f"{problem}: they are of two corpora", again)
     return CorpusFiles(header, tokens, description)
+
+
+def missing_files(prefix: str) -> list[str]:
+    """Paths of a corpus's .bin and .idx that are not there."""
+    return [f"{prefix}{ending}" for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
 
 
 def read_description(prefix: str) -> dict[str, Any]:

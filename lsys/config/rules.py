@@ -6,7 +6,7 @@ from numbers import Real
 from pathlib import Path
 
 from lsys.config import reports
-from lsys.config.corpora import corpus_mistakes
+from lsys.config.corpora import corpus_mistakes, missing_files
 from lsys.config.messages import FilesError, Mistake, choice, divisors, nearest, refusal
 from lsys.config.model import Model, pattern_text
 from lsys.config.schema import ADAMW, Config
@@ -41,10 +41,12 @@ def _pattern(config: Config, world_size: int) -> Iterator[Mistake]:
         known = ", ".join([listed(cards), *variants])
         if not pattern:
             yield Mistake(f"model.{key}", "it is empty", f"name at least one layer: {known}")
+        upper = "".join(pattern).upper()
+        meant = f"did you mean {upper}? " if letters.keys() >= {*upper} and not letters.keys() >= {*pattern} else ""
         for name in dict.fromkeys(pattern):
             if letters.get(name, name) not in names:
                 problem = f"{name!r} in {pattern_text(pattern)!r} is no {what}"
-                yield Mistake(f"model.{key}", problem, f"there are {known}")
+                yield Mistake(f"model.{key}", problem, f"{meant}there are {known}")
 
 
 def _heads(config: Config, world_size: int) -> Iterator[Mistake]:
@@ -262,16 +264,21 @@ def check_files(config: Config) -> None:
         raise FilesError(mistakes)
 
 
-def file_mistakes(config: Config) -> list[Mistake]:
-    """The corpora and the checkpoint to resume from that are missing, damaged, or have tokens that the model lacks."""
+def file_mistakes(config: Config, absent: bool = True) -> list[Mistake]:
+    """The corpora and the checkpoint to resume from that are missing, damaged, or have tokens that the model lacks.
+
+    Args:
+        absent: whether those that are missing are told.
+    """
     holds_out = config.data.validation_fraction > 0 and config.train.validate_tokens > 0
     mistakes = [
         m
         for i, corpus in enumerate(config.data.corpora)
+        if absent or not missing_files(str(corpus.path))
         for m in corpus_mistakes(f"data.corpora.{i}.path", corpus.path, config.model.vocab, holds_out=holds_out)
     ]
     resume = config.checkpoint.resume
-    if isinstance(resume, Path) and not resume.exists():
+    if absent and isinstance(resume, Path) and not resume.exists():
         fix = "name a checkpoint's folder, or auto"
         mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", fix, True, True))
     return mistakes
