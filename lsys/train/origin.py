@@ -203,7 +203,7 @@ def _value(held: Held) -> tuple[Key, str] | None:
 
 
 def _gradient(held: Held) -> tuple[Key, str] | None:
-    """Of the sums that Megatron keeps, the first one that is not finite; so many sums of finite ones can overflow."""
+    """The first of the sums that Megatron keeps which is not finite; so many sums of finite ones can overflow."""
     backward = sorted(enumerate(held), key=lambda each: (-each[1][0], -each[0]))
     found = first_not_finite((name, p.main_grad) for _, (_, name, p) in backward if hasattr(p, "main_grad"))
     return next((((-layer, -index), name) for index, (layer, name, _) in backward if name == found), None)
