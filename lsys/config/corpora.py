@@ -33,7 +33,12 @@ MARGIN = 256  # entries of a vocabulary that nobody minds
 
 
 class CorpusError(ValueError):
-    """A corpus is missing, damaged, or does not fit the model. `problem` and `fix` are the halves of its text."""
+    """A corpus is missing, damaged, or does not fit the model. `problem` and `fix` are the halves of its text.
+
+    All ranks of a node find the same (`on_node`).
+    """
+
+    on_node = True
 
     def __init__(self, problem: str, fix: str = "") -> None:
         self.problem, self.fix = problem, fix
@@ -77,7 +82,7 @@ def corpus_files(prefix: str) -> CorpusFiles:
             f"{' and '.join(missing)} not found", ended or f"lsys data prepare ... --out {prefix} {makes}"
         )
     description = read_description(prefix)
-    again = _again(prefix, description)
+    again = prepare_again(prefix, description)
     header, tokens = _header(Path(f"{prefix}.idx"), again), 0
     if not header.dtype.startswith(("int", "uint")):
         raise CorpusError(f"{prefix}.idx holds {header.dtype} numbers: token ids are integers", again)
@@ -123,7 +128,7 @@ def read_description(prefix: str) -> dict[str, Any]:
     return description
 
 
-def _again(prefix: str, description: dict[str, Any]) -> str:
+def prepare_again(prefix: str, description: dict[str, Any]) -> str:
     """How the corpus is made anew; as a command, where its description says of what."""
     sources, spec = description.get("sources"), (description.get("tokenizer") or {}).get("spec")
     if not sources or not spec:
@@ -176,7 +181,7 @@ def corpus_mistakes(key: str, prefix: Path, vocab: int, *, holds_out: bool = Fal
         if Path(f"{prefix}.mask.idx").exists():
             mask = corpus_files(f"{prefix}.mask")
             if (mask.header.documents, mask.tokens) != (files.header.documents, files.tokens):
-                again = _again(str(prefix), files.description)
+                again = prepare_again(str(prefix), files.description)
                 raise CorpusError(f"{prefix}.mask has other document lengths than {prefix}", again)
     except CorpusError as error:
         yield Mistake(key, error.problem, error.fix, is_local=True, is_file=True)

@@ -92,7 +92,7 @@ def _read(path: Path) -> dict:
             [Mistake("", f"{path} cannot be read: {reason}", "name a YAML file, such as configs/quickstart.yaml")]
         ) from None
     except yaml.YAMLError as error:
-        raise ConfigError([Mistake("", _yaml_problem(str(path), error))]) from None
+        raise ConfigError([Mistake("", _yaml_problem(str(path), error), _yaml_remedy(error))]) from None
     if not isinstance(tree, dict):
         raise ConfigError([Mistake("", f"{path} is not a mapping of sections", "begin with model:, data: and train:")])
     return {name: {} if section is None else section for name, section in tree.items()}  # all keys commented out
@@ -102,6 +102,15 @@ def _yaml_problem(where: str, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     return f"{where}{place} is not YAML: {getattr(error, 'problem', None) or error}"
+
+
+def _yaml_remedy(error: yaml.YAMLError) -> str:
+    problem = str(getattr(error, "problem", None) or "")
+    if "'\\t'" in problem:
+        return "indent with spaces, not with tabs"
+    return (
+        "leave one of the two out" if problem.endswith("is given twice") else "a line is KEY: VALUE, lists are [a, b]"
+    )
 
 
 def override(tree: dict, overrides: Iterable[Override]) -> list[Mistake]:

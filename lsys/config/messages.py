@@ -120,10 +120,17 @@ def _mistake(found: Any, names: list[str | int], section: type[BaseModel] | None
     meaning = field.description.split("; ")[0].rstrip(".") if field and field.description else ""
     if found["type"] == "missing":
         return Mistake(key, "missing", f"give it a value ({meaning})" if meaning else "give it a value")
-    rule = RULES.get(found["type"]) or found["msg"].replace("Input should", "it should")
+    rule = _list_rule(found, field) or RULES.get(found["type"]) or found["msg"].replace("Input should", "it should")
     is_told = not meaning or found["type"] in (REFUSED, MISNAMED)
     problem = f"{_short(found['input'])} does not do: {rule}" + ("" if is_told else f" ({meaning})")
     return Mistake(key, problem, _number(found["type"], found["input"]), is_local=found["type"] == REFUSED)
+
+
+def _list_rule(found: Any, field: Any) -> str:
+    """What a list of sections looks like, with the value that was given in it."""
+    inner = held_section(field.annotation) if field and found["type"] == "list_type" else None
+    key = next((name for name, each in inner.model_fields.items() if each.is_required()), "") if inner else ""
+    return f"it should be a list in brackets, such as [{{{key}: {found['input']}}}]" if key else ""
 
 
 def _number(kind: str, value: Any) -> str:

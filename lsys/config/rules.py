@@ -123,7 +123,12 @@ def _tensor(config: Config, world_size: int) -> Iterator[Mistake]:
     wrong = [(key, f"{count} {what}") for key, what, count in counts if count % tensor]
     if wrong:
         problem = f"tensor {tensor} does not divide {', '.join(text for _, text in wrong)}"
-        fix = choice("", nearest(tensor, divisors(math.gcd(*(count for _, _, count in counts)))))
+        fits, rest = (
+            divisors(math.gcd(*(count for _, _, count in counts))),
+            config.parallel.context * config.parallel.pipeline,
+        )
+        fits = [d for d in fits if world_size % (d * rest) == 0] or fits
+        fix = choice("", nearest(tensor, fits))
         yield Mistake("parallel.tensor", problem, f"{fix}, or change {', '.join(key for key, _ in wrong)}")
 
 
@@ -138,7 +143,8 @@ def _pipeline(config: Config, world_size: int) -> Iterator[Mistake]:
     elif layers % (stages * virtual):
         chunks = stages * virtual
         text = f"pipeline {stages} x virtual_pipeline {virtual} = {chunks}" if virtual > 1 else f"pipeline {stages}"
-        fits = [d for d in divisors(layers) if d % virtual == 0]
+        fits, rest = [d for d in divisors(layers) if d % virtual == 0], config.parallel.tensor * config.parallel.context
+        fits = [d for d in fits if world_size % (d // virtual * rest) == 0] or fits
         fix = choice("pipeline", [d // virtual for d in nearest(chunks, fits)])
         multiple = " or ".join(str(n) for n in (layers // chunks * chunks, -(-layers // chunks) * chunks) if n)
         yield Mistake(

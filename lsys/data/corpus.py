@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lsys.config.corpora import HEAD, CorpusError, corpus_files
+from lsys.config.corpora import HEAD, CorpusError, corpus_files, prepare_again
 
 
 @dataclass
@@ -93,7 +93,8 @@ class Corpus:
         """Compare the files with the sidecar's SHA-256, where there is one."""
         for ending, known in self.description.get("sha256", {}).items():
             if sha256(Path(self.prefix + ending)) != known:
-                raise CorpusError(f"{self.prefix}{ending} is not what was prepared (SHA-256 differs); prepare it again")
+                problem = f"{self.prefix}{ending} is not what was prepared (SHA-256 differs)"
+                raise CorpusError(problem, prepare_again(self.prefix, self.description))
 
 
 def sha256(path: Path) -> str:
@@ -104,7 +105,7 @@ def sha256(path: Path) -> str:
 def _read(prefix: str) -> tuple[NDArray[np.int64], NDArray[Any], dict[str, Any]]:
     """Document lengths, the mapped tokens and the description, every statement of the index checked."""
     files = corpus_files(prefix)
-    header, index, again = files.header, Path(f"{prefix}.idx"), "prepare it again"
+    header, index, again = files.header, Path(f"{prefix}.idx"), prepare_again(prefix, files.description)
     raw = index.read_bytes()
     sizes = np.frombuffer(raw, np.int32, header.sequences, HEAD).astype(np.int64)
     pointers = np.frombuffer(raw, np.int64, header.sequences, HEAD + 4 * header.sequences)

@@ -74,7 +74,7 @@ class HuggingFaceTokenizer:
         try:
             self.library = Library.from_file(path)
         except Exception as error:  # the library raises a bare Exception
-            raise TokenizerError(f"{path} is no tokenizer.json: {error}") from None
+            raise TokenizerError(f"{path} is no tokenizer.json: {error}; give the path of one, or bytes") from None
         self.library.no_truncation()
         self.library.no_padding()
         vocabulary = self.library.get_vocab(with_added_tokens=True)

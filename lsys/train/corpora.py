@@ -19,7 +19,9 @@ def open_corpora(settings: Config, is_first: bool) -> list[Corpus]:
     """
     corpora = [Corpus.open(str(corpus.path)) for corpus in settings.data.corpora]
     for corpus in corpora if settings.data.verify and is_first else ():
-        corpus.verify_tokens(settings.model.vocab)
-        if corpus.tokens.nbytes <= HASHED:
+        if (
+            corpus.tokens.nbytes <= HASHED
+        ):  # first, as an id out of range is then a damage, which no larger vocabulary heals
             corpus.verify_hashes()
+        corpus.verify_tokens(settings.model.vocab)
     return corpora
