@@ -143,7 +143,8 @@ def _pipeline(config: Config, world_size: int) -> Iterator[Mistake]:
     elif layers % (stages * virtual):
         chunks = stages * virtual
         text = f"pipeline {stages} x virtual_pipeline {virtual} = {chunks}" if virtual > 1 else f"pipeline {stages}"
-        fits, rest = [d for d in divisors(layers) if d % virtual == 0], config.parallel.tensor * config.parallel.context
+        rest = config.parallel.tensor * config.parallel.context
+        fits = [d for d in divisors(layers) if d % virtual == 0 and (virtual == 1 or d > virtual)]
         fits = [d for d in fits if world_size % (d // virtual * rest) == 0] or fits
         fix = choice("pipeline", [d // virtual for d in nearest(chunks, fits)])
         multiple = " or ".join(str(n) for n in (layers // chunks * chunks, -(-layers // chunks) * chunks) if n)

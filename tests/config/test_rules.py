@@ -75,7 +75,7 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
     (dict(parallel__context=2, parallel__tensor=4), 3, "the number of ranks must be a multiple of 8"),
     (
         dict(parallel__tensor=8), 8,
-        "parallel.tensor: tensor 8 does not divide 12 heads, 12 key-value groups, 12 linear heads; 6 or 12 does",
+        "parallel.tensor: tensor 8 does not divide 12 heads, 12 key-value groups, 12 linear heads; 4 does",
     ),
     (
         dict(model__groups=2, parallel__tensor=4), 4,
@@ -83,7 +83,7 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
     ),
     (
         dict(model__ffn=90, parallel__tensor=4), 4,
-        "4 does not divide 90 channels of the MLP; 3 or 6 does, or change model.ffn",
+        "4 does not divide 90 channels of the MLP; 2 does, or change model.ffn",
     ),
     (
         dict(model__vocab_multiple=1, model__vocab=95, parallel__tensor=2), 2,
@@ -91,11 +91,11 @@ CASES: list[tuple[dict[str, Any], int, str]] = [
     ),
     (
         dict(model__linear__heads=3, parallel__tensor=2), 2,
-        "tensor 2 does not divide 3 linear heads; 1 or 3 does",
+        "tensor 2 does not divide 3 linear heads; 1 does",
     ),
     (
         dict(parallel__pipeline=3), 3,
-        "parallel.pipeline: pipeline 3 does not divide 16 layers; pipeline 2 or 4 does, or model.layers 15 or 18",
+        "parallel.pipeline: pipeline 3 does not divide 16 layers; pipeline 1 does, or model.layers 15 or 18",
     ),
     (
         dict(parallel__pipeline=3, parallel__virtual_pipeline=2, train__batch_tokens=3072), 3,
