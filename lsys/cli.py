@@ -32,7 +32,8 @@ USAGE = """usage: lsys COMMAND ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, or 2 for a mistake of the user, which is printed without traceback; errors may have another one."""
+    """Run a command line; the exit code: 0, 2 for a mistake of the user, 1 for a file that the system refuses, all without traceback; a run that
+    stopped has one of its own (docs/reliability.md)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or error.filename is None or error.strerror is None:
             raise
         _refuse(FileProblem(f"{error.filename}: {error.strerror}; --debug shows what it was wanted for"))
-        return 2
+        return 1
 
 
 class FileProblem(ValueError):

@@ -20,7 +20,7 @@ from lsys.config.messages import ConfigError
 from lsys.config.mixers import CARD
 from lsys.config.schema import Parallel, Train
 from lsys.config.user_code import UserCode
-from lsys.data.corpus import Corpus
+from lsys.data.corpus import Corpus, CorpusError
 from lsys.data.tokenizer import Tokenizer, load_tokenizer
 from lsys.runtime import install_megatron
 from lsys.runtime.environment import launch_from_environment
@@ -134,11 +134,20 @@ def one_device(settings: Config) -> Config:
 
 
 def run_tokenizer(settings: Config, spec: str | None) -> Tokenizer:
-    """The tokenizer named, or that of the run's first corpus."""
+    """The tokenizer named, or that of the run's first corpus.
+
+    Raises:
+        GenerateError: that corpus is not here, or does not say. TokenizerError: the one that is named cannot be used.
+    """
     if spec:
         return load_tokenizer(spec)
     path = settings.data.corpora[0].path
-    tokenizer = Corpus.open(path).tokenizer
+    try:
+        tokenizer = Corpus.open(path).tokenizer
+    except CorpusError as error:
+        raise GenerateError(
+            f"{error.problem}, which says what tokenizer the run had; name it with --tokenizer"
+        ) from None
     if tokenizer is None:
         raise GenerateError(f"{path}.json does not say which tokenizer made the corpus; name it with --tokenizer")
     return tokenizer

@@ -108,6 +108,17 @@ def test_draws_follow_the_options() -> None:
     assert {draw(logits, 1.0, 0.5, generator) for _ in range(200)} == {1}
 
 
+def test_a_corpus_that_is_not_here_wants_the_tokenizer_named() -> None:
+    from support import parity
+
+    from lsys.generate import GenerateError, run_tokenizer
+
+    settings = parity.settings()
+    with pytest.raises(GenerateError, match=r"unused\.idx not found, which says what .*; name it with --tokenizer$"):
+        run_tokenizer(settings, None)
+    assert run_tokenizer(settings, "bytes").vocab == 257
+
+
 def test_wrong_options_are_refused_together(tmp_path: Path) -> None:
     from lsys.checkpoint import CheckpointError
     from lsys.checkpoint.weights import find_checkpoint

@@ -1,10 +1,12 @@
 """What the preflight finds wrong in reports of nodes: each kind of mismatch names the right host."""
 
 import copy
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.texts import make, write
 
 from lsys.launch.preflight import facts
 from lsys.launch.preflight.judge import judge, missing_nodes, summary
@@ -260,3 +262,22 @@ def test_facts_of_this_machine(tmp_path):
     assert report.marker and not report.error and report.free > 0
     facts.look_at_folder(report, "elsewhere")
     assert not report.marker
+
+
+def test_a_corpus_that_is_not_what_its_header_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "text " * 40)
+    make(tmp_path / "c", tmp_path / "a.txt")
+    config = "model: {layers: 1, hidden: 8, heads: 1, vocab: 257}\ndata: {corpora: [{path: c}]}\n"
+    write(
+        tmp_path / "run.yaml", f"{config}train: {{folder: run, steps: 9, batch_tokens: 64, micro_batch_tokens: 64}}\n"
+    )
+    whole, cut = Report("a", "10.0.0.1"), Report("b", "10.0.0.2")
+    facts.gather(whole, "run.yaml", [])
+    os.truncate("c.bin", 100)
+    facts.gather(cut, "run.yaml", [])
+    os.unlink("c.bin")
+    gone = Report("c", "10.0.0.3")
+    facts.gather(gone, "run.yaml", [])
+    assert (whole.mistakes, gone.mistakes) == ([], []) and gone.files["c.bin"] == -1
+    assert [mistake.split(":")[1] for mistake in cut.mistakes] == [" c.bin has 100 bytes, its index says 402"]
