@@ -1,5 +1,7 @@
 """Megatron's schedules of the learning rate, but for the warm-up: its first step is lost, taken with a rate of 0."""
 
+from typing import Any
+
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
@@ -12,7 +14,7 @@ class Schedule(OptimizerParamScheduler):
     def get_lr(self, param_group: dict) -> float:
         """The rate of the next step."""
         if self.num_steps < self.lr_warmup_steps:
-            peak: float = param_group.get("max_lr", self.max_lr)
-            return peak * (self.num_steps + 1) / self.lr_warmup_steps
+            peak: Any = param_group.get("max_lr", self.max_lr)
+            return float(peak) * (self.num_steps + 1) / self.lr_warmup_steps
         rate: float = super().get_lr(param_group)
         return rate

@@ -134,8 +134,8 @@ def convolved(x: Tensor, w: Weights) -> Tensor:
     weight, flat = w["conv.weight"], x.flatten(1)
     width = weight.shape[1]
     padded = torch.cat((flat.new_zeros(width - 1, flat.shape[1]), flat))
-    total = sum(padded[i : i + len(x)] * weight[:, i] for i in range(width)) + w.get("conv.bias", 0.0)
-    return F.silu(total).view_as(x)
+    moved = torch.stack([padded[i : i + len(x)] * weight[:, i] for i in range(width)])
+    return F.silu(moved.sum(0) + w.get("conv.bias", 0.0)).view_as(x)
 
 
 def step_sizes(raw: Tensor, w: Weights) -> tuple[Tensor, Tensor]:

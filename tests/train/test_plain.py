@@ -48,8 +48,8 @@ class Case:
         }  # fmt: skip
 
 
-SIZES = dict(layers=4, heads=4, groups=2, head=8, state_heads=4, key_heads=2, key=6, value=8, eps=1e-2)
-RECIPE = dict(peak=0.001, warmup=2, decay=2, steps=STEPS, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.5)
+SIZES: dict[str, Any] = dict(layers=4, heads=4, groups=2, head=8, state_heads=4, key_heads=2, key=6, value=8, eps=1e-2)
+RECIPE: dict[str, Any] = dict(peak=0.001, warmup=2, decay=2, steps=STEPS, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.5)
 CASES = {
     "tied, cosine": Case(
         Sizes(mixers="SLDM", channels="F", is_tied=True, qk_norm=True, **SIZES),
@@ -143,8 +143,8 @@ def test_five_steps_are_those_of_plain_pytorch(gloo: Any, name: str, degrees: di
     for seen, *_ in outcomes:
         assert [each.rate for each in seen] == pytest.approx([each.rate for each in wanted], rel=1e-12)
         for quantity in ("loss", "z_loss", "norm"):
-            found, known = ([getattr(each, quantity) for each in steps] for steps in (seen, wanted))
-            assert found == pytest.approx(known, rel=getattr(case, quantity)), quantity
+            had, due = ([getattr(each, quantity) for each in steps] for steps in (seen, wanted))
+            assert had == pytest.approx(due, rel=getattr(case, quantity)), quantity
     assert after.keys() == plain.weights.keys()
     for key, start in before.items():
         found, known = after[key].double(), plain.weights[key].detach()
