@@ -27,8 +27,8 @@ def defined(x: Tensor, weights: dict[str, Tensor], activation: str) -> Tensor:
     return inside @ weights["linear_fc2.weight"].T
 
 
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 def layer_of(rank: int, ranks: int, channels: str, options: dict[str, Any]) -> dict[str, float]:
@@ -67,10 +67,15 @@ def layer_of(rank: int, ranks: int, channels: str, options: dict[str, Any]) -> d
         y, _ = layer(x.requires_grad_(), packed_seq_params=packed)
         found = [y, *torch.autograd.grad((y * weigh).sum(), (x, *parameters))]
         weights = dict(layer.named_parameters())
-        y = x + layer.self_attention(norm(x, weights["input_layernorm.weight"]), packed_seq_params=packed)[0]
+        y = (
+            x
+            + layer.self_attention(
+                norm(x, weights["input_layernorm.weight"], model.norm_eps), packed_seq_params=packed
+            )[0]
+        )
         if channels != "-":
             own = {name.removeprefix("mlp."): p for name, p in weights.items()}
-            y = y + defined(norm(y, weights["pre_mlp_layernorm.weight"]), own, options["activation"])
+            y = y + defined(norm(y, weights["pre_mlp_layernorm.weight"], model.norm_eps), own, options["activation"])
         wanted = [y, *torch.autograd.grad((y * weigh).sum(), (x, *parameters))]
         return {
             name: float((a - b).norm() / b.norm()) for name, a, b in zip(("y", "x", *names), found, wanted, strict=True)

@@ -76,7 +76,7 @@ def defined(x: torch.Tensor, mixer: Any, shift: float) -> torch.Tensor:
     q, key = (torch.where(z > 0, z, z.exp() - 1) + shift for z in (q, key))
     scores = torch.einsum("ihk,jhk->hij", q, key).tril() * k**-0.5
     o = torch.einsum("hij,jhgv->ihgv", scores, value.view(len(x), key_heads, -1, v)).reshape(len(x), heads, v)
-    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.out_norm.weight.view(heads, v)
+    o = o / (o.square().mean(-1, keepdim=True) + mixer.model.norm_eps).sqrt() * mixer.out_norm.weight.view(heads, v)
     return o.flatten(1) @ mixer.out_proj.weight.T
 
 
