@@ -85,7 +85,14 @@ class Record:
     waterfall: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        """Write it whole or not at all: a full disk leaves what was there. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> Record:

@@ -1,8 +1,9 @@
 """What a run tells of itself: the console line, TensorBoard, and its record. Only rank 0 writes."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -12,14 +13,23 @@ from lsys.config.reports import LOSS, Metric, declared
 from lsys.data.corpus import Corpus
 from lsys.observe.efficiency import Efficiency, History, hardware_name
 from lsys.observe.meter import Interval, memory
+from lsys.observe.optional import Attempts
 from lsys.observe.tensorboard import VALIDATION, Board, address
 from lsys.observe.texts import corpora_table, rank_grid, versions_table
 from lsys.observe.waterfall import Waterfall
 from lsys.parallel.mesh import Mesh
 
 RECORD = "scaling.json"  # in the run's folder
-OPENING, CURVES, CLOSING = "opening TensorBoard's files", "writing to TensorBoard", "closing TensorBoard's files"
-PICTURE, RANKS, WRITING = "drawing the waterfall", "drawing the ranks' times", f"writing {RECORD}"
+# What may fail, and no harm done, with the key that switches it off.
+OPENING, CURVES = "opening TensorBoard's files (metrics.tensorboard)", "writing to TensorBoard (metrics.tensorboard)"
+PICTURE, RANKS, WRITING = (
+    "drawing the waterfall",
+    "drawing the ranks' times",
+    f"writing {RECORD} (a later metrics.baseline)",
+)
+
+UNSHOWN, UNSAID = "reports in TensorBoard, which could not be opened then", "lines here"
+PAUSE = 1.0  # s between the last two attempts to write
 
 
 class Reporter:
@@ -59,33 +69,35 @@ class Reporter:
         self.active, self.history = active, History()
         self.metrics = [metric for metric in declared(settings) if metric.shown]
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
-        self.failed: set[str] = set()
+        self.attempt = Attempts(self.say)
+        self.unsaid = self.unshown = 0  # lines; reports without curves
         self.board: Board | None = None
-        if active and settings.metrics.tensorboard:
-            texts = {
-                "config": f"```yaml\n{text}```",
-                "ranks": rank_grid(mesh, nodes),
-                "versions": versions_table(device),
-                "corpora": corpora_table(corpora),
-            }
-            self._show(OPENING, self._open, nodes, first_step, texts)
+        self._opening = partial(self._open, mesh, nodes, first_step, text, corpora)
+        self._open_board()
 
-    def _open(self, nodes: Sequence[int], first_step: int, texts: Mapping[str, str]) -> None:
+    def _open_board(self) -> None:
+        if self.active and self.settings.metrics.tensorboard and self.board is None:
+            self.attempt(OPENING, self._opening)
+
+    def _open(
+        self, mesh: Mesh, nodes: Sequence[int], first_step: int, text: str, corpora: Sequence[tuple[Corpus, float]]
+    ) -> None:
+        texts = {
+            "config": f"```yaml\n{text}```",
+            "ranks": rank_grid(mesh, nodes),
+            "versions": versions_table(self.device),
+            "corpora": corpora_table(corpora),
+        }
         self.board = Board(self.settings, ranks=self.ranks, nodes=nodes, first_step=first_step, texts=texts)
+        self.attempt(CURVES, self.board.flush)
         self.say(f"curves: tensorboard --logdir {self.settings.train.folder}, then {address()}")
 
     def say(self, message: str) -> None:
-        self.console.print(message)
-
-    def _show(self, what: str, call: Callable[..., None], *args: Any) -> None:
-        """Do what is optional: its failure is told once, and it is left out from then on."""
-        if what in self.failed:
-            return
+        """Print a line; one that a full disk or an ended reader does not take is counted, and costs nothing else."""
         try:
-            call(*args)
-        except Exception as error:  # a full disk, no fonts
-            self.failed.add(what)
-            self.say(f"{what} failed and is left out from now on: {type(error).__name__}: {error}")
+            self.console.print(message)
+        except OSError:
+            self.unsaid += 1
 
     def training(
         self, step: int, interval: Interval, values: Mapping[str, float], waterfall: Waterfall | None = None
@@ -113,12 +125,7 @@ class Reporter:
             self.history.add(interval.step_seconds, flops / self.ranks, waterfall.parts if waterfall else None)
         for note in waterfall.notes if waterfall else ():
             self.say(f"waterfall: {note}")
-        if self.board:
-            self._show(CURVES, self.board.scalars, step, values)
-            if waterfall:
-                self._show(CURVES, self.board.waterfall, step, waterfall)
-                self._show(RANKS, self.board.draw_ranks)
-                self._show(PICTURE, self.board.draw)
+        self._curves(step, values, waterfall)
         mfu = f" | mfu {values['mfu(%)']:.1f}%" if self.peak else ""
         total = self.settings.train.steps
         left = timedelta(seconds=round((total - step) * interval.step_seconds))
@@ -132,6 +139,22 @@ class Reporter:
             + (f" | {waterfall.line}" if waterfall else "")
         )
 
+    def _curves(self, step: int, values: Mapping[str, float], waterfall: Waterfall | None = None) -> None:
+        """Points and pictures of the steps up to `step`, and to the disk with what waits."""
+        self._open_board()
+        if self.board:
+            self.attempt(CURVES, self._show, self.board, step, values, waterfall)
+        elif self.active and self.settings.metrics.tensorboard:
+            self.unshown += 1
+
+    def _show(self, board: Board, step: int, values: Mapping[str, float], waterfall: Waterfall | None) -> None:
+        board.scalars(step, values)
+        if waterfall:
+            board.waterfall(step, waterfall)
+            self.attempt(RANKS, board.draw_ranks)
+            self.attempt(PICTURE, board.draw)
+        board.flush()
+
     @staticmethod
     def _numbers(metric: Metric, values: Mapping[str, float]) -> str:
         return " ".join(f"{values[tag]:.4g}" for tag in metric.tags if tag in values) or "-"
@@ -140,21 +163,33 @@ class Reporter:
         self, step: int, loss: float, entropy: float | None, values: Mapping[str, float] | None = None
     ) -> None:
         """Held-out loss, beside the corpus's bigram entropy where that is known; and what else was reported, as `validation/NAME`."""
-        if self.board:
+        if self.active:
             others = {f"validation/{tag}": value for tag, value in (values or {}).items() if tag != LOSS}
-            self._show(CURVES, self.board.scalars, step, {VALIDATION: loss, **others})
+            self._curves(step, {VALIDATION: loss, **others})
         beside = f" (bigram entropy of the corpus: {entropy:.4f})" if entropy is not None else ""
         self.say(f"step {step} | validation loss {loss:.4f} nats per token{beside}")
 
     def close(self) -> None:
-        """End the curves, and write what the run achieved, for later runs to compare themselves with."""
+        """End the curves, write what the run achieved, for later runs to compare themselves with, and say what could not be written."""
+        if not self.active:
+            return
         if self.board:
-            self._show(RANKS, self.board.draw_ranks, True)
-            self._show(PICTURE, self.board.draw, True)
-            self._show(CLOSING, self.board.close)
-        record = self.history.record(self.settings, self.ranks, hardware_name(self.device)) if self.active else None
+            self.attempt(RANKS, self.board.draw_ranks, True)
+            self.attempt(PICTURE, self.board.draw, True)
+        writes = {WRITING: self._record, **({CURVES: self.board.flush} if self.board else {})}
+        if not all([self.attempt(what, call, again=f"in {PAUSE:g} s") for what, call in writes.items()]):
+            time.sleep(PAUSE)
+            for what in writes.keys() & self.attempt.failing:
+                self.attempt(what, writes[what])
+        missing = [self.attempt.summary(), self.board.lost if self.board else ""]
+        missing += [f"{count} {what}" for count, what in ((self.unshown, UNSHOWN), (self.unsaid, UNSAID)) if count]
+        if any(missing):
+            self.say(f"warning: could not be written: {'; '.join(filter(None, missing))}")
+
+    def _record(self) -> None:
+        record = self.history.record(self.settings, self.ranks, hardware_name(self.device))
         if record:
-            self._show(WRITING, record.save, self.settings.train.folder / RECORD)
+            record.save(self.settings.train.folder / RECORD)
 
 
 def _shown(values: Mapping[str, float], tag: str, form: str) -> str:

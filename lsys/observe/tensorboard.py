@@ -124,15 +124,17 @@ class Pace:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Around drawing."""
+        """Around drawing; one that failed is due again as late as one that did not."""
         began = self.clock()
-        yield
-        self.last = self.clock()
-        self.cost = self.last - began
+        try:
+            yield
+        finally:
+            self.last = self.clock()
+            self.cost = self.last - began
 
 
 class Board:
-    """TensorBoard's files of a run, one TensorBoard run; the first rank has one.
+    """TensorBoard's files of a run, one TensorBoard run; the first rank has one. Only `flush` writes to the disk.
 
     Args:
         nodes: of each rank.
@@ -144,22 +146,20 @@ class Board:
     def __init__(
         self, config: Config, *, ranks: int, nodes: Sequence[int], first_step: int, texts: Mapping[str, str]
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.summary import hparams, text
 
-        mark_folder(config)
+        from lsys.observe.events import EventFile
+
         self.nodes, self.pace, self.ranks_pace = nodes, Pace(), Pace(first=0.0, missing=0.0)
         self.newest: tuple[int, Waterfall] | None = None  # of which no picture is drawn yet
         folder = tensorboard_folder(config)
         self.history = read_history(folder, first_step)
         self.drawn = len(self.history.steps)  # reports that the newest picture shows
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
-        for name, text in texts.items():
-            self.writer.add_text(name, text, first_step)
         # Without the summary of an experiment, which says what hyperparameters there are: TensorBoard would take one run's for all.
         _, *session = hparams(hyperparameters(config, ranks), {})
-        for summary in (layout(charts(declared(config))), *session):
-            self.writer._get_file_writer().add_summary(summary)  # what add_custom_scalars does
+        written = [text(name, words) for name, words in texts.items()]
+        beginning = (*written, layout(charts(declared(config))), *session)
+        self.writer = EventFile(folder, first_step, beginning, lambda: mark_folder(config))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -181,7 +181,7 @@ class Board:
             step, waterfall = self.newest
             title = f"step {step}: {1e3 * waterfall.seconds:,.0f} ms, and each rank's own work in it"
             picture = ranks_picture(waterfall.per_rank, self.nodes, title)
-            self.writer.add_image("ranks/time", picture, step, dataformats="HWC")
+            self.writer.add_image("ranks/time", picture, step)
         self.newest = None
 
     def draw(self, last: bool = False) -> None:
@@ -191,11 +191,17 @@ class Board:
         with self.pace.drawing():
             from lsys.observe.stack import history_picture
 
-            self.writer.add_image(PICTURE, history_picture(self.history), self.history.steps[-1], dataformats="HWC")
+            self.writer.add_image(PICTURE, history_picture(self.history), self.history.steps[-1])
         self.drawn = len(self.history.steps)
 
-    def close(self) -> None:
-        self.writer.close()
+    def flush(self) -> None:
+        """Bring what was told to the disk. Raises OSError; what waits then is not lost."""
+        self.writer.flush()
+
+    @property
+    def lost(self) -> str:
+        """What was given up, in words; empty if nothing was."""
+        return f"{self.writer.lost} points and pictures, for which memory had no room" if self.writer.lost else ""
 
 
 def _of_ranks(waterfall: Waterfall) -> dict[str, float]:

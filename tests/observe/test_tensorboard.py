@@ -204,52 +204,61 @@ def test_a_run_that_adds_nothing_draws_nothing(resumed: Path, tmp_path: Path) ->
 def test_no_picture_is_drawn_before_it_is_due(tmp_path: Path) -> None:
     report(reporter := reporting(tmp_path), range(1, 20), compute=100.0)
     assert reporter.board is not None
-    reporter.board.writer.flush()
     assert PICTURE not in read(tmp_path).Tags()["images"]
     reporter.board.pace.last -= 1000
     report(reporter, range(20, 30), compute=100.0)
-    reporter.board.writer.flush()
     assert [image.step for image in read(tmp_path).Images(PICTURE)] == [20]
 
 
-# ---- what fails is left out
+# ---- what fails is tried again
 
 
-@pytest.mark.parametrize(
-    "what, owner, method",
-    [
-        (reports.OPENING, Board, "__init__"),
-        (reports.CURVES, Board, "scalars"),
-        (reports.RANKS, Board, "draw_ranks"),
-        (reports.PICTURE, Board, "draw"),
-        (reports.CLOSING, Board, "close"),
-        (reports.WRITING, Record, "save"),
-    ],
-)
-def test_a_full_disk_does_not_end_the_run(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    what: str,
-    owner: type,
-    method: str,
-) -> None:
-    def full(self: Any, *_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
 
-    reporter = None if what == reports.OPENING else reporting(tmp_path)
-    monkeypatch.setattr(owner, method, full)
-    reporter = reporter or reporting(tmp_path)
-    report(reporter, range(1, 4), compute=100.0)
-    reporter.close()
+
+KINDS = [
+    (reports.OPENING, Board, "__init__"),
+    (reports.CURVES, Board, "flush"),
+    (reports.RANKS, Board, "draw_ranks"),
+    (reports.PICTURE, Board, "draw"),
+    (reports.WRITING, Record, "save"),
+]
+
+
+@pytest.mark.parametrize("is_freed", [False, True])
+@pytest.mark.parametrize("what, owner, method", KINDS)
+def test_what_cannot_be_written_is_told_once_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    what: str, owner: type, method: str, is_freed: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(reports, "PAUSE", 0.0)
+    with monkeypatch.context() as disk:
+        disk.setattr(owner, method, full)
+        report(reporter := reporting(tmp_path), range(1, 4), compute=100.0)
+        if not is_freed:
+            reporter.close()
+    if is_freed:
+        report(reporter, range(4, 6), compute=100.0)
+        reporter.close()
     said = capsys.readouterr().out
-    assert said.count(f"{what} failed and is left out from now on: OSError: [Errno 28] No space left on device") == 1
-    assert said.count("| loss 1.0000 |") == 3 and (tmp_path / "scaling.json").exists() == (owner is Board)
-    if what != reports.OPENING:  # what else there is goes on, also after a picture that could not be drawn
-        curves = read(tmp_path).Tags()["scalars"]
-        assert ("loss_metrics/validation_loss" in curves) == (what != reports.CURVES)
-        if what != reports.CURVES:
-            assert len(read(tmp_path).Scalars("loss_metrics/global_avg_loss")) == 3
+    told = (
+        f"warning: {what} failed: OSError: [Errno 28] No space left on device; training goes on, and it is tried again"
+    )
+    assert said.count(told) == (0 if what == reports.WRITING and is_freed else 1)
+    assert said.count("| loss 1.0000 |") == (5 if is_freed else 3)
+    assert (f"could not be written: {what}: OSError" in said) == (not is_freed)
+    assert (tmp_path / "scaling.json").exists() == (owner is Board or is_freed)
+    if (
+        what not in (reports.OPENING, reports.CURVES) or is_freed
+    ):  # what else there is was written; and of what waited, everything
+        events = read(tmp_path)
+        kept = set(range(4 if what == reports.OPENING else 1, 6 if is_freed else 4))
+        for tag in ("loss_metrics/global_avg_loss", "loss_metrics/validation_loss"):
+            assert {point.step for point in events.Scalars(tag)} == kept
+        assert (PICTURE in events.Tags()["images"]) == (what != reports.PICTURE or is_freed)
+    if what == reports.OPENING and is_freed:  # three reports and three validations
+        assert f"could not be written: 6 {reports.UNSHOWN}" in said
 
 
 # ---- what differs
