@@ -196,7 +196,7 @@ class Checkpoints:
         if any(code == errno.ENOSPC for code, _ in failure.errors.values()):
             return (
                 f"checkpoint step {step} not written: no space left on {self.folder} (errno {errno.ENOSPC}); {newest}; "
-                "free space, or lower checkpoint.keep, and start again"
+                "free space, or lower checkpoint.keep"
             )
         return f"checkpoint step {step} not written to {self.folder}: {failure}; {newest}"
 

@@ -187,6 +187,11 @@ class Checkpoint(Section):
         description="`auto`: go on from the newest checkpoint of `train.folder`; `never`: refuse to overwrite one; or a checkpoint's path.",
     )
     save: bool = Field(True, description="Write checkpoints.")
+    give_up: NonNegativeInt = Field(
+        3,
+        description="How many saves may fail one after another before the run stops; 0: it goes on until the last one. Each is told, and the next "
+        "interval saves again. The last save of a run is tried four times within 12 s; if none does, the exit code is 2.",
+    )
 
 
 class Metrics(Section):

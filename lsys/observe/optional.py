@@ -1,5 +1,6 @@
 """What training can do without: its failure is told, tried again, and ends nothing."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,12 @@ from typing import Any
 def reason_of(error: BaseException) -> str:
     """What an error says, with its kind."""
     return f"{type(error).__name__}: {error}"
+
+
+def say(text: str) -> None:
+    """Print a line. One that a full disk or an ended reader does not take costs nothing else."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 class Attempts:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import pickle
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lsys.config.schema import Profile
 from lsys.observe.clocks import Timer
+from lsys.observe.optional import say
 from lsys.parallel.ledger import bytes_sent
 from lsys.parallel.ledger.hooks import HOOKS, Call, Observer
 
@@ -69,6 +72,7 @@ class Profiler:
         self._seen: Sequence[Operation] = ()
         self._profile: Any = None
         self._clock = 0.0
+        self.waiting: dict[Path, bytes] = {}  # that no disk has yet
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -102,7 +106,7 @@ class Profiler:
         finally:
             self._forget()
         steps = f"{self.settings.first} to {self._last}"
-        print(f"rank {self.rank} wrote no trace: the run ended within the traced steps, {steps}", flush=True)
+        say(f"rank {self.rank} wrote no trace: the run ended within the traced steps, {steps}")
 
     @property
     def _has_memory(self) -> bool:
@@ -135,27 +139,38 @@ class Profiler:
             with record_function(CLOCK):
                 self._clock = time.perf_counter()
 
-    def write(self) -> Path:
-        """The trace, once it is complete; its path."""
-        path = self.folder / f"rank{self.rank}-step{self.settings.first}.json.gz"
+    def end(self) -> None:
+        """End the recording, once it is complete. What is to be written waits in memory for `write`."""
         try:
             self._stop()
-            self._write(path)
+            name = f"rank{self.rank}-step{self.settings.first}"
+            if self._has_memory:
+                self.waiting[self.folder / f"{name}-memory.pickle"] = pickle.dumps(torch.cuda.memory._snapshot())
+            self.waiting[self.folder / f"{name}.json.gz"] = gzip.compress(json.dumps(self._trace()).encode())
         finally:
             self._forget()
-        return path
 
-    def _write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self._has_memory:
-            torch.cuda.memory._dump_snapshot(str(path.with_name(path.name.replace(".json.gz", "-memory.pickle"))))
-        plain = path.with_suffix("")  # without .gz
-        self._profile.export_chrome_trace(str(plain))
-        trace = json.loads(plain.read_text())
-        plain.unlink()
+    def _trace(self) -> dict[str, Any]:
+        # Kineto writes a trace once, and a disk that it finds full it only logs: so not into the run's folder.
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / "trace.json"
+            self._profile.export_chrome_trace(str(plain))
+            trace: dict[str, Any] = json.loads(plain.read_text())
         add_tracks(trace, self._seen, self._clock)
-        with gzip.open(path, "wt") as file:
-            json.dump(trace, file)
+        return trace
+
+    def write(self) -> Path:
+        """Write what waits; the path of the trace. Raises OSError: it waits on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path, data in tuple(self.waiting.items()):
+            partial = path.with_name(f"{path.name}.partial")
+            try:
+                partial.write_bytes(data)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+            del self.waiting[path]
+        return path
 
 
 class Communication(Observer):

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 from lsys.config.reports import LOSS, SKIPPED, TOKENS
 from lsys.config.user_code import imported
 from lsys.observe.meter import Meter
+from lsys.observe.optional import Attempts, say
 from lsys.observe.profiler import Profiler
 from lsys.observe.reporter import Reporter
 from lsys.observe.waterfall_recorder import Recorder
 from lsys.train.errors import RunError, step_named
+from lsys.train.saving import Saves
 from lsys.train.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lsys.train.protocol import Losses
     from lsys.train.run import Run
 
+TRACE = "writing a trace (train.profile)"
 PAUSES = ("data", "report", "validation", "checkpoint")
 
 
@@ -161,12 +164,13 @@ class Saving(StepObserver):
     required = True
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.saves = run, Saves(run)
 
     def end_step(self, done: StepDone) -> None:
-        run = self.run
-        if is_due(done.step, run.settings.checkpoint.every) or run.is_ending or run.updates.save_is_due:
-            run.save()
+        if self.run.is_ending:
+            self.saves.at_end()
+        elif is_due(done.step, self.run.settings.checkpoint.every) or self.run.updates.save_is_due:
+            self.saves.at_interval()
 
 
 class Stopping(StepObserver):
@@ -175,30 +179,37 @@ class Stopping(StepObserver):
     required = True
 
     def __init__(self, run: Run) -> None:
-        self.run, self._stack = run, ExitStack()
+        self.run, self._stack, self.is_heard = run, ExitStack(), False
         self.request = self._stack.enter_context(StopRequest(run.groups.device))
 
     def end_step(self, done: StepDone) -> None:
-        if self.request.agreed():
-            self.run.reporter.say(f"SIGTERM: saving after step {done.step} and stopping")
-            self.run.is_stopping = True
+        self.hear(done.step)
+
+    def hear(self, step: int) -> bool:
+        """Whether any rank got SIGTERM (collective); then no step follows this one."""
+        if not self.is_heard and self.request.agreed():
+            self.run.reporter.say(f"SIGTERM: saving after step {step} and stopping")
+            self.is_heard = self.run.is_stopping = True
+        return self.is_heard
 
     def close(self, failed: bool) -> None:
         self._stack.close()
 
 
 class Validation(StepObserver):
-    """Loss over the held-out documents, at its interval and at the end."""
+    """Loss over the held-out documents, at its interval and at the end: after what is to be saved is saved. SIGTERM ends it."""
 
     required = True
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, stopping: Stopping, saving: Saving) -> None:
+        self.run, self.stopping, self.saving = run, stopping, saving
 
     def end_step(self, done: StepDone) -> None:
         train = self.run.settings.train
         if is_due(done.step, train.validate_every) or done.step == train.steps:
             self._validate(done.step)
+            if self.run.is_stopping:
+                self.saving.saves.at_end()
 
     def _validate(self, step: int) -> None:
         data, engine, values = self.run.data, self.run.engine, None
@@ -206,6 +217,9 @@ class Validation(StepObserver):
             return
         with self.run.observers.paused("validation"), engine.settled_parameters():
             for batches in data.validation():
+                if self.stopping.hear(step):
+                    self.run.reporter.say(f"the validation of step {step} is given up")
+                    return
                 with step_named(f"the validation after step {step}", self.run.groups.launch.rank):
                     found = engine.forward_backward(batches, forward_only=True).values
                 values = values.followed_by(found) if values else found
@@ -221,10 +235,14 @@ class Validation(StepObserver):
 
 
 class Tracing(StepObserver):
-    """Traces of chosen steps. A disk that is full costs the trace, not the run."""
+    """Traces of chosen steps. A disk that is full costs the trace, if it stays so to the end, not the run."""
 
     def __init__(self, run: Run, profiler: Profiler) -> None:
         self.run, self.profiler, self._step = run, profiler, ExitStack()
+        self.attempt = Attempts(self._say)
+
+    def _say(self, text: str) -> None:
+        say(f"rank {self.run.groups.launch.rank}: {text}")
 
     def begin_step(self, step: int) -> None:
         self._step.enter_context(self.profiler.step(step))
@@ -233,11 +251,25 @@ class Tracing(StepObserver):
         self._step.close()
         if self.profiler.is_complete(done.step):
             with self.run.observers.paused("report"):
-                print(f"rank {self.run.groups.launch.rank} wrote {self.profiler.write()}", flush=True)
+                self.profiler.end()
+                self._write()
+        elif self.profiler.waiting and is_due(done.step, self.run.settings.metrics.every):
+            with self.run.observers.paused("report"):
+                self._write()
+
+    def _write(self) -> None:
+        def write() -> None:
+            say(f"rank {self.run.groups.launch.rank} wrote {self.profiler.write()}")
+
+        self.attempt(TRACE, write)
 
     def close(self, failed: bool) -> None:
         self._step.close()
         self.profiler.close()
+        if self.profiler.waiting:
+            self._write()
+        if self.profiler.waiting:
+            self._say(f"warning: could not be written: {self.attempt.summary()}")
 
 
 class Reporting(StepObserver):

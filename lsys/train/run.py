@@ -13,6 +13,7 @@ from lsys.config.rules import check_files, require
 from lsys.config.schema import ADAMW
 from lsys.config.user_code import is_path
 from lsys.observe.efficiency import Efficiency, open_baseline
+from lsys.observe.optional import say
 from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import Launch, launch_from_environment, require_launcher
@@ -31,7 +32,10 @@ if TYPE_CHECKING:  # at run time this would import torch before what can be refu
 
 def main(settings: Config) -> int:
     """Train as configured; the exit code."""
+    from lsys.train.signals import heed_until
+
     with open_run(settings) as run:
+        heed_until(lambda: run.is_done)
         run.train()
     return 0
 
@@ -184,6 +188,11 @@ class Run:
         """Whether no other step follows."""
         return self.is_stopping or self.step >= self.settings.train.steps
 
+    @property
+    def is_done(self) -> bool:
+        """Whether no other step follows, and what was done is saved."""
+        return self.is_ending and (self.step == self.saved_step or not self.settings.checkpoint.save)
+
     def _observers(self) -> "Observers":
         from lsys.train import observers as known
         from lsys.train.skips import Limit
@@ -191,13 +200,14 @@ class Run:
         meter, rank = self.meter, self.groups.launch.rank
 
         def tell(text: str) -> None:
-            print(f"rank {rank}: {text}", flush=True)
+            say(f"rank {rank}: {text}")
 
+        stopping, saving = known.Stopping(self), known.Saving(self)
         return known.Observers(
             [
-                known.Saving(self),
-                known.Stopping(self),
-                known.Validation(self),
+                known.Validation(self, stopping, saving),
+                saving,
+                stopping,
                 Limit(self),
                 *known.own_observers(self, tell),
                 known.Tracing(self, self.profiler),

@@ -1,6 +1,8 @@
 """A polite end: SIGTERM asks the run to save and stop after the current step."""
 
+import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import torch
@@ -8,7 +10,7 @@ import torch.distributed as dist
 
 
 class StopRequest:
-    """Context manager that turns SIGTERM into a question asked between steps."""
+    """Context manager that turns SIGTERM, however often it comes, into a question asked between steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.received = device, False
@@ -30,3 +32,14 @@ class StopRequest:
         flag = torch.tensor(int(self.received), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
+
+
+def heed_until(is_done: Callable[[], bool]) -> None:
+    """From now on SIGTERM ends the process as ever, but not once the work is done: it would make a failure of a good end."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if not is_done():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, receive)

@@ -64,6 +64,7 @@ def traced(folder: Path, steps: int = 2) -> tuple[Path, list[Operation]]:
             issued.append(Operation("context", "all_gather", 1000, begin, end, [(wait, end)]))
         assert profiler.is_complete(number) == (number == 3)
         if profiler.is_complete(number):
+            profiler.end()
             profiler.write()
     (path,) = folder.iterdir()
     return path, issued[1:3]
@@ -234,7 +235,7 @@ def test_whatever_fails_hooks_go_and_the_allocator_records_no_longer(tmp_path, f
     run.observers = Observers([Tracing(run, profiler)], told.append)
     with (
         mock.patch.object(torch.cuda.memory, "_record_memory_history") as history,
-        mock.patch.object(torch.cuda.memory, "_dump_snapshot", fail("snapshot")),
+        mock.patch.object(torch.cuda.memory, "_snapshot", fail("snapshot")),
         mock.patch("lsys.observe.profiler.add_tracks", fail("trace")),
     ):
         run.observers.begin_step(1)
@@ -244,6 +245,34 @@ def test_whatever_fails_hooks_go_and_the_allocator_records_no_longer(tmp_path, f
     assert calls == [{}, {"enabled": None}] and profiler._profile is None
     assert not layer._forward_pre_hooks and not torch.autograd._profiler_enabled()
     assert len(told) == 1 and "Tracing failed and is left out from now on: OSError: no space left" in told[0]
+
+
+@pytest.mark.parametrize("is_freed", [True, False])
+def test_a_trace_that_no_disk_takes_waits_and_is_tried_at_each_report(tmp_path, capsys, is_freed):
+    folder = tmp_path / "profile"
+    folder.write_text("in the way")
+    profiler = Profiler(Profile(first=1, steps=1), rank=0, folder=folder, device=torch.device("cpu"))
+    run: Any = SimpleNamespace(
+        groups=SimpleNamespace(launch=SimpleNamespace(rank=0)),
+        settings=SimpleNamespace(metrics=SimpleNamespace(every=2)),
+    )
+    told: list[str] = []
+    run.observers = Observers([Tracing(run, profiler)], told.append)
+    for step in range(1, 7):
+        run.observers.begin_step(step)
+        torch.ones(8).sum()
+        if step == 5 and is_freed:
+            folder.unlink()
+        run.observers.end_step(SimpleNamespace(step=step))
+        assert folder.is_dir() == (step == 6 and is_freed)
+    run.observers.close(False)
+    said = capsys.readouterr().out.splitlines()
+    assert not told and said[0].startswith("rank 0: warning: writing a trace (train.profile) failed: FileExistsError: ")
+    if is_freed:
+        assert summarise(folder / "rank0-step1.json.gz").seconds > 0 and len(list(folder.iterdir())) == 1
+        assert said[1] == f"rank 0 wrote {folder / 'rank0-step1.json.gz'}" and said[2].endswith("does again")
+    else:
+        assert len(said) == 2 and said[1].startswith("rank 0: warning: could not be written: writing a trace")
 
 
 def stopped(rank: int, world_size: int) -> tuple[int, str, int]:

@@ -14,7 +14,7 @@ from lsys.config.losses import LayerLoss
 from lsys.config.reports import LOSS, TOKENS, Z_LOSS, Metric, Slots
 from lsys.observe.meter import Meter
 from lsys.observe.values import Values
-from lsys.train.observers import Observers, Reporting, StepDone, Validation
+from lsys.train.observers import Observers, Reporting, Saving, StepDone, Validation
 from lsys.train.protocol import Losses
 
 OF_TOKENS = (LOSS, Z_LOSS, "a/weighed", "balance")  # means over the tokens
@@ -65,7 +65,8 @@ def test_a_validation_shows_what_its_batches_give_together() -> None:
     tokens = [random_tokens(count, random) for count in (1000, 10, 90)]
     batches = [values_of(slots, each) for each in tokens]
     run: Any = SimpleNamespace(
-        settings=SimpleNamespace(train=SimpleNamespace(validate_every=1)),
+        settings=SimpleNamespace(train=SimpleNamespace(validate_every=1, steps=9)),
+        is_stopping=False,
         data=SimpleNamespace(validation_steps=3, validation=lambda: batches, bigram_entropy=None),
         engine=SimpleNamespace(
             settled_parameters=contextlib.nullcontext,
@@ -75,7 +76,8 @@ def test_a_validation_shows_what_its_batches_give_together() -> None:
         groups=SimpleNamespace(launch=SimpleNamespace(rank=0)),
         reporter=SimpleNamespace(validation=lambda *told: shown.append(told)),
     )
-    Validation(run).end_step(SimpleNamespace(step=1))  # type: ignore[arg-type]
+    stopping: Any = SimpleNamespace(hear=lambda step: False)
+    Validation(run, stopping, Saving(run)).end_step(SimpleNamespace(step=1))  # type: ignore[arg-type]
     ((_, loss, _, curves),) = shown
     assert curves == pytest.approx(known(tokens), rel=1e-12) and loss == pytest.approx(curves[LOSS], rel=1e-12)
 
