@@ -166,30 +166,37 @@ def find(engine: Engine, batches: Sequence[RankBatch], is_loss_finite: bool) -> 
 def sentence(everywhere: Sequence[dict[str, Any]], is_loss_finite: bool) -> str:
     """What the ranks found, by rank, in words: cause before effect."""
 
-    def first(what: str) -> str:
+    def first(what: str) -> tuple[str, str]:
         found = {rank: own[what] for rank, own in enumerate(everywhere) if own[what]}
         if not found:
-            return ""
-        key, name = min(found.values())
-        return f"{name}{_on([rank for rank, each in found.items() if each == (key, name)])}"
+            return "", ""
+        nearest = min(found.values())
+        return nearest[1], _on([rank for rank, each in found.items() if each == nearest])
 
-    again = "; it did not arise again as the step's micro-batches were run once more"
-    if where := first("value"):
-        return f"the parameter {where} is not finite"
+    name, where = first("value")
+    if name:
+        return f"the parameter {name} is not finite{where}"
+    name, where = first("output")
+    if name:
+        return f"the output of {name} is not finite{where}"
     if not is_loss_finite:
-        if where := first("output"):
-            return f"the output of {where} is not finite"
-        ranks = [rank for rank, own in enumerate(everywhere) if own["loss"]]
-        return f"the loss is not finite{_on(ranks)}" if ranks else f"the loss was not finite{again}"
-    if where := first("gradient"):
-        return f"the gradient of {where} is not finite"
-    if where := first("summed"):
-        return f"the gradient of {where} was not finite{again}"
+        where = _on([rank for rank, own in enumerate(everywhere) if own["loss"]])
+        again = "; it did not arise again as the step's micro-batches were run once more"
+        return f"the loss is not finite{where}" if where else f"the loss was not finite{again}"
+    name, where = first("gradient")
+    if name:
+        return f"the gradient of {name} is not finite{where}"
+    name, where = first("summed")
+    if name:
+        alone = "no rank's own is, as the step's micro-batches were run once more: a passing fault, or a sum that overflows"
+        return f"the gradient of {name} was not finite{where} after the sum over ranks; {alone}"
     rank, (size, name) = max(enumerate(own["largest"] for own in everywhere), key=lambda each: each[1])
     return f"every gradient is finite and their norm is not; the largest, {size:.3g}, is of {name}{_on([rank])}"
 
 
 def _on(ranks: Sequence[int]) -> str:
+    if not ranks:
+        return ""
     listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f" on rank{'s' if len(ranks) > 1 else ''} {listed}"
 

@@ -1,0 +1,167 @@
+"""An update that is not finite is not made, alike on all ranks and degrees; and it is told with its parameter and rank."""
+
+import contextlib
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import parity, planting, resuming, states
+
+STEP, STOP = 3, 4
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "one rank, no clipping": (1, {"optimizer__clip": 0.0, "optimizer__distributed": False}),
+    "own optimizer": (1, {"optimizer__kind": "my_parts.training:lion", "optimizer__distributed": False}),
+    "DP2": (2, {}),
+    "DP2 overlap bf16": (2, {"train__overlap": True, "train__precision": "bf16"}),
+    "DP2 plain bf16": (2, {"optimizer__distributed": False, "train__precision": "bf16"}),
+    "TP2 plain": (2, {"parallel__tensor": 2, "optimizer__distributed": False}),
+    "CP2 overlap": (2, {"parallel__context": 2, "train__overlap": True}),
+    "PP2xVPP2": (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "train__recompute": "full"}),
+    "TP2xPP2 overlap": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "train__overlap": True}),
+    "CP2xDP2 plain": (4, {"parallel__context": 2, "optimizer__distributed": False}),
+}
+# (what is planted, into which of the rank's parameters, whether only the first passes have it)
+PLANTS = [(math.nan, 3, False), (math.inf, -2, False), (1e30, 0, False), (math.nan, 1, True)]
+
+
+def advance(engine: Any, without: int = 0) -> dict[str, Any]:
+    """All steps: losses, norms, which updates were made, and what is told of others. No update of step `without` is tried."""
+    groups, planner = engine.groups, planner_of(engine)
+    seen: dict[str, Any] = {"losses": [], "norms": [], "applied": [], "told": ""}
+    for step in range(1, STOP + 1):
+        plan = planner.step(step - 1, groups.data_rank, groups.data_size)
+        batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
+        seen["losses"].append(engine.forward_backward(batches).mean)
+        if step == without:
+            engine.scheduler.step(increment=1)
+            continue
+        update = engine.step()
+        seen["applied"].append(update.applied)
+        seen["norms"].append(update.norm)
+        if not update.applied:
+            before = torch.get_rng_state()
+            seen["told"] = engine.find_not_finite(batches)
+            assert torch.equal(torch.get_rng_state(), before)
+    return seen
+
+
+def planner_of(engine: Any) -> Any:
+    from lsys.data.plan import Planner
+
+    config = engine.settings
+    train, parallel = config.train, config.parallel
+    documents: Any = parity.RandomDocuments(config.model.vocab)
+    degrees = parallel.context, parallel.tensor, parallel.layout
+    return Planner(documents, train.batch_tokens, train.micro_batch_tokens, *degrees)
+
+
+def held(engine: Any) -> list[torch.Tensor]:
+    """Copies of all parameters, of the optimizer's fp32 copies, moments and counts, and of the states of modules."""
+    from lsys.model.module_state import persistent_buffers
+
+    with engine.settled_parameters():
+        found = [p.detach().clone() for chunk in engine.chunks for p in chunk.parameters()]
+    for each in engine.optimizer.chained_optimizers:
+        found += [p.detach().clone() for p in each.get_parameters()]
+        found += [v.clone() for s in each.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return found + [buffer.clone() for chunk in engine.chunks for _, _, buffer in persistent_buffers(chunk)]
+
+
+def skips(rank: int, world_size: int, changes: dict[str, Any], plants: list[Any], stateful: bool = False) -> list[Any]:
+    """Of each plant on the last rank, (what was planted, what was seen), and whether all is as if that update had never been tried."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    found = []
+    with states.stateful() if stateful else contextlib.nullcontext():
+        with resuming.engine_of(rank, world_size, changes) as engine:
+            without, kept = advance(engine, without=STEP), held(engine)
+        for value, where, once in plants:
+            with resuming.engine_of(rank, world_size, changes) as engine:
+                options = dict(step=STEP, rank=world_size - 1, value=value)
+                if once is None:
+                    name = planting.plant_output(engine, module=where, **options)
+                else:
+                    name = planting.plant(engine, parameter=where, once=once, **options)
+                seen = advance(engine)
+                same = all(torch.equal(a, b) for a, b in zip(held(engine), kept, strict=True))
+                seen["same"] = same and [x for i, x in enumerate(seen["losses"]) if i != STEP - 1] == [
+                    x for i, x in enumerate(without["losses"]) if i != STEP - 1
+                ]
+                found.append((name, seen))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_that_is_not_finite_is_as_if_never_tried(gloo: Any, case: str) -> None:
+    ranks, changes = CASES[case]
+    everywhere = gloo(ranks, skips, changes, PLANTS)
+    last = ranks - 1
+    for plant, (value, _, once) in enumerate(PLANTS):
+        name = everywhere[last][plant][0]
+        for rank in range(ranks):
+            _, seen = everywhere[rank][plant]
+            assert seen["applied"] == [step != STEP for step in range(1, STOP + 1)], (rank, value)
+            assert seen["same"], (rank, value)
+            assert not math.isfinite(seen["norms"][STEP - 1]) and all(map(math.isfinite, seen["losses"]))
+            assert str(seen["norms"]) == str(everywhere[0][plant][1]["norms"])  # equal bits, and nan
+            told = f"the gradient of {name} is not finite on rank {last}"
+            if once:
+                assert seen["told"].startswith(f"the gradient of {name} was not finite on rank")
+                assert "no rank's own is, as the step's micro-batches were run once more" in seen["told"]
+            elif value == 1e30:
+                assert seen["told"].startswith("every gradient is finite and their norm is not; the largest, ")
+                assert f" is of {name} on rank" in seen["told"]
+            else:
+                assert seen["told"] == told
+
+
+def test_a_loss_that_is_not_finite_is_told_by_module_and_rank(gloo: Any) -> None:
+    """One that arises behind the last attention; and, where no kernel looks, far before: on that rank first, whoever hears of it later."""
+    everywhere = gloo(
+        2, skips, {"parallel__tensor": 2}, [(math.nan, "3.mlp.linear_fc1", None), (math.inf, "final_layernorm", None)]
+    )
+    for rank in range(2):
+        for plant in range(2):
+            name, seen = everywhere[1][plant][0], everywhere[rank][plant][1]
+            assert seen["told"] == f"the output of {name} is not finite on rank 1"
+            assert (
+                seen["applied"] == [True, True, False, True] and seen["same"] and not math.isfinite(seen["losses"][2])
+            )
+    ((_, seen),), _ = gloo(
+        2, skips, {"parallel__pipeline": 2}, [(math.nan, "1.mlp", None)]
+    )  # the second stage hears of it
+    assert seen["told"] == "", seen
+
+
+def test_states_of_modules_are_those_before_the_step(gloo: Any) -> None:
+    for ((name, seen),) in gloo(2, skips, {"parallel__tensor": 2}, [(math.nan, 3, False)], True):
+        assert seen["same"] and "is not finite on rank 1" in seen["told"]
+
+
+def unlike(rank: int, world_size: int, changes: dict[str, Any], where: str) -> list[Any]:
+    """Whether ranks skip alike what one of them has alone: a copy that the norm leaves out, or a replica's flipped bit."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    with resuming.engine_of(rank, world_size, changes) as engine:
+        for chunk in engine.chunks:
+            for name, parameter in chunk.module.named_parameters():
+                if where == "copy":  # whole on each tensor rank, and summed over none
+                    parameter.sequence_parallel = False
+        groups = engine.groups
+        plan = planner_of(engine).step(0, groups.data_rank, groups.data_size)
+        engine.forward_backward(plan.on_rank(groups.context_rank, groups.device, groups.context))
+        if rank == 1:
+            (chunk,) = engine.chunks
+            chunk.module.decoder.layers[0].input_layernorm.weight.main_grad[0] = math.nan
+        return [engine.step().applied, all(p.isfinite().all() for chunk in engine.chunks for p in chunk.parameters())]
+
+
+@pytest.mark.parametrize(
+    "where, changes", [("copy", {"parallel__tensor": 2}), ("replica", {"optimizer__distributed": False})]
+)
+def test_what_one_rank_has_alone_all_skip(gloo: Any, where: str, changes: dict[str, Any]) -> None:
+    assert gloo(2, unlike, changes, where) == [[False, True]] * 2
