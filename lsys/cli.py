@@ -114,11 +114,14 @@ def _train(words: list[str]) -> int:
     from lsys.config.rules import check, file_mistakes
     from lsys.options import TrainOptions
     from lsys.runtime.environment import launch_from_environment, require_launcher
+    from lsys.runtime.job import job_from_environment
+    from lsys.train.stopped import refuse_restart
 
     require_launcher()
     options, overrides = _with_overrides(TrainOptions, "train", words)
     launch = launch_from_environment()
     config = load(options.config, overrides, lambda config: check(config, launch.world_size) + file_mistakes(config))
+    refuse_restart(config.train.folder, job_from_environment())
     for notice in corpus_notices(config) if launch.rank == 0 else ():
         print(f"notice: {notice}", file=sys.stderr, flush=True)
     from lsys.train.run import main as train

@@ -290,7 +290,7 @@ class Reporting(StepObserver):
         own = self.meter.take()
         with self.run.observers.paused("report"):
             interval = replace(own, flops=self.run.data.flops_of_all(own.flops))
-            values = {**(self.values.shown(found) if self.values else {}), "grad_norm": done.grad_norm, "lr": done.lr}
+            values = {**(self.values or found).shown(found), "grad_norm": done.grad_norm, "lr": done.lr}
             values["n_tokens_seen"] = done.step * settings.train.batch_tokens
             values[SKIPPED] = self.run.updates.skipped
             values = {tag: value for tag, value in values.items() if math.isfinite(value)}

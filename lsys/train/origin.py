@@ -188,7 +188,9 @@ def sentence(everywhere: Sequence[dict[str, Any]], is_loss_finite: bool) -> str:
         return f"the gradient of {name} is not finite{where}"
     name, where = first("summed")
     if name:
-        alone = "no rank's own is, as the step's micro-batches were run once more: a passing fault, or a sum that overflows"
+        alone = (
+            "no rank's own is, as the step's micro-batches were run once more: a passing fault, or a sum that overflows"
+        )
         return f"the gradient of {name} was not finite{where} after the sum over ranks; {alone}"
     rank, (size, name) = max(enumerate(own["largest"] for own in everywhere), key=lambda each: each[1])
     return f"every gradient is finite and their norm is not; the largest, {size:.3g}, is of {name}{_on([rank])}"

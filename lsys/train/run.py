@@ -18,11 +18,10 @@ from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
 from lsys.runtime.environment import Launch, launch_from_environment, require_launcher
 from lsys.runtime.groups import Groups, process_groups
-from lsys.runtime.job import job_from_environment
 from lsys.runtime.lock import FolderLock
 from lsys.train.corpora import open_corpora
 from lsys.train.errors import RunError, step_named
-from lsys.train.stopped import clear, refuse_restart
+from lsys.train.stopped import clear
 
 if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
     from lsys.data.corpus import Corpus
@@ -45,7 +44,6 @@ def open_run(settings: Config) -> "Iterator[Run]":
     """The run of this launch and its process groups. All that can be refused is refused before one of them starts."""
     require_launcher()
     launch = launch_from_environment()
-    refuse_restart(settings.train.folder, job_from_environment())
     require(settings, launch.world_size)
     check_files(settings)
     with _lock(settings, launch) as lock:  # before what is in the folder is looked at

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -130,14 +131,13 @@ def test_a_loss_that_is_not_finite_is_told_by_module_and_rank(gloo: Any) -> None
             assert (
                 seen["applied"] == [True, True, False, True] and seen["same"] and not math.isfinite(seen["losses"][2])
             )
-    ((_, seen),), _ = gloo(
-        2, skips, {"parallel__pipeline": 2}, [(math.nan, "1.mlp", None)]
-    )  # the second stage hears of it
-    assert seen["told"] == "", seen
+    first, second = gloo(2, skips, {"parallel__pipeline": 2}, [(math.nan, "3.mlp.linear_fc1", None)])
+    assert first[0][1]["told"] == f"the output of {second[0][0]} is not finite on rank 1"
+    assert second[0][0] == "decoder.layers.3.mlp.linear_fc1"  # of all stages
 
 
 def test_states_of_modules_are_those_before_the_step(gloo: Any) -> None:
-    for ((name, seen),) in gloo(2, skips, {"parallel__tensor": 2}, [(math.nan, 3, False)], True):
+    for ((_, seen),) in gloo(2, skips, {"parallel__tensor": 2}, [(math.nan, 3, False)], True):
         assert seen["same"] and "is not finite on rank 1" in seen["told"]
 
 
@@ -148,7 +148,7 @@ def unlike(rank: int, world_size: int, changes: dict[str, Any], where: str) -> l
     install_megatron()
     with resuming.engine_of(rank, world_size, changes) as engine:
         for chunk in engine.chunks:
-            for name, parameter in chunk.module.named_parameters():
+            for parameter in chunk.module.parameters():
                 if where == "copy":  # whole on each tensor rank, and summed over none
                     parameter.sequence_parallel = False
         groups = engine.groups
@@ -165,3 +165,54 @@ def unlike(rank: int, world_size: int, changes: dict[str, Any], where: str) -> l
 )
 def test_what_one_rank_has_alone_all_skip(gloo: Any, where: str, changes: dict[str, Any]) -> None:
     assert gloo(2, unlike, changes, where) == [[False, True]] * 2
+
+
+def cost(rank: int, world_size: int, changes: dict[str, Any]) -> tuple[dict[Any, int], int, int]:
+    """Of an update: messages that Megatron's own does not send, how many gradients are read for the norm, and how many there are."""
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from lsys.parallel.ledger import record
+    from lsys.train import finite
+
+    class Reads(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+            if not func.is_view:
+                self.elements += sum(t.numel() for t in given if t.untyped_storage().data_ptr() in buffers)
+            return func(*args, **(kwargs or {}))
+
+    with resuming.engine_of(rank, world_size, changes) as engine:
+        groups, ledgers = engine.groups, []
+        plan = planner_of(engine).step(0, groups.data_rank, groups.data_size)
+        for update in (engine.optimizer.step, engine.step):
+            engine.forward_backward(plan.on_rank(groups.context_rank, groups.device, groups.context))
+            with record() as ledger:
+                update()
+            ledgers.append(Counter((e.axis, e.operation.kind, e.operation.bytes) for e in ledger.events))
+        held = [p.grad for o in engine.optimizer.chained_optimizers for p in o.get_parameters() if p.grad is not None]
+        buffers = {gradient.untyped_storage().data_ptr() for gradient in held}
+        with Reads() as reads:
+            finite.gradient_norm(engine.optimizer)
+        assert not ledgers[0] - ledgers[1]
+        return dict(ledgers[1] - ledgers[0]), reads.elements, sum(gradient.numel() for gradient in held)
+
+
+@pytest.mark.parametrize(
+    "changes, sent",
+    [
+        ({}, {}),
+        ({"parallel__tensor": 2, "optimizer__distributed": False}, {}),
+        ({"optimizer__distributed": False}, {("data", "all_reduce", 8): 1}),
+    ],
+)
+def test_the_check_reads_each_gradient_once_and_sends_8_bytes_at_most(
+    gloo: Any, changes: dict[str, Any], sent: Any
+) -> None:
+    for more, read, count in gloo(2, cost, changes):
+        assert more == sent and read == count > 0

@@ -98,3 +98,45 @@ def test_of_an_interval_of_training_the_loss_is_the_newest_steps() -> None:
     last = known(tokens[1:])
     expected = known(tokens) | {name: last[name] for name in (LOSS, Z_LOSS)}
     assert {name: shown[0][name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_has_no_target_or_is_not_finite_has_no_point_of_the_loss() -> None:
+    random, slots = np.random.default_rng(2), slots_of_a_run()
+    full, shown, said = values_of(slots, random_tokens(10, random)), [], []
+    empty = values_of(slots, random_tokens(10, random))
+    for name in (LOSS, Z_LOSS, TOKENS):
+        empty.sums[slots.sums[name]] = [0.0]  # type: ignore[index]
+    wrong = values_of(slots, random_tokens(10, random))
+    wrong.sums[slots.sums[LOSS]] = [np.nan]  # type: ignore[index]
+    reporter: Any = SimpleNamespace(
+        training=lambda step, interval, curves, waterfall: shown.append(curves),
+        validation=lambda *told: shown.append(told),
+        say=said.append,
+    )
+    run: Any = SimpleNamespace(
+        settings=SimpleNamespace(
+            metrics=SimpleNamespace(every=1), train=SimpleNamespace(validate_every=1, steps=9, batch_tokens=1)
+        ),
+        data=SimpleNamespace(flops_of_all=float, validation_steps=1, validation=lambda: [batch], bigram_entropy=None),
+        engine=SimpleNamespace(
+            settled_parameters=contextlib.nullcontext,
+            forward_backward=lambda batch, forward_only: SimpleNamespace(values=batch),
+        ),
+        observers=Observers([], print),
+        updates=SimpleNamespace(skipped=0),
+        groups=SimpleNamespace(launch=SimpleNamespace(rank=0)),
+        reporter=reporter,
+    )
+    reporting = Reporting(run, reporter, Meter(), SimpleNamespace(take=lambda: None))  # type: ignore[arg-type]
+    for step, (batch, norm) in enumerate([(full, 1.0), (empty, 0.0), (wrong, np.nan)], start=1):
+        applied = bool(np.isfinite(norm))
+        reporting.end_step(StepDone(step, Losses.of(batch), norm, 0.0, 0.0, applied))
+        Validation(run).end_step(SimpleNamespace(step=step))  # type: ignore[arg-type]
+    first, validation, second, third = shown
+    assert {LOSS, Z_LOSS, "grad_norm"} <= first.keys() and validation[1] == full.total(LOSS) / 10
+    assert not {LOSS, Z_LOSS} & second.keys() and second["grad_norm"] == 0
+    assert not {LOSS, "grad_norm"} & third.keys() and third["train/skipped_steps"] == 0
+    assert said == [
+        "step 2 | no validation loss: no target of the held-out documents counts",
+        "step 3 | validation loss nan, which is no point of its curve",
+    ]
