@@ -112,7 +112,7 @@ class PlainModel(nn.Module):
             raise ValueError(
                 f"{', '.join(others)}: the plain model has softmax and Lightning layers with SwiGLU; take these"
             )
-        self.embedding = nn.Embedding(model.padded_vocab, model.hidden)
+        self.embedding, self.vocab = nn.Embedding(model.padded_vocab, model.hidden), model.vocab
         self.layers = nn.ModuleList(
             PlainLayer(model.cards[kind].has_state, i, model) for i, kind in enumerate(model.kinds)
         )
@@ -130,7 +130,8 @@ class PlainModel(nn.Module):
         x = self.embedding(batch.tokens)
         for layer in self.layers:
             x = layer(x, batch)
-        return F.cross_entropy(F.linear(self.norm(x), self.embedding.weight), batch.targets, reduction="none")
+        logits = F.linear(self.norm(x), self.embedding.weight[: self.vocab])  # its padding is in no softmax
+        return F.cross_entropy(logits, batch.targets, reduction="none")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ class Decoder:
         positions = torch.arange(self.position, self.position + n, device=self.device)
         packed = PackedMicroBatch(layout=SequenceLayout.contiguous([n], 1), positions=positions, cache=self.cache)
         self.position += n
-        return self.model.logits(tokens.to(self.device), packed)[:, 0].float()
+        return self.model.logits(tokens.to(self.device), packed)[:, 0, : self.model.vocab].float()
 
     def generate(
         self, prompt: Tensor, tokens: int, temperature: float, top_p: float, generator: torch.Generator

@@ -90,7 +90,8 @@ class Model(Section):
     )
     vocab_multiple: PositiveInt = Field(
         64,
-        description="The embedding is padded to a multiple of this, whatever the tensor degree, so checkpoints reshard.",
+        description="The embedding is padded to a multiple of this, whatever the tensor degree, so checkpoints reshard. "
+        "The padding is in no loss: its probability is 0.",
     )
     window: PositiveInt | None = Field(
         None, description="Tokens that a query of a `W` layer sees, itself included; needed if the pattern has `W`."

@@ -14,7 +14,7 @@ from torch import Tensor
 from lsys.config import Config
 from lsys.config.losses import CHUNK
 from lsys.config.reports import LOSS, Z_LOSS
-from lsys.model.loss import Output
+from lsys.model.loss import NEVER, Output
 from lsys.parallel.vocabulary import log_sum_over_ranks
 
 
@@ -26,16 +26,21 @@ class ChunkedCrossEntropy:
 
     def __call__(self, output: Output) -> dict[str, Tensor]:
         mask = output.mask
-        entropy, log_z = _Chunked.apply(output.states(), output.weight, output.targets, output.tp_group, output.slots)
+        entropy, log_z = _Chunked.apply(
+            output.states(), output.weight, output.targets, output.tp_group, output.slots, output.held
+        )
         return {LOSS: (entropy * mask).sum(), Z_LOSS: self.z_loss * (log_z.square() * mask).sum()}
 
 
 class _Chunked(torch.autograd.Function):
-    """states [T, hidden], weight [vocab / tensor, hidden], targets [T] -> cross-entropy, log Z: fp32 [T] (fp64 of fp64)."""
+    """states [T, hidden], weight [vocab / tensor, hidden], targets [T] -> cross-entropy, log Z: fp32 [T] (fp64 of fp64).
+
+    Of the weight's rows the first `held` are tokens; the others' slopes are zero, e^(NEVER - lse).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, tp_group: Any, slots: int
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, tp_group: Any, slots: int, held: int
     ) -> tuple[Tensor, Tensor]:
         local = targets - tp_group.rank() * len(weight)
         here = (local >= 0) & (local < len(weight))
@@ -45,11 +50,13 @@ class _Chunked(torch.autograd.Function):
         chosen = torch.empty_like(log_z)
         for part in _chunks(len(states)):
             logits = (states[part] @ weight.T).to(kind)  # [C, vocab / tensor]
+            logits[:, held:] = NEVER
             chosen[part] = logits.gather(1, local[part, None])[:, 0] * here[part]
             log_z[part] = logits.logsumexp(-1)
             del logits  # before the next ones
         if tp_group.size() > 1:
             log_z, chosen = log_sum_over_ranks(log_z, chosen, tp_group, slots)
+        ctx.held = held
         ctx.save_for_backward(states, weight, local, here, log_z)
         return log_z - chosen, log_z
 
@@ -61,6 +68,7 @@ class _Chunked(torch.autograd.Function):
         by_weight = torch.zeros(weight.shape, dtype=log_z.dtype, device=weight.device)
         for part in _chunks(len(states)):
             slopes = (states[part] @ weight.T).to(log_z.dtype)  # [C, vocab / tensor]
+            slopes[:, ctx.held :] = NEVER
             slopes = slopes.sub_(log_z[part, None]).exp_().mul_((of_loss + of_log_z)[part, None])
             slopes.scatter_add_(1, local[part, None], -(of_loss[part] * here[part])[:, None])
             slopes = slopes.to(states.dtype)
@@ -70,7 +78,7 @@ class _Chunked(torch.autograd.Function):
             else:
                 by_weight += slopes.T @ states[part]
             del slopes
-        return by_states, by_weight.to(weight.dtype), None, None, None
+        return by_states, by_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunks(count: int) -> Iterator[slice]:

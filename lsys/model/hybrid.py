@@ -30,6 +30,9 @@ class HybridModel(LanguageModule):
         comm: the context ranks.
         pre_process, post_process: whether this chunk holds the embedding, the output layer.
         vp_stage: index of the chunk on this pipeline stage; None without virtual stages.
+
+    Attributes:
+        vocab: ids of tokens are below this; the rest of the padded vocabulary is in no softmax.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class HybridModel(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = settings.model.tied
-        vocab = settings.model.padded_vocab
+        self.vocab, vocab = settings.model.vocab, settings.model.padded_vocab
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, vocab, max_sequence_length=0, position_embedding_type="none", tp_group=pg_collection.tp
@@ -91,7 +94,9 @@ class HybridModel(LanguageModule):
             return hidden
         mask = torch.ones_like(packed.positions, dtype=torch.float32) if mask is None else mask
         weight = self.output_layer.weight if self._output_weight is None else self._output_weight
-        output = Output(hidden, weight, targets[: len(mask)], mask, self.pg_collection.tp, packed, self._project)
+        output = Output(
+            hidden, weight, targets[: len(mask)], mask, self.pg_collection.tp, packed, self._project, self.vocab
+        )
         losses = require_parts(self.loss(output), self.loss_name, self.loss_parts)
         total = losses[LOSS]
         for name, part in losses.items():
@@ -100,7 +105,10 @@ class HybridModel(LanguageModule):
         return total
 
     def logits(self, tokens: Tensor, packed: PackedMicroBatch) -> Tensor:
-        """tokens int64 [slots] -> logits [slots, 1, vocab / tensor] on the last stage, else [slots / tensor, 1, hidden]."""
+        """tokens int64 [slots] -> logits [slots, 1, vocab / tensor] on the last stage, else [slots / tensor, 1, hidden].
+
+        Those of the vocabulary's padding, ids of `vocab` and above, as they come.
+        """
         hidden = self._hidden(tokens, packed)
         return self._project(hidden) if self.post_process else hidden
 

@@ -19,6 +19,10 @@ from lsys.config.reports import LOSS, Z_LOSS
 from lsys.config.user_code import imported
 from lsys.model.packed import PackedMicroBatch
 
+NEVER = (
+    -1e9
+)  # the logit of what is no token: its probability is exactly 0, and products with it are finite in every precision
+
 
 @dataclass(frozen=True)
 class Output:
@@ -29,7 +33,8 @@ class Output:
         weight: [vocab / tensor, hidden] of the output layer (the embedding's, where tied); this tensor rank's part of the vocabulary.
         targets: int64 [T_r], ids of the whole vocabulary. mask: fp32 [T_r], 1 where the target counts.
         tp_group: the tensor ranks. packed: documents, and where to report.
-        project: hidden -> logits, by the output layer.
+        project: hidden -> logits, by the output layer; those of the vocabulary's padding as they come.
+        vocab: ids of tokens are below this; rows of the weight from there on, over all tensor ranks, are padding.
     """
 
     hidden: Tensor
@@ -39,6 +44,12 @@ class Output:
     tp_group: Any
     packed: PackedMicroBatch
     project: Callable[[Tensor], Tensor]
+    vocab: int
+
+    @property
+    def held(self) -> int:
+        """Rows of this tensor rank's weight that are tokens, the first ones; the rest is padding. May be 0."""
+        return min(max(self.vocab - self.tp_group.rank() * len(self.weight), 0), len(self.weight))
 
     @property
     def slots(self) -> int:
@@ -56,8 +67,35 @@ class Output:
         return whole[: len(self.mask), 0]
 
     def logits(self) -> Tensor:
-        """[slots, 1, vocab / tensor], made when asked for; the first T_r rows are tokens, what is behind them is slack."""
-        return self.project(self.hidden)
+        """[slots, 1, vocab / tensor], made when asked for; the first T_r rows are tokens, what is behind them is slack.
+
+        Those of the vocabulary's padding are NEVER, a constant: softmax gives them 0, and nothing has a gradient by them.
+        """
+        return _WithoutPadding.apply(self.project(self.hidden), self.held)
+
+    def logits_for_softmax(self) -> Tensor:
+        """`logits` for a loss that reads them through their softmax alone, whose gradient is zero where that is: no copy in its backward pass."""
+        logits = self.project(self.hidden)
+        logits.detach()[..., self.held :] = NEVER
+        return logits
+
+
+class _WithoutPadding(torch.autograd.Function):
+    """Logits [..., vocab / tensor], of which those from `held` on are NEVER; in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, held: int) -> Tensor:
+        ctx.held = held
+        ctx.mark_dirty(logits)
+        logits[..., held:] = NEVER
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.held < gradient.shape[-1]:
+            gradient = gradient.clone()
+            gradient[..., ctx.held :] = 0
+        return gradient, None
 
 
 class FinalLoss(Protocol):
@@ -117,7 +155,7 @@ class CrossEntropy:
         self.z_loss = settings.train.z_loss
 
     def __call__(self, output: Output) -> dict[str, Tensor]:
-        logits = output.logits()
+        logits = output.logits_for_softmax()
         # Slack is cut off, not multiplied by zero: whatever its slots hold cannot reach the loss.
         slack = len(logits) - len(output.targets)
         targets = torch.nn.functional.pad(output.targets, (0, slack))

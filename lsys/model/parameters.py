@@ -72,9 +72,16 @@ def initialise(chunk: MegatronModule, model: Model, seed: int) -> None:
                 piece.initial(whole, generator)
             elif len(piece.shape) == 1:
                 whole.fill_(1.0)
-            else:
-                whole.normal_(0.0, _std(piece.key, model), generator=generator)
+            else:  # tokens of the vocabulary before its padding, whose size changes none of them
+                for rows in whole.split(
+                    [model.vocab, len(whole) - model.vocab] if _is_vocabulary(piece) else len(whole)
+                ):
+                    rows.normal_(0.0, _std(piece.key, model), generator=generator)
             piece.data.copy_(whole[piece.slices])
+
+
+def _is_vocabulary(piece: Piece) -> bool:
+    return piece.key.startswith(("embedding.", "output_layer."))
 
 
 def _std(key: str, model: Model) -> float:

@@ -70,7 +70,7 @@ def chunked(rank: int, world_size: int, z_loss: float, chunk: int) -> tuple[torc
         settings: Any = SimpleNamespace(train=SimpleNamespace(z_loss=z_loss))
         unused: Any = None
         with mock.patch.object(chunked_loss, "CHUNK", chunk):
-            output = Output(part[:, None], shard, targets, mask, groups.collection.tp, unused, unused)
+            output = Output(part[:, None], shard, targets, mask, groups.collection.tp, unused, unused, VOCAB)
             found = list(chunked_loss.ChunkedCrossEntropy(settings)(output).values())
             (1.5 * (found[0] + found[1])).backward()
     assert part.grad is not None and shard.grad is not None
@@ -100,3 +100,80 @@ def test_the_chunked_loss_equals_plain_pytorch_in_fp64(gloo: Any, ranks: int, ch
         torch.testing.assert_close(found, torch.stack((entropy, z_loss)).detach(), rtol=1e-12, atol=0)
     for found, exact in ((1, states.grad), (2, weight.grad)):
         torch.testing.assert_close(torch.cat([outcome[found] for outcome in outcomes]), exact, rtol=1e-10, atol=1e-12)
+
+
+# ---- the vocabulary's padding
+
+PADDED: dict[str, Any] = dict(
+    model__pattern="L", model__layers=1, model__vocab=60, model__tied=False, train__micro_batch_tokens=48,
+    train__batch_tokens=96, train__z_loss=1e-2, optimizer__clip=1.0,
+)  # fmt: skip
+MULTIPLES = (1, 64, 1024)  # of the last, ranks from the second on have padding alone
+
+
+class EverySquare:
+    """A loss of one's own that knows no softmax: mean squares of all lazy logits."""
+
+    def __init__(self, settings: Any) -> None:
+        pass
+
+    def __call__(self, output: Any) -> dict[str, torch.Tensor]:
+        from lsys.config.reports import LOSS
+        from lsys.model.loss import NEVER
+
+        logits = output.logits()[: len(output.mask), 0]
+        assert (logits[:, output.held :] == NEVER).all() and (logits[:, : output.held] > -100).all()
+        return {LOSS: (logits + 1).square().sum() / logits.numel()}
+
+
+def padded(rank: int, world_size: int, loss: str) -> list[Any]:
+    """Of each multiple: the losses and gradient norms of five steps; the gradients of the embedding and the output weight in the first."""
+    from support import parity
+
+    found = []
+    for multiple in MULTIPLES:
+        changes = PADDED | {"model__vocab_multiple": multiple, "train__loss": loss, "parallel__tensor": world_size}
+        outcome = parity.train(rank, world_size, changes)
+        tables = [(o[0], data) for key, _, o, data in outcome.pieces if key.startswith(("embedding.", "output_layer."))]
+        assert len(tables) == 2
+        found.append((outcome.losses, outcome.norms, tables))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("loss", ["cross_entropy", "chunked_cross_entropy"])
+def test_the_padding_of_the_vocabulary_is_in_no_loss_and_no_gradient(gloo: Any, loss: str, ranks: int) -> None:
+    outcomes = gloo(ranks, padded, loss)
+    for losses, norms, _ in outcomes[0][1:]:
+        assert losses == pytest.approx(outcomes[0][0][0], rel=1e-6)
+        assert norms == pytest.approx(outcomes[0][0][1], rel=1e-5)
+    for each in outcomes:
+        for _, _, tables in each[1:]:
+            for first, gradient in tables:
+                held = min(max(60 - first, 0), len(gradient))
+                assert not gradient[held:].any() and (not held or gradient[:held].any())
+
+
+def test_lazy_logits_of_an_own_loss_say_what_is_padding_and_have_no_gradient_there(gloo: Any) -> None:
+    [found] = gloo(1, padded, f"{__name__}:EverySquare")
+    for _, _, tables in found:
+        gradient = tables[1][1]
+        assert not gradient[60:].any() and gradient[:60].any(1).all()
+
+
+def initial_embedding(rank: int, world_size: int, rows: int) -> torch.Tensor:
+    from unittest import mock
+
+    from lsys.model import parameters
+
+    table: Any = parameters.Piece("embedding.word_embeddings.weight", (rows, 7), (0, 0), torch.empty(rows, 7))
+    model: Any = mock.Mock(vocab=61, init_std=0.02, layers=1)
+    with mock.patch.object(parameters, "pieces", lambda chunk: [table]):
+        parameters.initialise(model, model, seed=0)
+    return table.data
+
+
+def test_the_padding_changes_no_initial_value_of_a_token(gloo: Any) -> None:
+    """Of 61 x 7 elements, which are no whole blocks of torch's generator."""
+    one, more = (gloo(1, initial_embedding, rows)[0] for rows in (61, 64))
+    assert torch.equal(one, more[:61]) and 0.005 < more[61:].std() < 0.04

@@ -37,7 +37,7 @@ def focal(rank: int, world_size: int, degrees: dict[str, Any]) -> tuple[float, f
             loss, own = float(model(tokens, targets, packed, mask)), model.logits(tokens, packed).contiguous()
         parts = [torch.empty_like(own) for _ in range(groups.collection.tp.size())]
         torch.distributed.all_gather(parts, own, group=groups.collection.tp)
-        p = torch.cat(parts, -1)[:, 0].double().softmax(-1).gather(1, targets[:, None])[:, 0]
+        p = torch.cat(parts, -1)[:, 0, :61].double().softmax(-1).gather(1, targets[:, None])[:, 0]
     return loss, float((mask * (1 - p).square() * -p.log()).sum())
 
 
