@@ -120,8 +120,14 @@ def _train(words: list[str]) -> int:
     require_launcher()
     options, overrides = _with_overrides(TrainOptions, "train", words)
     launch = launch_from_environment()
-    config = load(options.config, overrides, lambda config: check(config, launch.world_size) + file_mistakes(config))
-    refuse_restart(config.train.folder, job_from_environment())
+
+    def rules(config: "Config") -> "list[Mistake]":
+        refuse_restart(
+            config.train.folder, job_from_environment()
+        )  # before what else is wrong: the same sentence each time
+        return check(config, launch.world_size) + file_mistakes(config)
+
+    config = load(options.config, overrides, rules)
     for notice in corpus_notices(config) if launch.rank == 0 else ():
         print(f"notice: {notice}", file=sys.stderr, flush=True)
     from lsys.train.run import main as train

@@ -161,7 +161,7 @@ def _permutation(span: Span, window: int, seed: int) -> NDArray[np.int64]:
 
 
 def _left(span: Span, tokens: int, seed: int) -> tuple[list[tuple[int, int]], int]:
-    """Of what a span reads: intervals that it left in its last window after so many tokens, and where that window ends."""
+    """Intervals of what a span reads that it left in its last window after so many tokens, and where that window ends."""
     done = tokens // span.micro_batch
     if not span.shuffles or done % span.window == 0:
         return [], tokens

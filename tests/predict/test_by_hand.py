@@ -194,7 +194,7 @@ def test_compute_is_work_at_its_rates() -> None:
     once = StageWork(deployed()).update(0)
     for name in {**forward, **backward, **once}:
         twice = 2 * (forward[name] + backward[name])
-        found = StepTime(deployed(), toy(**{name.replace(":", "_of_"): 2.0})).predict()
+        found = StepTime(deployed(), toy(None, **{name.replace(":", "_of_"): 2.0})).predict()
         assert found.parts["compute"] == 2.0 * (twice + once[name]), name
         assert found.seconds == sum(found.parts.values())
 

@@ -102,7 +102,9 @@ def test_of_an_interval_of_training_the_loss_is_the_newest_steps() -> None:
 
 def test_what_has_no_target_or_is_not_finite_has_no_point_of_the_loss() -> None:
     random, slots = np.random.default_rng(2), slots_of_a_run()
-    full, shown, said = values_of(slots, random_tokens(10, random)), [], []
+    full, said = values_of(slots, random_tokens(10, random)), list[str]()
+    shown: list[Any] = []
+    batch = full
     empty = values_of(slots, random_tokens(10, random))
     for name in (LOSS, Z_LOSS, TOKENS):
         empty.sums[slots.sums[name]] = [0.0]  # type: ignore[index]
@@ -126,12 +128,14 @@ def test_what_has_no_target_or_is_not_finite_has_no_point_of_the_loss() -> None:
         updates=SimpleNamespace(skipped=0),
         groups=SimpleNamespace(launch=SimpleNamespace(rank=0)),
         reporter=reporter,
+        is_stopping=False,
     )
+    stopping: Any = SimpleNamespace(hear=lambda step: False)
     reporting = Reporting(run, reporter, Meter(), SimpleNamespace(take=lambda: None))  # type: ignore[arg-type]
     for step, (batch, norm) in enumerate([(full, 1.0), (empty, 0.0), (wrong, np.nan)], start=1):
         applied = bool(np.isfinite(norm))
         reporting.end_step(StepDone(step, Losses.of(batch), norm, 0.0, 0.0, applied))
-        Validation(run).end_step(SimpleNamespace(step=step))  # type: ignore[arg-type]
+        Validation(run, stopping, Saving(run)).end_step(SimpleNamespace(step=step))  # type: ignore[arg-type]
     first, validation, second, third = shown
     assert {LOSS, Z_LOSS, "grad_norm"} <= first.keys() and validation[1] == full.total(LOSS) / 10
     assert not {LOSS, Z_LOSS} & second.keys() and second["grad_norm"] == 0
