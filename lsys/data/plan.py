@@ -1,20 +1,18 @@
 """A step is planned: which tokens make its micro-batches, and where each of them goes.
 
-A plan is a pure function of seed, step, document lengths and the position at which the run began or went on (`lsys.data.order`). Every rank,
-pipeline stage and virtual chunk builds its own copy without communication, and no number of ranks changes which tokens a step holds.
+A plan is a pure function of (seed, step, document lengths). Every rank, pipeline stage and virtual chunk builds its own copy without
+communication, and no number of ranks changes which tokens a step holds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lsys.data.order import Order, Position
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
@@ -100,7 +98,6 @@ class Planner:
         context: context ranks of a replica; tensor: tensor degree, which slots are a multiple of; kind: the layout.
         window, seed: micro-batches are taken in random order within windows of this many (0: in the stream's order).
         limit: tokens from this offset of the stream on are masked from the loss (None: none). Validation reads each document once.
-        position: where in the stream the step numbered `first` begins, with these sizes; None: at its start.
     """
 
     stream: "TokenStream"
@@ -112,16 +109,6 @@ class Planner:
     window: int = 0
     seed: int = 0
     limit: int | None = None
-    position: Position | None = None
-    first: int = 0
-
-    @cached_property
-    def _start(self) -> Position:
-        return self.position or Position.at_start(self.micro_batch_tokens, self.window)
-
-    @cached_property
-    def _order(self) -> Order:
-        return Order(self._start.spans, self.seed)
 
     @cached_property
     def slots(self) -> int:
@@ -134,32 +121,31 @@ class Planner:
         """Micro-batches of a step, over all replicas."""
         return self.batch_tokens // self.micro_batch_tokens
 
-    def position_at(self, step: int) -> Position:
-        """Where the step begins."""
-        return self._start.after((step - self.first) * self.batch_tokens)
-
     def step(self, step: int, replica: int = 0, replicas: int = 1) -> StepPlan:
         """The plan of one step for one of the data replicas: consecutive micro-batches of the step's tokens."""
         each = self.micro_batches // replicas
-        begin = self.position_at(step).micro_batches + replica * each
-        return StepPlan(step, tuple(self._micro_batch(number) for number in range(begin, begin + each)))
+        mine = range(replica * each, (replica + 1) * each)
+        return StepPlan(
+            step, tuple(self._micro_batch(self._place(step * self.micro_batches + index)) for index in mine)
+        )
 
     def steps(self, start: int, stop: int, replica: int = 0, replicas: int = 1) -> Iterator[StepPlan]:
         return (self.step(step, replica, replicas) for step in range(start, stop))
 
-    def _micro_batch(self, number: int) -> MicroBatch:
-        intervals = self._order.intervals(number)
-        packs = [self.stream.batch(begin, end - begin) for begin, end in intervals]
-        masks = [np.array(pack.loss_mask, dtype=np.float32) for pack in packs]
+    def _place(self, index: int) -> int:
+        """Which micro-batch of the stream is taken as number `index`: each exactly once."""
+        if self.window < 2:
+            return index
+        number, place = divmod(index, self.window)
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 1, number))))
+        return number * self.window + int(generator.permutation(self.window)[place])
+
+    def _micro_batch(self, index: int) -> MicroBatch:
+        start = index * self.micro_batch_tokens
+        pack = self.stream.batch(start, self.micro_batch_tokens)
+        mask = torch.from_numpy(np.asarray(pack.loss_mask, dtype=np.float32))
         if self.limit is not None:
-            for (begin, _), mask in zip(intervals, masks, strict=True):
-                mask[max(0, self.limit - begin) :] = 0
-        lengths = [length for pack in packs for length in pack.lengths.tolist()]
-        layout = getattr(SequenceLayout, self.kind)(tuple(lengths), self.context)
-        tokens, targets = (_joined([getattr(pack, name) for pack in packs]) for name in ("tokens", "targets"))
-        return MicroBatch(layout, tokens, targets, _joined(masks), self.slots)
-
-
-def _joined(parts: Sequence[NDArray[Any]]) -> Tensor:
-    """Shares memory with a single part."""
-    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            mask = mask.clone()
+            mask[max(0, self.limit - start) :] = 0
+        layout = getattr(SequenceLayout, self.kind)(tuple(pack.lengths.tolist()), self.context)
+        return MicroBatch(layout, torch.from_numpy(pack.tokens), torch.from_numpy(pack.targets), mask, self.slots)
