@@ -1,10 +1,10 @@
 """A step is planned: which tokens make its micro-batches, and where each of them goes.
 
-A plan is a pure function of (seed, step, document lengths). Every rank, pipeline stage and virtual chunk builds its own copy without
+A plan is a pure function of (cursor, step, document lengths). Every rank, pipeline stage and virtual chunk builds its own copy without
 communication, and no number of ranks changes which tokens a step holds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsys.data.cursor import DataCursor, Interval, Span
 from lsys.model.packed import PackedMicroBatch
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
@@ -98,6 +99,7 @@ class Planner:
         context: context ranks of a replica; tensor: tensor degree, which slots are a multiple of; kind: the layout.
         window, seed: micro-batches are taken in random order within windows of this many (0: in the stream's order).
         limit: tokens from this offset of the stream on are masked from the loss (None: none). Validation reads each document once.
+        cursor: which tokens each step reads, where its sizes were not always these; they are its last span's.
     """
 
     stream: "TokenStream"
@@ -109,6 +111,7 @@ class Planner:
     window: int = 0
     seed: int = 0
     limit: int | None = None
+    cursor: DataCursor | None = None
 
     @cached_property
     def slots(self) -> int:
@@ -116,36 +119,31 @@ class Planner:
         share = -(-self.micro_batch_tokens // self.context)
         return -(-share // self.tensor) * self.tensor
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of a step, over all replicas."""
-        return self.batch_tokens // self.micro_batch_tokens
+    @cached_property
+    def position(self) -> DataCursor:
+        """Which tokens each step reads."""
+        span = Span(0, 0, self.batch_tokens, self.micro_batch_tokens, self.window)
+        return self.cursor or DataCursor((span,), self.seed)
 
     def step(self, step: int, replica: int = 0, replicas: int = 1) -> StepPlan:
         """The plan of one step for one of the data replicas: consecutive micro-batches of the step's tokens."""
-        each = self.micro_batches // replicas
+        each = self.position.micro_batches(step) // replicas
         mine = range(replica * each, (replica + 1) * each)
-        return StepPlan(
-            step, tuple(self._micro_batch(self._place(step * self.micro_batches + index)) for index in mine)
-        )
+        return StepPlan(step, tuple(self._micro_batch(self.position.micro_batch(step, index)) for index in mine))
 
     def steps(self, start: int, stop: int, replica: int = 0, replicas: int = 1) -> Iterator[StepPlan]:
         return (self.step(step, replica, replicas) for step in range(start, stop))
 
-    def _place(self, index: int) -> int:
-        """Which micro-batch of the stream is taken as number `index`: each exactly once."""
-        if self.window < 2:
-            return index
-        number, place = divmod(index, self.window)
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 1, number))))
-        return number * self.window + int(generator.permutation(self.window)[place])
-
-    def _micro_batch(self, index: int) -> MicroBatch:
-        start = index * self.micro_batch_tokens
-        pack = self.stream.batch(start, self.micro_batch_tokens)
-        mask = torch.from_numpy(np.asarray(pack.loss_mask, dtype=np.float32))
+    def _micro_batch(self, intervals: Sequence[Interval]) -> MicroBatch:
+        """A document that goes on behind a gap is another one there; targets are what follows in the document, wherever it is."""
+        packs = [self.stream.batch(start, count) for start, count in intervals]
+        lengths, tokens, targets, mask = (
+            np.concatenate([getattr(pack, name) for pack in packs]) if len(packs) > 1 else getattr(packs[0], name)
+            for name in ("lengths", "tokens", "targets", "loss_mask")
+        )
         if self.limit is not None:
-            mask = mask.clone()
-            mask[max(0, self.limit - start) :] = 0
-        layout = getattr(SequenceLayout, self.kind)(tuple(pack.lengths.tolist()), self.context)
-        return MicroBatch(layout, torch.from_numpy(pack.tokens), torch.from_numpy(pack.targets), mask, self.slots)
+            places = np.concatenate([np.arange(start, start + count) for start, count in intervals])
+            mask = np.where(places < self.limit, mask, 0)
+        layout = getattr(SequenceLayout, self.kind)(tuple(lengths.tolist()), self.context)
+        mask = torch.from_numpy(np.asarray(mask, dtype=np.float32))
+        return MicroBatch(layout, torch.from_numpy(tokens), torch.from_numpy(targets), mask, self.slots)
