@@ -1,6 +1,7 @@
 """The commands. Only those that need torch and Megatron import them, so `--help` and `check` answer at once."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -88,6 +89,8 @@ def _refuse(error: ValueError) -> None:
     everywhere = getattr(error, "everywhere", False)
     first = not (launch.rank or getattr(error, "number", 0))
     if (everywhere and not first) or launch.local_rank and getattr(error, "on_node", False):
+        # A launcher ends all ranks once one has ended, and only the first one speaks.
+        time.sleep(getattr(error, "linger", 0.0))
         return
     who = f"lsys, rank {launch.rank}" if launch.world_size > 1 and not everywhere else "lsys"
     lines = str(error).splitlines() or [type(error).__name__]

@@ -102,9 +102,10 @@ def test_of_an_interval_of_training_the_loss_is_the_newest_steps() -> None:
 
 def test_what_has_no_target_or_is_not_finite_has_no_point_of_the_loss() -> None:
     random, slots = np.random.default_rng(2), slots_of_a_run()
-    full, said = values_of(slots, random_tokens(10, random)), list[str]()
+    full = values_of(slots, random_tokens(10, random))
     shown: list[Any] = []
-    batch = full
+    said: list[str] = []
+    given: list[Values] = []  # the batch of the step, and of its validation
     empty = values_of(slots, random_tokens(10, random))
     for name in (LOSS, Z_LOSS, TOKENS):
         empty.sums[slots.sums[name]] = [0.0]  # type: ignore[index]
@@ -119,7 +120,9 @@ def test_what_has_no_target_or_is_not_finite_has_no_point_of_the_loss() -> None:
         settings=SimpleNamespace(
             metrics=SimpleNamespace(every=1), train=SimpleNamespace(validate_every=1, steps=9, batch_tokens=1)
         ),
-        data=SimpleNamespace(flops_of_all=float, validation_steps=1, validation=lambda: [batch], bigram_entropy=None),
+        data=SimpleNamespace(
+            flops_of_all=float, validation_steps=1, validation=lambda: given[-1:], bigram_entropy=None
+        ),
         engine=SimpleNamespace(
             settled_parameters=contextlib.nullcontext,
             forward_backward=lambda batch, forward_only: SimpleNamespace(values=batch),
@@ -134,6 +137,7 @@ def test_what_has_no_target_or_is_not_finite_has_no_point_of_the_loss() -> None:
     reporting = Reporting(run, reporter, Meter(), SimpleNamespace(take=lambda: None))  # type: ignore[arg-type]
     for step, (batch, norm) in enumerate([(full, 1.0), (empty, 0.0), (wrong, np.nan)], start=1):
         applied = bool(np.isfinite(norm))
+        given.append(batch)
         reporting.end_step(StepDone(step, Losses.of(batch), norm, 0.0, 0.0, applied))
         Validation(run, stopping, Saving(run)).end_step(SimpleNamespace(step=step))  # type: ignore[arg-type]
     first, validation, second, third = shown
