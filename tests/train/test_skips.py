@@ -16,7 +16,7 @@ from support.delays import StubData
 
 from lsys.runtime.job import Job
 from lsys.train import stopped
-from lsys.train.errors import InputError, step_named
+from lsys.train.errors import InputError, PeerError, step_named
 from lsys.train.protocol import Losses, Update
 from lsys.train.stopped import Marker, StoppedError
 
@@ -220,3 +220,11 @@ def test_a_nan_in_a_kernels_input_names_step_and_rank() -> None:
             call()
         assert str(caught.value).startswith("step 12, rank 3: q has ") and not caught.value.everywhere
         assert "goes on from the newest checkpoint" in str(caught.value)
+
+
+def test_a_rank_whose_peer_ended_says_so_in_one_line() -> None:
+    with pytest.raises(PeerError, match="^step 12, rank 3: another rank ended") as caught, step_named("step 12", 3):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:33")
+    assert not caught.value.everywhere
+    with pytest.raises(RuntimeError, match="^out of memory"), step_named("step 12", 3):
+        raise RuntimeError("out of memory")
