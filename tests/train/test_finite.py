@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,24 +29,31 @@ PLANTS = [(math.nan, 3, False), (math.inf, -2, False), (1e30, 0, False), (math.n
 
 
 def advance(engine: Any, without: int = 0) -> dict[str, Any]:
-    """All steps: losses, norms, which updates were made, and what is told of others. No update of step `without` is tried."""
+    """All steps: losses, norms, which updates were made, and what is told of others. Step `without` is left out, but for the schedule."""
     groups, planner = engine.groups, planner_of(engine)
     seen: dict[str, Any] = {"losses": [], "norms": [], "applied": [], "told": ""}
     for step in range(1, STOP + 1):
+        if step == without:
+            engine.scheduler.step(increment=1)
+            seen["losses"].append(math.nan)
+            continue
         plan = planner.step(step - 1, groups.data_rank, groups.data_size)
         batches = plan.on_rank(groups.context_rank, groups.device, groups.context)
         seen["losses"].append(engine.forward_backward(batches).mean)
-        if step == without:
-            engine.scheduler.step(increment=1)
-            continue
         update = engine.step()
         seen["applied"].append(update.applied)
         seen["norms"].append(update.norm)
         if not update.applied:
-            before = torch.get_rng_state()
+            before, hooks = torch.get_rng_state(), hooks_of(engine)
             seen["told"] = engine.find_not_finite(batches)
-            assert torch.equal(torch.get_rng_state(), before)
+            assert torch.equal(torch.get_rng_state(), before) and hooks_of(engine) == hooks
     return seen
+
+
+def hooks_of(engine: Any) -> int:
+    modules = [module for chunk in engine.chunks for module in chunk.modules()]
+    tensors = [len(p._backward_hooks or ()) for chunk in engine.chunks for p in chunk.parameters()]
+    return sum(len(module._forward_hooks) for module in modules) + sum(tensors)
 
 
 def planner_of(engine: Any) -> Any:
@@ -70,6 +78,19 @@ def held(engine: Any) -> list[torch.Tensor]:
     return found + [buffer.clone() for chunk in engine.chunks for _, _, buffer in persistent_buffers(chunk)]
 
 
+def draws(engine: Any) -> list[float]:
+    """Let a layer draw a random number in each forward pass, and add to its own state; the numbers, as they come."""
+    drawn: list[float] = []
+    mixer = engine.chunks[0].module.decoder.layers[1].self_attention
+
+    def hook(*_: object) -> None:
+        drawn.append(float(torch.rand(())))
+        mixer.of_heads.steps.add_(1)
+
+    mixer.register_forward_hook(hook)
+    return drawn
+
+
 def skips(rank: int, world_size: int, changes: dict[str, Any], plants: list[Any], stateful: bool = False) -> list[Any]:
     """Of each plant on the last rank, (what was planted, what was seen), and whether all is as if that update had never been tried."""
     from lsys.runtime import install_megatron
@@ -78,6 +99,8 @@ def skips(rank: int, world_size: int, changes: dict[str, Any], plants: list[Any]
     found = []
     with states.stateful() if stateful else contextlib.nullcontext():
         with resuming.engine_of(rank, world_size, changes) as engine:
+            if stateful:
+                draws(engine)
             without, kept = advance(engine, without=STEP), held(engine)
         for value, where, once in plants:
             with resuming.engine_of(rank, world_size, changes) as engine:
@@ -86,7 +109,9 @@ def skips(rank: int, world_size: int, changes: dict[str, Any], plants: list[Any]
                     name = planting.plant_output(engine, module=where, **options)
                 else:
                     name = planting.plant(engine, parameter=where, once=once, **options)
+                drawn = draws(engine) if stateful else []
                 seen = advance(engine)
+                seen["drawn"] = drawn
                 same = all(torch.equal(a, b) for a, b in zip(held(engine), kept, strict=True))
                 seen["same"] = same and [x for i, x in enumerate(seen["losses"]) if i != STEP - 1] == [
                     x for i, x in enumerate(without["losses"]) if i != STEP - 1
@@ -136,9 +161,14 @@ def test_a_loss_that_is_not_finite_is_told_by_module_and_rank(gloo: Any) -> None
     assert second[0][0] == "decoder.layers.3.mlp.linear_fc1"  # of all stages
 
 
-def test_states_of_modules_are_those_before_the_step(gloo: Any) -> None:
+def test_random_numbers_and_states_of_modules_are_as_without_the_step(gloo: Any) -> None:
+    """A state that forward passes add to is put back; the passes that look for the NaN draw the numbers that the step drew."""
     for ((_, seen),) in gloo(2, skips, {"parallel__tensor": 2}, [(math.nan, 3, False)], True):
         assert seen["same"] and "is not finite on rank 1" in seen["told"]
+        passes = len(seen["drawn"]) // (STOP + 1)
+        step = slice((STEP - 1) * passes, STEP * passes)
+        assert seen["drawn"][STEP * passes : (STEP + 1) * passes] == seen["drawn"][step]
+        assert len(set(seen["drawn"])) == STOP * passes > 0
 
 
 def unlike(rank: int, world_size: int, changes: dict[str, Any], where: str) -> list[Any]:
@@ -154,7 +184,9 @@ def unlike(rank: int, world_size: int, changes: dict[str, Any], where: str) -> l
         groups = engine.groups
         plan = planner_of(engine).step(0, groups.data_rank, groups.data_size)
         engine.forward_backward(plan.on_rank(groups.context_rank, groups.device, groups.context))
-        if rank == 1:
+        if where == "loss":
+            engine._losses = replace(engine._losses, entropy=math.inf)
+        elif rank == 1:
             (chunk,) = engine.chunks
             chunk.module.decoder.layers[0].input_layernorm.weight.main_grad[0] = math.nan
         return [engine.step().applied, all(p.isfinite().all() for chunk in engine.chunks for p in chunk.parameters())]
@@ -165,6 +197,10 @@ def unlike(rank: int, world_size: int, changes: dict[str, Any], where: str) -> l
 )
 def test_what_one_rank_has_alone_all_skip(gloo: Any, where: str, changes: dict[str, Any]) -> None:
     assert gloo(2, unlike, changes, where) == [[False, True]] * 2
+
+
+def test_a_loss_that_is_not_finite_counts_by_itself(gloo: Any) -> None:
+    assert gloo(1, unlike, {}, "loss") == [[False, True]]
 
 
 def cost(rank: int, world_size: int, changes: dict[str, Any]) -> tuple[dict[Any, int], int, int]:
