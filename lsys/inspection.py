@@ -40,8 +40,8 @@ def print_check(
     mesh = Mesh.of(config.parallel, world_size)
     print(dump(config))
     print(f"# sha256 {config_hash(config)}\n")
-    absent = [f"not on this machine: {mistake}" for mistake in file_mistakes(config)]
-    for notice in [*notices(config, world_size), *corpus_notices(config), *absent]:
+    here = [f"on this machine: {mistake}" for mistake in file_mistakes(config)]
+    for notice in [*notices(config, world_size), *corpus_notices(config), *here]:
         console.print(f"notice: {notice}")
     console.print(_grid(mesh), _parameters(config), _flops(config), _batches(config, mesh), sep="\n")
     if mesh.context > 1 and any(not card.has_state for card in config.model.cards.values()):

@@ -118,10 +118,13 @@ def read_description(prefix: str) -> dict[str, Any]:
         return {}
     try:
         description = json.loads(path.read_text())
-        version, *_ = (description[key] for key in ("version", "documents", "tokens"))
-    except (OSError, ValueError, KeyError, TypeError):
+        numbers = [description[key] for key in ("version", "documents", "tokens")] + [description.get("vocab", 0)]
+        if not all(type(number) is int for number in numbers):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         problem = f"{path} is not what lsys data prepare writes"
         raise CorpusError(problem, "prepare the corpus again, or remove that file") from None
+    version = numbers[0]
     if version != SIDECAR_VERSION:
         problem = f"{path} has format version {version}, this lsys reads {SIDECAR_VERSION}"
         raise CorpusError(problem, "prepare the corpus again")
@@ -130,13 +133,14 @@ def read_description(prefix: str) -> dict[str, Any]:
 
 def prepare_again(prefix: str, description: dict[str, Any]) -> str:
     """How the corpus is made anew; as a command, where its description says of what."""
-    sources, spec = description.get("sources"), (description.get("tokenizer") or {}).get("spec")
-    if not sources or not spec:
+    try:
+        sources, options = [*description["sources"]], [*description.get("options", [])]
+        spec = description["tokenizer"]["spec"]
+        named = ["--tokenizer", spec] if spec != "bytes" else []
+        command = shlex.join(["lsys", "data", "prepare", *sources, "--out", prefix, "--overwrite", *named, *options])
+    except (KeyError, TypeError):  # files of other tools have no description
         return "prepare it again"
-    words = ["lsys", "data", "prepare", *sources, "--out", prefix, "--overwrite"]
-    if spec != "bytes":
-        words += ["--tokenizer", spec]
-    return f"prepare it again: {shlex.join(map(str, words))}"
+    return f"prepare it again: {command}"
 
 
 def _header(index: Path, again: str) -> Header:
@@ -201,13 +205,12 @@ def corpus_mistakes(key: str, prefix: Path, vocab: int, *, holds_out: bool = Fal
 
 
 def corpus_notices(config: Config) -> list[str]:
-    """Sentences about corpora that are here and that the model is larger than it need be for."""
-    model, needed = config.model, []
-    for corpus in config.data.corpora:
-        try:
-            needed.append(int(read_description(str(corpus.path)).get("vocab", 0)))
-        except (CorpusError, ValueError, TypeError):  # a mistake, or another's file
-            return []
+    """Sentences about the corpora: a vocabulary far above what their tokenizers have, where all of them say it."""
+    model = config.model
+    try:
+        needed = [read_description(str(corpus.path)).get("vocab", 0) for corpus in config.data.corpora]
+    except CorpusError:  # a mistake
+        return []
     most = max(needed)
     if not min(needed) or model.vocab <= most + max(MARGIN, most // 4):
         return []

@@ -136,8 +136,12 @@ def override(tree: dict, overrides: Iterable[Override]) -> list[Mistake]:
 def _option(word: str, value: str | None) -> str:
     """What to write instead of a word that is no option."""
     section, _, key = word.lstrip("-").partition(".")
-    path = f"{section}.{key}" if key and section in Config.model_fields else meant(section, Config) if not key else ""
-    if not path or not word.startswith("-") and not key:
+    path = ""
+    if key and section in Config.model_fields:  # of Hydra, parallel.tensor=2
+        path = f"{section}.{key}"
+    elif word.startswith("-") and not key:
+        path = meant(section, Config)
+    if not path:
         return "write --section.key value, such as --parallel.tensor 2"
     return f"did you mean --{path}{'' if value is None else f' {value}'}?"
 

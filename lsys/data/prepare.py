@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,6 +62,15 @@ class PrepareArgs:
     def prefix(self) -> Path:
         """`out` as a path."""
         return Path(self.out)
+
+    @property
+    def options(self) -> list[str]:
+        """What else of these decides what the corpus holds, as words of a command line, without what is left at its default."""
+        one = ("eod", "text_column", "mask_column", "split", "empty", "invalid_utf8")
+        defaults = {each.name: each.default for each in fields(self)}
+        given = [(name, [getattr(self, name)]) for name in one if getattr(self, name) != defaults[name]]
+        given += [("suffix", self.suffix)] if self.suffix != list(TEXT_SUFFIXES) else []
+        return [word for name, values in given for word in (f"--{name.replace('_', '-')}", *values)]
 
 
 ENDINGS = (".idx", ".bin", ".mask.idx", ".mask.bin", ".json")  # of all files that a corpus may have
@@ -307,6 +316,7 @@ class _Files(AbstractContextManager):
             "skipped": counts.skipped,
             "bigram_entropy": entropy,
             "sources": self.arguments.sources,
+            "options": self.arguments.options,
             "sha256": {ending: sha256(Path(f"{self.part}{ending}")) for ending in endings},
         }
         Path(f"{self.part}.json").write_text(json.dumps(description, indent=2) + "\n")

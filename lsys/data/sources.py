@@ -83,7 +83,8 @@ class Reader:
             )
         splits = {p: name[1] for p in found if p.suffix in TABLES and (name := SPLIT.match(p.name))}
         if len(names := sorted(set(splits.values()))) > 1:
-            return [p for p in found if splits.get(p) == self._chosen(source, names)]
+            chosen = self._chosen(source, names)
+            return [p for p in found if splits.get(p) == chosen]
         return found
 
     def _chosen(self, source: str, splits: Sequence[str]) -> str:

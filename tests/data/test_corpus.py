@@ -82,6 +82,10 @@ DAMAGE: dict[str, tuple[Callable[[str], object], str]] = {
     "sidecar text": (lambda p: Path(f"{p}.json").write_text("{"), "is not what lsys data prepare writes"),
     "sidecar list": (lambda p: Path(f"{p}.json").write_text("[]"), "is not what lsys data prepare writes"),
     "sidecar keys": (lambda p: Path(f"{p}.json").write_text('{"version": 1}'), "is not what lsys data prepare writes"),
+    "sidecar count": (
+        lambda p: Path(f"{p}.json").write_text('{"version": 1, "documents": 3, "tokens": 10, "vocab": "257"}'),
+        "is not what lsys data prepare writes",
+    ),
     "sidecar version": (
         lambda p: Path(f"{p}.json").write_text('{"version": 9, "documents": 3, "tokens": 10}'),
         "format version 9, this lsys reads 1",

@@ -261,7 +261,7 @@ CASES = [
     Case(17, check("--data.corpora data/mine"), ("data.corpora: 'data/mine'", "a list in brackets"), instead("data/mine", r"such as (\[\{.*?\}\])", r"'\1'")),
     Case(48, check("--search"), ("--search goes by predicted times",), also(r"add (--hardware \w+)")),
     # Corpora.
-    Case(15, check("--data.corpora.0.path data/other"), ("notice: not on this machine: data.corpora.0.path: data/other.bin and data/other.idx not found",),
+    Case(15, check("--data.corpora.0.path data/other"), ("notice: on this machine: data.corpora.0.path: data/other.bin and data/other.idx not found",),
          runs(r"; (lsys data prepare .*?) makes them", "texts"), code=0),
     Case(15, train("--data.corpora.0.path data/other"), ("data.corpora.0.path: data/other.bin and data/other.idx not found",),
          runs(r"; (lsys data prepare .*?) makes them", "texts")),

@@ -57,3 +57,16 @@ def test_an_index_is_read_by_every_rank(prefix: Path) -> None:
         corpora.open_corpora(settings(prefix), is_first=False)
     shutil.copy(f"{prefix}.whole", f"{prefix}.idx")
     assert isinstance(corpora.open_corpora(settings(prefix), is_first=False)[0], Corpus)
+
+
+def test_ranks_without_a_place_to_meet_are_refused() -> None:
+    """Each of them would have been a run of its own."""
+    from datetime import timedelta
+
+    import torch
+
+    from lsys.runtime.environment import Launch, LaunchError
+    from lsys.runtime.groups import _start
+
+    with pytest.raises(LaunchError, match="WORLD_SIZE is 2, and MASTER_ADDR or MASTER_PORT, .*; start with torchrun"):
+        _start(Launch(rank=1, world_size=2), torch.device("cpu"), timedelta(seconds=1))

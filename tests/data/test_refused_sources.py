@@ -9,6 +9,8 @@ import pytest
 from pyarrow import parquet
 from support.texts import arrow, dataset, dataset_dict, lines, make, texts, write
 
+from lsys.cli import main
+from lsys.config.corpora import prepare_again, read_description
 from lsys.data.prepare import PrepareArgs, PrepareError, prepare
 from lsys.data.source_error import SourceError
 
@@ -110,3 +112,25 @@ def test_a_folder_is_no_prefix(tmp_path: Path, is_there: bool) -> None:
             make(tmp_path / "data", source)
     make(tmp_path / "data" / "corpus", source)
     assert sorted(path.name for path in tmp_path.glob("*")) == ["a.txt", "data"]
+
+
+def test_the_command_that_makes_a_corpus_again_makes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines(Path("hub") / "train-0.jsonl", {"body": "a b"}, {"body": ""})
+    lines(Path("hub") / "test-0.jsonl", {"body": "c"})
+    make(Path("out"), "hub", split="train", text_column="body", empty="skip", suffix=[".x", ".y"])
+    description, before = read_description("out"), Path("out.bin").read_bytes()
+    Path("out.bin").write_bytes(b"damaged")
+    said, _, command = prepare_again("out", description).partition(": lsys ")
+    assert said == "prepare it again" and main(command.split()) == 0
+    assert Path("out.bin").read_bytes() == before and read_description("out") == description
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sources": 3}, {"sources": [3]}, {"tokenizer": "bytes"}, {"options": [3]}, {"sources": None}]
+)
+def test_a_description_by_another_hand_makes_no_command(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    write(tmp_path / "a.txt", "text")
+    make(tmp_path / "out", tmp_path / "a.txt")
+    assert "lsys data prepare" in prepare_again("out", description := read_description(f"{tmp_path}/out"))
+    assert prepare_again("out", description | wrong) == "prepare it again"
