@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.comparing import largest
 from support.linear_kernels import VARIANTS, error, tensors
 
 from lsys.kernels.linear_attention import segments
@@ -172,4 +173,4 @@ def test_outputs_and_gradients_that_some_want_are_the_definition(frozen):
         found.append([o, *(torch.autograd.grad((o * one.inputs.do[0]).sum(), leaves) if leaves else ())])
         if backend == "chunked":
             assert one.left == ([], None)
-    assert len(found[0]) == len(found[1]) and max(map(error, *found)) < 1e-10
+    assert len(found[0]) == len(found[1]) and largest(map(error, *found)) < 1e-10

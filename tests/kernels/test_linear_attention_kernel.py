@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.comparing import largest
 from support.linear_kernels import (
     DECAYS,
     PACKS,
@@ -66,7 +67,7 @@ def test_the_definition_is_the_quadratic_form(decay, lengths):
     inputs = tensors(decay, lengths)
     wanted = with_gradients(inputs, *quadratic(inputs, lengths))
     found = run(inputs, cu_seqlens=cu(lengths), backend="reference")
-    assert max(errors(found, wanted).values()) < 1e-10
+    assert largest(errors(found, wanted).values()) < 1e-10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -75,7 +76,7 @@ def test_the_definition_is_a_product_of_matrices(variant):
     inputs = tensors(variant, lengths)
     wanted = with_gradients(inputs, *matrices(inputs, lengths))
     found = run(inputs, cu_seqlens=cu(lengths), backend="reference")
-    assert max(errors(found, wanted).values()) < 1e-10
+    assert largest(errors(found, wanted).values()) < 1e-10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -86,7 +87,7 @@ def test_chunked_is_the_definition(variant, dtype, key_heads):
         inputs, options = tensors(variant, lengths, dtype, key_heads=key_heads), dict(cu_seqlens=cu(lengths))
         wanted = run(inputs.exact(), **options, backend="reference")
         found = run(inputs, **options, backend="chunked")
-        assert max(errors(found, wanted).values()) < TOLERANCE[dtype], lengths
+        assert largest(errors(found, wanted).values()) < TOLERANCE[dtype], lengths
         q, k, v, state, log_decay, beta = inputs[:6]
         alone, nothing = linear_attention(q, k, v, log_decay, beta, initial_state=state, **options)
         assert nothing is None and torch.equal(alone, found[0])
@@ -120,7 +121,7 @@ def test_two_phases_are_the_definition(variant, external):
     lengths = [40, 3, 100, 0, 130, 5, 300]
     inputs = tensors(variant, lengths)
     wanted = two_phases(inputs, lengths, external, "reference")
-    assert max(errors(two_phases(inputs, lengths, external, "chunked"), wanted).values()) < 1e-10
+    assert largest(errors(two_phases(inputs, lengths, external, "chunked"), wanted).values()) < 1e-10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -134,7 +135,7 @@ def test_two_phases_by_blocks_are_the_definition(variant, size, block, monkeypat
     inputs = tensors(variant, lengths)
     for external in ([0, 1, 5, 7], [2, 3, 4], [6], [*range(9)], [1]):
         wanted = two_phases(inputs, lengths, external, "reference")
-        assert max(errors(two_phases(inputs, lengths, external, "chunked"), wanted).values()) < 1e-10, external
+        assert largest(errors(two_phases(inputs, lengths, external, "chunked"), wanted).values()) < 1e-10, external
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -154,7 +155,7 @@ def test_two_phases_give_any_gradient_alone(variant, monkeypatch):
         found[backend] = [
             torch.autograd.grad(loss, x, retain_graph=True, materialize_grads=True)[0] for loss, x in asked
         ]
-    assert max(map(error, found["chunked"], found["reference"])) < 1e-10
+    assert largest(map(error, found["chunked"], found["reference"])) < 1e-10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -183,7 +184,7 @@ def test_two_phases_keep_inputs_and_a_state_a_chunk(variant):
 def test_a_batch_is_sequences(variant):
     for tokens in (64, 77):
         inputs = tensors(variant, [tokens] * 3, batch=3)
-        assert max(errors(run(inputs), run(inputs, backend="reference")).values()) < 1e-10, tokens
+        assert largest(errors(run(inputs), run(inputs, backend="reference")).values()) < 1e-10, tokens
 
 
 @pytest.mark.parametrize(("size", "block"), [(16, 1), (64, 2**11)])
@@ -196,7 +197,7 @@ def test_chunks_and_blocks_cover_the_tokens_in_any_size(size, block, monkeypatch
             inputs = tensors(variant, lengths)
             options = dict(cu_seqlens=cu(lengths))
             wanted = run(inputs, **options, backend="reference")
-            assert max(errors(run(inputs, **options), wanted).values()) < 1e-10, (variant, lengths)
+            assert largest(errors(run(inputs, **options), wanted).values()) < 1e-10, (variant, lengths)
             q, k, v, _, log_decay, beta = inputs[:6]
             fresh, definition = (
                 linear_attention(q, k, v, log_decay, beta, **options, backend=backend)[0]

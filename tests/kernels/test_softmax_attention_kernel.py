@@ -63,7 +63,8 @@ def run(q, k, v, do, pack, **options):
 def check(got, expected, dtype):
     for name, x, y in zip(("o", "lse", "dq", "dk", "dv"), got, expected, strict=True):
         assert x.shape == y.shape, name
-        error = ((x.double() - y).abs() / (1 + y.abs())).nan_to_num(0 if torch.equal(x.isinf(), y.isinf()) else 1)
+        alike = x.double() == y  # infinite ones too, of queries that see nothing
+        error = ((x.double() - y).abs() / (1 + y.abs())).masked_fill(alike, 0)
         assert error.numel() == 0 or error.max() < TOLERANCE[dtype], (name, error.max())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.comparing import largest
 from torch import Tensor
 
 from lsys.mixers.registry import module_class
@@ -204,7 +205,7 @@ def test_any_number_of_ranks_is_one_device(gloo: Any, case: str, parallel: dict[
     for layout in ("zigzag", "random") if parallel.get("context", 1) > 1 else ("contiguous",):
         found = merged(gloo(ranks, _share, case, layout, parallel))
         differences = {name: float((found[name] - value).norm() / value.norm()) for name, value in wanted.items()}
-        assert found.keys() == wanted.keys() and max(differences.values()) < 1e-10, (layout, differences)
+        assert found.keys() == wanted.keys() and largest(differences.values()) < 1e-10, (layout, differences)
 
 
 def _token_by_token(rank: int, ranks: int, case: str) -> float:

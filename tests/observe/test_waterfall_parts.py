@@ -47,7 +47,7 @@ def split(
     whole = Split(Timer(CPU), peers, axes)
     whole.add(step)
     whole.settle()
-    return {part: pytest.approx(seconds) for part, seconds in whole.seconds.items() if abs(seconds) > 1e-12}
+    return {part: pytest.approx(seconds) for part, seconds in whole.seconds.items() if not abs(seconds) <= 1e-12}
 
 
 def waited_for(axis: str, begin: float, end: float, before: float = 0.0, after: float = 0.0) -> list[Blocked]:

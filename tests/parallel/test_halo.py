@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comparing import largest
 from support.layouts import layouts, random_layout
 from support.noted import noted
 from torch.utils.checkpoint import checkpoint
@@ -100,13 +101,13 @@ def _equals_definition(rank, world_size):
                 loss = (rows.x * weights(rows.x, rank)).sum() + (state * weights(state, 100 + rank)).sum()
                 (got,) = torch.autograd.grad(loss, mine)
                 (whole,) = torch.autograd.grad(loss_of_all(x, layout, k), x)
-                worst = max([worst, *(got - layout.shard(whole, rank)).abs().flatten().tolist()])
+                worst = largest([worst, *(got - layout.shard(whole, rank)).abs().flatten().tolist()])
     return worst
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_one_device(gloo, world_size):
-    assert max(gloo(world_size, _equals_definition)) <= 1e-12
+    assert largest(gloo(world_size, _equals_definition)) <= 1e-12
 
 
 class Wire:
@@ -218,14 +219,14 @@ def _mixers(rank, world_size, width):
                 for ours, theirs in ((y, whole), (got[0], expected[0])):
                     differences += (ours - layout.shard(theirs, rank)).abs().flatten().tolist()
                 filters_gradients.append((got[1], expected[1]))
-    return max(differences), filters_gradients
+    return largest(differences), filters_gradients
 
 
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_convolution_and_token_shift_equal_one_device(gloo, world_size, width):
     differences, gradients = zip(*gloo(world_size, _mixers, width), strict=True)
-    assert max(differences) <= 1e-12
+    assert largest(differences) <= 1e-12
     for case in zip(*gradients, strict=True):
         whole = case[0][1]
         torch.testing.assert_close(sum(part for part, _ in case), whole, rtol=1e-12, atol=1e-12)
@@ -339,7 +340,7 @@ def _recomputed(rank, world_size):
                 results.append(torch.autograd.grad((y * weights(y, rank)).sum(), (x, scale), allow_unused=True))
             for plain, again in zip(*results, strict=True):
                 differences += (plain - again).abs().flatten().tolist()
-    return max(differences)
+    return largest(differences)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

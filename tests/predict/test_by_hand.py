@@ -27,7 +27,7 @@ PAIRS = 16 * 17 // 2
 
 
 def deployed(
-    ranks: int = 1, pattern: str = "SL", groups: int = 1, recompute: str = "none", **parallel: int
+    ranks: int = 1, pattern: str = "SL", groups: int = 1, recompute: str = "none", **parallel: Any
 ) -> Deployment:
     model = dict(
         pattern=pattern, layers=2, hidden=8, heads=2, groups=groups, head_dim=4, ffn=12, vocab=32, vocab_multiple=32
@@ -194,7 +194,8 @@ def test_compute_is_work_at_its_rates() -> None:
     once = StageWork(deployed()).update(0)
     for name in {**forward, **backward, **once}:
         twice = 2 * (forward[name] + backward[name])
-        found = StepTime(deployed(), toy(None, **{name.replace(":", "_of_"): 2.0})).predict()
+        costs: Any = {name.replace(":", "_of_"): 2.0}
+        found = StepTime(deployed(), toy(**costs)).predict()
         assert found.parts["compute"] == 2.0 * (twice + once[name]), name
         assert found.seconds == sum(found.parts.values())
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from project.test_mixers_complete import changes, check_bytes, check_kept, check_memory, check_parameters, check_plan
 from support import parity
+from support.comparing import largest
 
 EXAMPLE = "my_parts.cards:FeatureAttention"
 
@@ -47,4 +48,4 @@ def test_two_tensor_times_two_context_ranks_equal_one(gloo: Any, card: str) -> N
         for ranks, degrees in ((1, {}), (4, {"tensor": 2, "context": 2}))
     )
     found = parity.difference(one, many)
-    assert max(found.values()) <= 1e-5, found
+    assert largest(found.values()) <= 1e-5, found

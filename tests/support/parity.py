@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from support.comparing import largest
+
 # Lengths that no degree divides: bytes to a document longer than a micro-batch, ones, a two.
 LENGTHS = (1, 41, 7, 130, 3, 1, 59, 2, 211, 13, 1, 28, 5, 77, 19)
 STEPS = 5
@@ -132,7 +134,7 @@ def merge(outcomes: list[Outcome]) -> tuple[dict[str, torch.Tensor], float]:
             seen = held.setdefault(key, torch.zeros(shape, dtype=torch.bool))
             place = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
             if seen[place].any():
-                disagreement = max(disagreement, float((target[place] - data).norm() / data.norm()))
+                disagreement = largest((disagreement, float((target[place] - data).norm() / data.norm())))
             target[place], seen[place] = data, True
     assert all(seen.all() for seen in held.values()), [key for key, seen in held.items() if not seen.all()]
     return whole, disagreement
@@ -142,14 +144,14 @@ def difference(one: list[Outcome], many: list[Outcome]) -> dict[str, float]:
     """Largest relative difference of gradients (per parameter), of the gradient norms, of the losses."""
     (reference, _), (merged, disagreement) = merge(one), merge(many)
     assert reference.keys() == merged.keys(), reference.keys() ^ merged.keys()
-    gradients = max(float((merged[k] - g).norm() / g.norm()) for k, g in reference.items())
+    gradients = largest(float((merged[k] - g).norm() / g.norm()) for k, g in reference.items())
 
     def relative(a: list[float], b: list[float]) -> float:
-        return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+        return largest(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
     return {
         "gradients": gradients,
         "replicas": disagreement,
         "first norm": relative(one[0].norms[:1], many[0].norms[:1]),
-        "losses": max(relative(one[0].losses, outcome.losses) for outcome in many),
+        "losses": largest(relative(one[0].losses, outcome.losses) for outcome in many),
     }

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 from support import parity, steps
+from support.comparing import largest
 
 from lsys.config.losses import LOSSES
 from lsys.predict.activations import Activations
@@ -54,7 +55,7 @@ def test_it_trains_as_the_one_with_all_logits(gloo: Any, case: str) -> None:
     one = [parity.Outcome(**each) for each in gloo(1, outcome, shared)]
     many = [parity.Outcome(**each) for each in gloo(ranks, outcome, changes | CHUNKED)]
     found = parity.difference(one, many)
-    assert max(found.values()) < TOLERANCE, found
+    assert largest(found.values()) < TOLERANCE, found
 
 
 def operations(rank: int, world_size: int, changes: dict[str, Any]) -> Any:

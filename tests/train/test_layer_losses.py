@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from support import added, parity, steps
+from support.comparing import largest
 
 from lsys.config import losses
 from lsys.config.losses import LayerLoss, layer_losses
@@ -50,12 +51,15 @@ def differences(gloo: Any, ranks: int, degrees: dict[str, Any], recompute: str, 
     whole, copies = parity.merge([parity.Outcome(pieces=each["pieces"]) for each in many])
     exact, _ = parity.merge([parity.Outcome(pieces=each["pieces"]) for each in _definition])
     assert whole.keys() == exact.keys()
-    found = {"gradients": max(float((whole[key] - g).norm() / g.norm()) for key, g in exact.items()), "copies": copies}
+    found = {
+        "gradients": largest(float((whole[key] - g).norm() / g.norm()) for key, g in exact.items()),
+        "copies": copies,
+    }
     for name in added.WEIGHTS:
         known = _definition[0]["reported"][0][name]
-        found[name] = max(abs(now[name] / known - 1) for each in many for now in each["reported"])
+        found[name] = largest(abs(now[name] / known - 1) for each in many for now in each["reported"])
     known = _definition[0]["losses"][0]  # the cross-entropy alone, in training and validation
-    found["loss"] = max(abs(loss / known - 1) for each in many for loss in each["losses"])
+    found["loss"] = largest(abs(loss / known - 1) for each in many for loss in each["losses"])
     return found
 
 
@@ -63,7 +67,7 @@ def differences(gloo: Any, ranks: int, degrees: dict[str, Any], recompute: str, 
 @pytest.mark.parametrize("case", FAST)
 def test_what_layers_add_is_the_total_on_one_device(gloo: Any, case: str, recompute: str) -> None:
     found = differences(gloo, *FAST[case], recompute)
-    assert max(found.values()) < TOLERANCE, found
+    assert largest(found.values()) < TOLERANCE, found
 
 
 @pytest.mark.slow
@@ -71,7 +75,7 @@ def test_what_layers_add_is_the_total_on_one_device(gloo: Any, case: str, recomp
 @pytest.mark.parametrize("case", SLOW)
 def test_what_layers_add_is_the_total_on_one_device_more(gloo: Any, case: str, recompute: str) -> None:
     found = differences(gloo, *SLOW[case], recompute)
-    assert max(found.values()) < TOLERANCE, found
+    assert largest(found.values()) < TOLERANCE, found
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from support import parity, resuming
+from support.comparing import largest
 
 from lsys.config.messages import FilesError
 
@@ -83,7 +84,7 @@ def defined(x: torch.Tensor, mixer: Any, shift: float) -> torch.Tensor:
 @pytest.mark.parametrize("shift", [1.0, 2.5])
 def test_the_mixer_is_its_definition(gloo: Any, shift: float) -> None:
     (found,) = gloo(1, layer, shift)
-    assert max(found.values()) < 1e-10, found
+    assert largest(found.values()) < 1e-10, found
 
 
 DEGREES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -107,7 +108,7 @@ def check(gloo: Any, shared: dict[str, Any], case: str) -> None:
         for count, more in ((1, {}), (ranks, degrees))
     )
     found = parity.difference(one, many)
-    assert max(found.values()) <= 1e-5, found
+    assert largest(found.values()) <= 1e-5, found
 
 
 # ---- an optimizer
@@ -173,11 +174,11 @@ def lion_steps(rank: int, world_size: int) -> float:
 
             engine.step = watched
             resuming.advance(engine, step, step + 1, resuming.Seen())
-        return max(float((p.data - wanted[p.key, p.offset]).abs().max()) for p in pieces(chunk.module))
+        return largest(float((p.data - wanted[p.key, p.offset]).abs().max()) for p in pieces(chunk.module))
 
 
 def test_lion_is_its_formulas(gloo: Any) -> None:
-    assert max(gloo(1, lion_steps)) < 1e-6  # a step is 5e-4
+    assert largest(gloo(1, lion_steps)) < 1e-6  # a step is 5e-4
 
 
 # ---- resuming
