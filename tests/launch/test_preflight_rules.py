@@ -160,6 +160,9 @@ def test_a_slow_link_is_a_warning():
     (finding,) = judge(Meeting(reports), 3)
     assert finding.warning and finding.hosts == ("gpu-2",)
     assert "sends at 12 MB/s at best, the other nodes at 1,000" in finding.problem
+    for rate, told in ((4.9e8, 1), (5.1e8, 0)):  # half of what the others reach does
+        reports[2].rates = {"0": rate, "1": 1.1e7}
+        assert len(judge(Meeting(reports), 3)) == told, rate
 
 
 def test_missing_nodes_are_named_where_that_can_be_known():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention import WIDTH, comm_of, distributed, expected, largest_error, tensors
+from support.comparing import largest
 from support.layouts import all_on_last, drawn_layouts, layouts, random_schedule
 from support.masks import SHARES, arguments, mask_of, sees
 
@@ -136,7 +137,7 @@ def _plain_ring(rank, world_size):
 
 def test_the_plain_ring_of_the_docstring_is_attention(gloo):
     for world_size in (2, 3):
-        assert max(gloo(world_size, _plain_ring)) < 1e-12
+        assert largest(gloo(world_size, _plain_ring)) < 1e-12
 
 
 def _perturbed(rank, world_size, dtype):

@@ -188,6 +188,71 @@ def test_initial_weights_are_the_same_for_all_degrees(gloo: Any, changes: dict[s
             assert torch.equal(values[inner], data), key
 
 
+INIT_STD, LAYERS = 0.03, 9
+PATTERN = "SLRGMDNKS"
+WRITES = INIT_STD / math.sqrt(2 * LAYERS)  # into the residual stream (GPT-2)
+
+
+@pytest.fixture(scope="module")
+def initial(gloo: Any) -> dict[str, torch.Tensor]:
+    """The initial parameters of an untied model with every mixer."""
+    linear = {"heads": 8, "key_heads": 4, "key_dim": 16, "head_dim": 16}
+    sizes: dict[str, Any] = dict(model__hidden=64, model__ffn=96, model__layers=LAYERS, model__linear=linear)
+    (found,) = gloo(
+        1, initial_parameters, sizes | dict(model__pattern=PATTERN, model__init_std=INIT_STD, model__tied=False)
+    )
+    whole: dict[str, list[torch.Tensor]] = {}
+    for key, _, data in found:
+        whole.setdefault(key, []).append(data)
+    return {key: torch.cat(parts) for key, parts in whole.items()}
+
+
+def test_initial_weights_have_their_standard_deviations(initial: dict[str, torch.Tensor]) -> None:
+    """Normal, with one standard deviation for what reads the residual stream and one for what writes to it; of embeddings the first."""
+    seen = set()
+    for key, weight in initial.items():
+        if weight.dim() < 2 or key.endswith("conv.weight"):
+            continue
+        writes = key.endswith(("out_proj.weight", "linear_fc2.weight"))
+        wanted, count = WRITES if writes else INIT_STD, weight.numel()
+        # A sample's standard deviation is known to 1 in sqrt(2 n), its mean to 1 in sqrt(n).
+        assert float(weight.std()) == pytest.approx(wanted, rel=5 / math.sqrt(2 * count)), key
+        assert abs(float(weight.mean())) < 5 * wanted / math.sqrt(count), key
+        kurtosis = float((weight / weight.std()).pow(4).mean())
+        assert kurtosis == pytest.approx(3.0, abs=5 * math.sqrt(24 / count)), key  # normal; a uniform one has 1.8
+        seen.add(key.split(".")[-2] + "." + key.split(".")[-1])
+    assert {"word_embeddings.weight", "output_layer.weight", "in_proj.weight", "out_proj.weight"} <= seen
+    assert {"linear_fc1.weight", "linear_fc2.weight", "decay_in.weight", "decay_out.weight", "gate_out.weight"} <= seen
+
+
+def test_initial_norms_biases_and_decays(initial: dict[str, torch.Tensor]) -> None:
+    """Norms and skips are 1, biases 0; convolutions uniform within 1 / sqrt(width); rates uniform in 1..16 and steps log-uniform in
+    0.001..0.1 (Mamba-2: Dao & Gu, 2024)."""
+    others = {key: value for key, value in initial.items() if value.dim() < 2 or key.endswith("conv.weight")}
+    steps, counts = [], {"ones": 0, "zeros": 0, "conv": 0, "A_log": 0}
+    for key, value in others.items():
+        if key.endswith("A_log"):
+            counts["A_log"] += 1
+            assert (value >= 0).all() and (value <= math.log(16)).all() and 0.5 < float(value.exp().mean()) - 3 < 11
+        elif key.endswith("dt_bias"):
+            steps.append(torch.nn.functional.softplus(value.double()).log10())
+        elif key.endswith("conv.weight"):
+            bound, count = value.shape[1] ** -0.5, value.numel()
+            counts["conv"] += 1
+            assert value.abs().max() <= bound and value.abs().max() > 0.98 * bound, key
+            assert float(value.std()) == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(2 * count)), key
+        elif key.endswith("bias"):
+            counts["zeros"] += 1
+            assert (value == 0).all(), key
+        else:
+            counts["ones"] += 1
+            assert (value == 1).all(), key
+    assert min(counts.values()) > 0, counts
+    every = torch.cat(steps)
+    assert every.min() >= -3.001 and every.max() <= -0.999 and len(every) > 100
+    assert float(every.mean()) == pytest.approx(-2, abs=5 * 2 / math.sqrt(12 * len(every)))
+
+
 def rates(rank: int, world_size: int, changes: dict[str, Any]) -> list[float]:
     """The learning rate of each step."""
     from support import resuming
