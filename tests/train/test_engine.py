@@ -284,3 +284,22 @@ def test_the_learning_rate_is_the_schedules_formula(gloo: Any, schedule: str) ->
         return least + share * (peak - least)
 
     assert found == pytest.approx([formula(done) for done in range(steps)], rel=1e-12)
+
+
+def rate_after(rank: int, world_size: int, changes: dict[str, Any], steps: int) -> float:
+    """The learning rate of the first step from a checkpoint that holds a schedule of so many steps."""
+    from support import resuming
+
+    with resuming.engine_of(rank, world_size, changes) as engine:
+        held = engine.scheduler.state_dict() | {"num_steps": steps}
+        engine.scheduler.num_steps = 0  # as `megatron_state.put` has it
+        engine.scheduler.load_state_dict(held)
+        return engine.learning_rate
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(2, 0.0075), (3, 0.01), (4, 0.01), (12, 0.005)])
+def test_an_older_checkpoint_goes_on_with_the_next_rate(gloo: Any, steps: int, wanted: float) -> None:
+    """Of a warm-up of 4 steps and a cosine to 20: within it the next step's, 1 / 4 more than it would have been; behind it as ever."""
+    changes: dict[str, Any] = dict(schedule="cosine", lr=0.01, warmup_steps=4, min_lr=0.0)
+    changes = {f"optimizer__{key}": value for key, value in changes.items()} | {"train__steps": 20}
+    assert gloo(1, rate_after, changes, steps) == [pytest.approx(wanted, rel=1e-12)]

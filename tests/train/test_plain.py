@@ -63,11 +63,11 @@ CASES = {
         Sizes(mixers="SLDM", channels="F", is_tied=True, qk_norm=True, **SIZES),
         Recipe(schedule="constant", least=0.0, clip=0.3, z_loss=1e-2, **RECIPE | {"peak": 0.01}),
         "bf16",
-        loss=2e-3,
-        z_loss=2e-3,
+        loss=1e-3,
+        z_loss=1e-3,
         norm=3e-2,
         parameters=2e-2,
-        changes=0.3,  # Adam divides by the size of a gradient, also of those that are rounding
+        changes=0.15,  # Adam divides by the size of a gradient, also of those that are rounding
         rounding=3e-3,
     ),
 }
