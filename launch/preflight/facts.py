@@ -17,7 +17,6 @@ from lsys.launch.preflight.report import Report
 
 PACKAGES = ("torch", "megatron-core", "triton", "numpy", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "transformer-engine")
 TREES = ("lsys", "lsys.kernels", "lsys.parallel", "lsys.launch")
-BYTES_PER_PARAMETER = 14  # of a checkpoint: weights, and in fp32 main weights and two moments
 
 
 def gather(report: Report, config: str, words: Sequence[str]) -> None:
@@ -112,7 +111,7 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
     from lsys.config.modules import missing_modules
     from lsys.config.overrides import parse_overrides
     from lsys.config.rules import check, file_mistakes
-    from lsys.observe.flops import parameters
+    from lsys.predict.checkpoint import checkpoint_bytes
 
     try:
         settings = load(config, parse_overrides(words))
@@ -125,7 +124,7 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
     report.config = flat(resolved(settings))
     report.folder = str(settings.train.folder)
     if settings.checkpoint.save:
-        report.checkpoint = BYTES_PER_PARAMETER * sum(parameters(settings.model).values())
+        report.checkpoint = checkpoint_bytes(settings)
     for corpus in settings.data.corpora:
         for ending in (".bin", ".idx"):
             path = Path(f"{corpus.path}{ending}")

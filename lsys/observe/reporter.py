@@ -1,5 +1,7 @@
 """What a run tells of itself: the console line, TensorBoard, and its record. Only rank 0 writes."""
 
+import contextlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -28,7 +30,7 @@ PICTURE, RANKS, WRITING = (
     f"writing {RECORD} (a later metrics.baseline)",
 )
 
-UNSHOWN, UNSAID = "reports in TensorBoard, which could not be opened then", "lines here"
+UNSHOWN = "reports in TensorBoard, which could not be opened then"
 PAUSE = 1.0  # s between the last two attempts to write
 
 
@@ -70,7 +72,7 @@ class Reporter:
         self.metrics = [metric for metric in declared(settings) if metric.shown]
         self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
         self.attempt = Attempts(self.say)
-        self.unsaid = self.unshown = 0  # lines; reports without curves
+        self.unshown = 0  # reports without curves
         self.board: Board | None = None
         self._opening = partial(self._open, mesh, nodes, first_step, text, corpora)
         self._open_board()
@@ -93,11 +95,14 @@ class Reporter:
         self.say(f"curves: tensorboard --logdir {self.settings.train.folder}, then {address()}")
 
     def say(self, message: str) -> None:
-        """Print a line; one that a full disk or an ended reader does not take is counted, and costs nothing else."""
+        """Print a line. One that a full disk does not take comes with a later one; where the reader has ended, none does."""
         try:
             self.console.print(message)
         except OSError:
-            self.unsaid += 1
+            pass
+        except SystemExit:  # rich would end the process with its reader
+            with contextlib.suppress(OSError):
+                print("lsys: nothing reads the console any more; training goes on", file=sys.stderr, flush=True)
 
     def training(
         self, step: int, interval: Interval, values: Mapping[str, float], waterfall: Waterfall | None = None
@@ -182,7 +187,7 @@ class Reporter:
             for what in writes.keys() & self.attempt.failing:
                 self.attempt(what, writes[what])
         missing = [self.attempt.summary(), self.board.lost if self.board else ""]
-        missing += [f"{count} {what}" for count, what in ((self.unshown, UNSHOWN), (self.unsaid, UNSAID)) if count]
+        missing += [f"{self.unshown} {UNSHOWN}"] if self.unshown else []
         if any(missing):
             self.say(f"warning: could not be written: {'; '.join(filter(None, missing))}")
 

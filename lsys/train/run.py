@@ -21,6 +21,7 @@ from lsys.runtime.groups import Groups, process_groups
 from lsys.runtime.lock import FolderLock
 from lsys.train.corpora import open_corpora
 from lsys.train.errors import RunError, step_named
+from lsys.train.folders import require_folders
 from lsys.train.stopped import clear
 
 if TYPE_CHECKING:  # at run time this would import torch before what can be refused is refused
@@ -31,12 +32,22 @@ if TYPE_CHECKING:  # at run time this would import torch before what can be refu
 
 def main(settings: Config) -> int:
     """Train as configured; the exit code."""
+    from lsys.train.finished import finished_step
     from lsys.train.signals import heed_until
 
+    launch = launch_from_environment()
+    if (done := finished_step(settings, launch)) is not None:
+        if launch.rank == 0:
+            say(nothing_to_do(done, settings.train.steps))
+        return 0
     with open_run(settings) as run:
         heed_until(lambda: run.is_done)
         run.train()
     return 0
+
+
+def nothing_to_do(done: int, steps: int) -> str:
+    return f"nothing to do: train.steps is {steps} and the checkpoint has done {done}; raise train.steps to go on"
 
 
 @contextlib.contextmanager
@@ -46,6 +57,7 @@ def open_run(settings: Config) -> "Iterator[Run]":
     launch = launch_from_environment()
     require(settings, launch.world_size)
     check_files(settings)
+    require_folders(settings, launch)
     with _lock(settings, launch) as lock:  # before what is in the folder is looked at
         require_own_folder(settings)
         efficiency = open_baseline(settings, launch)
@@ -162,9 +174,7 @@ class Run:
         if self.step:
             self.reporter.say(f"resumed after step {self.step} of {steps}")
         if self.step >= steps:
-            self.reporter.say(
-                f"nothing to do: train.steps is {steps} and the checkpoint has done {self.step}; raise train.steps to go on"
-            )
+            self.reporter.say(nothing_to_do(self.step, steps))
             self.reporter.close()
             return
         self.observers = self._observers()
