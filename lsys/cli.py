@@ -112,6 +112,7 @@ def _options(kind: type[T], command: str, words: list[str]) -> T:
 
 
 def _train(words: list[str]) -> int:
+    from lsys.checkpoint import choice
     from lsys.config.corpora import corpus_notices
     from lsys.config.load import load
     from lsys.config.rules import check, file_mistakes
@@ -128,7 +129,7 @@ def _train(words: list[str]) -> int:
         refuse_restart(
             config.train.folder, job_from_environment()
         )  # before what else is wrong: the same sentence each time
-        return check(config, launch.world_size) + file_mistakes(config)
+        return check(config, launch.world_size) + file_mistakes(config) + choice.mistakes(config)
 
     config = load(options.config, overrides, rules)
     for notice in corpus_notices(config) if launch.rank == 0 else ():
@@ -139,6 +140,7 @@ def _train(words: list[str]) -> int:
 
 
 def _check(words: list[str]) -> int:
+    from lsys.checkpoint import choice
     from lsys.config.load import load
     from lsys.config.messages import Mistake
     from lsys.config.modules import missing_modules
@@ -155,7 +157,7 @@ def _check(words: list[str]) -> int:
         ]
 
     def rules(config: "Config") -> "list[Mistake]":
-        files = file_mistakes(config) if options.files else []
+        files = file_mistakes(config) + choice.mistakes(config) if options.files else []
         return [*check(config, options.world_size), *missing_modules(config), *files, *blind]
 
     config = load(options.config, overrides, rules)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional, UseAppendAction
 
+from lsys.checkpoint.choice import find_checkpoint
 from lsys.checkpoint.manifest import Manifest
 from lsys.config import Config
 from lsys.config.load import loads
@@ -60,10 +61,9 @@ def main(options: GenerateOptions) -> int:
     """Print the prompt and what follows it, as it is made; the exit code."""
     check(options)
     install_megatron()
-    from lsys.checkpoint.weights import find_checkpoint
     from lsys.model.own import require_modules
 
-    path = find_checkpoint(options.checkpoint)
+    path = find_checkpoint(options.checkpoint).path
     manifest = Manifest.read(path)
     settings = one_device(configuration(manifest, options.trust))
     require_modules(settings)

@@ -30,8 +30,8 @@ def decode(
     from lsys.runtime import install_megatron
 
     install_megatron()
+    from lsys.checkpoint.choice import find_checkpoint
     from lsys.checkpoint.manifest import Manifest
-    from lsys.checkpoint.weights import find_checkpoint
     from lsys.generate import Decoder, configuration, one_device
     from lsys.model.loss import token_losses
     from lsys.model.packed import PackedMicroBatch
@@ -39,7 +39,7 @@ def decode(
     from lsys.runtime.environment import Launch
     from lsys.runtime.groups import process_groups
 
-    path = find_checkpoint(folder)
+    path = find_checkpoint(folder).path
     manifest = Manifest.read(path)
     settings = one_device(configuration(manifest, trust))
     with process_groups(settings.parallel, Launch()) as groups:
@@ -122,7 +122,7 @@ def test_a_corpus_that_is_not_here_wants_the_tokenizer_named() -> None:
 
 def test_wrong_options_are_refused_together(tmp_path: Path) -> None:
     from lsys.checkpoint import CheckpointError
-    from lsys.checkpoint.weights import find_checkpoint
+    from lsys.checkpoint.choice import find_checkpoint
     from lsys.generate import GenerateError, GenerateOptions, check
 
     with pytest.raises(GenerateError) as caught:

@@ -106,6 +106,7 @@ def host_name() -> str:
 
 def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
     """The configuration as this node reads it, and the files that it names."""
+    from lsys.checkpoint import choice
     from lsys.config.load import load, resolved
     from lsys.config.messages import ConfigError
     from lsys.config.modules import missing_modules
@@ -119,7 +120,9 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
         report.mistakes = [str(mistake) for mistake in error.mistakes]
         return
     mistakes = check(settings, report.nodes * report.ranks) + missing_modules(settings)
-    mistakes += file_mistakes(settings, absent=False)  # `files` says what is missing
+    mistakes += file_mistakes(settings, absent=False) + choice.mistakes(
+        settings
+    )  # `files` says what corpora are missing
     report.mistakes = [str(mistake) for mistake in mistakes]
     report.config = flat(resolved(settings))
     report.folder = str(settings.train.folder)
@@ -129,9 +132,6 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
         for ending in (".bin", ".idx"):
             path = Path(f"{corpus.path}{ending}")
             report.files[str(path)] = path.stat().st_size if path.is_file() else -1
-    if isinstance(settings.checkpoint.resume, Path):
-        path = settings.checkpoint.resume
-        report.files[str(path)] = 0 if path.exists() else -1
 
 
 def flat(tree: Any, above: str = "") -> dict[str, Any]:

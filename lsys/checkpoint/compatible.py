@@ -1,9 +1,7 @@
 """Whether the model of a checkpoint is the model of a configuration."""
 
-import logging
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 from pydantic import ValidationError
 
@@ -12,16 +10,22 @@ from lsys.config.load import model_keys
 from lsys.config.messages import from_validation
 from lsys.config.model import Model
 from lsys.config.schema import ADAMW
-from lsys.config.user_code import OWN, UserCode, is_path
+from lsys.config.user_code import OWN, UserCode
 
 # Fields of the model that change no stored tensor; the rest must be equal.
 FREE = frozenset({"vocab", "vocab_multiple", "init_std"})  # of the vocabulary only the padded size counts
-FUNCTION = frozenset({"rope_base", "norm_eps"})  # what the model computes changes: allowed, with a warning
+FUNCTION = frozenset(
+    {"rope_base", "norm_eps"}
+)  # what the model computes changes: allowed, and told (`lsys.checkpoint.changes`)
 MISSING = object()  # in the place of a key that one of the two does not have
 
 
-def differences(stored: str, settings: Config) -> list[str]:
-    """Every reason why a checkpoint with the configuration `stored` (YAML) cannot be loaded into a run with `settings`."""
+def differences(stored: str, settings: Config, *, weights: bool = False) -> list[str]:
+    """Every reason why a checkpoint with the configuration `stored` (YAML) cannot be loaded into a run with `settings`.
+
+    Args:
+        weights: whether the weights alone are to be loaded, whatever optimizer wrote them.
+    """
     tree = yaml.safe_load(stored)
     # Of what the checkpoint names, what the configuration names too is imported; the rest does not run.
     code = UserCode(settings.model.mixers.paths)
@@ -35,25 +39,11 @@ def differences(stored: str, settings: Config) -> list[str]:
             for mistake in from_validation(error, Model)
         ]
     found = [
-        f"model.{name} {_text(old.get(name, MISSING))} in the checkpoint, {_text(new.get(name, MISSING))} in the config"
+        f"model.{name} {text_of(old.get(name, MISSING))} in the checkpoint, {text_of(new.get(name, MISSING))} in the config"
         for name in sorted(old.keys() | new.keys())
         if name not in FREE | FUNCTION and old.get(name) != new.get(name)
     ]
-    for name in sorted(FUNCTION):
-        if old.get(name) != new.get(name):
-            _warn(f"model.{name}", old.get(name), new.get(name))
-    for section, name in (("optimizer", "schedule"), ("train", "loss")):
-        part = getattr(settings, section)
-        was, now = tree[section].get(name, type(part).model_fields[name].default), getattr(part, name)
-        if was != now and (is_path(was) or is_path(now)):
-            _warn(f"{section}.{name}", was, now)
-    return found + _vocabulary(old, new) + _optimizer(tree, settings)
-
-
-def _warn(key: str, was: Any, now: Any) -> None:
-    """Say what a resumed run computes otherwise, once for all ranks."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logging.getLogger(__name__).warning("%s was %s when the checkpoint was written and is %s now", key, was, now)
+    return found + _vocabulary(old, new) + ([] if weights else _optimizer(tree, settings))
 
 
 def _vocabulary(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -75,7 +65,7 @@ def _optimizer(tree: dict[str, Any], settings: Config) -> list[str]:
         found.append(f"optimizer.kind {kind} in the checkpoint, {settings.optimizer.kind} in the config")
     if distributed != settings.optimizer.distributed:
         found.append(
-            f"optimizer.distributed {_text(distributed)} in the checkpoint, {_text(settings.optimizer.distributed)} in the config"
+            f"optimizer.distributed {text_of(distributed)} in the checkpoint, {text_of(settings.optimizer.distributed)} in the config"
         )
     elif not distributed and tree["train"]["precision"] != settings.train.precision:
         found.append(
@@ -85,7 +75,8 @@ def _optimizer(tree: dict[str, Any], settings: Config) -> list[str]:
     return found
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A value of the configuration as YAML has it, on one line."""
     return (
         "unknown"
         if value is MISSING

@@ -1,5 +1,6 @@
 """What a checkpoint holds of an engine, as the engine gives it and takes it back."""
 
+from collections.abc import Container
 from typing import Any, Protocol
 
 from lsys.config import Config
@@ -30,3 +31,13 @@ class Held(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take the state of a checkpoint: `state(loading=True)`, filled. Hyperparameters stay those of the configuration."""
+
+    def weights_state(self, stored: Container[str]) -> dict[str, Any]:
+        """As `state(loading=True)`, of the model alone: what a run takes that begins with another one's weights.
+
+        Args:
+            stored: keys of the checkpoint's tensors and objects, such as the fp32 copies of an optimizer; plain values are not among them.
+        """
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take `weights_state`, filled. Moments, counts and schedule stay those of a new engine."""

@@ -1,5 +1,6 @@
 """What a checkpoint says about itself: where the run was, and size and SHA-256 of every file."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,10 @@ class CheckpointError(ValueError):
     everywhere = True  # the command line prints it once
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint may be whole, but not to this version of lsys, or not to this user: it is no damaged one."""
+
+
 @dataclass(frozen=True)
 class Cursor:
     """Where a run goes on. The position in the data is a pure function of the step.
@@ -26,7 +31,8 @@ class Cursor:
         step: the next step to run; as many are done.
         tokens: consumed so far, over all ranks.
         config: the resolved configuration, YAML.
-        extra: what else the loop wants back; JSON values.
+        extra: what else the loop wants back; JSON values. `start` is how the run was begun (`lsys.checkpoint.choice.Start`), `lr` the
+            learning rate of the next step.
     """
 
     step: int
@@ -64,7 +70,7 @@ class Manifest:
     format: int = FORMAT_VERSION
 
     def to_text(self) -> str:
-        """JSON with a checksum of its own, since no other file vouches for this one."""
+        """JSON with a checksum of its own, since no other file vouches for this one; the same rule in every format."""
         tree = asdict(self)
         return json.dumps(tree | {"sha256": _digest(tree)}, indent=1, sort_keys=True)
 
@@ -74,10 +80,10 @@ class Manifest:
         tree = json.loads(text)
         if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
             raise ValueError("it has no format number")
+        if tree.pop("sha256", None) != _digest(tree):  # first: a flipped bit may make another format of it
+            raise ValueError("its content does not match its own SHA-256")
         if tree["format"] != FORMAT_VERSION:
             raise LookupError(f"its format is {tree['format']}, this lsys reads {FORMAT_VERSION}")
-        if tree.pop("sha256", None) != _digest(tree):
-            raise ValueError("its content does not match its own SHA-256")
         files = {name: FileRecord(**record) for name, record in tree.pop("files").items()}
         if any(Path(name).name != name for name in files):
             raise ValueError("it names files outside the checkpoint")
@@ -92,31 +98,36 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises CheckpointError where `folder` is no checkpoint, a damaged one or one of another format."""
+        """Raises CheckpointError where `folder` is no checkpoint or a damaged one, UnreadableError where it is of another format."""
+        return cls.read_bytes(folder, _content(folder / NAME, f"{folder} is no checkpoint: it has no {NAME}"))
+
+    @classmethod
+    def read_bytes(cls, folder: Path, content: bytes) -> "Manifest":
+        """As `read`, of what was read from the folder."""
         try:
-            return cls.from_text((folder / NAME).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(f"{folder} is no checkpoint: it has no {NAME}") from None
+            return cls.from_text(content.decode("utf-8"))
         except LookupError as error:
-            raise CheckpointError(
+            raise UnreadableError(
                 f"{folder} cannot be read: {error.args[0]}; load it with the lsys that wrote it"
             ) from None
         except (ValueError, TypeError) as error:  # bad UTF-8 and JSON are ValueErrors
             raise CheckpointError(f"{folder / NAME} is damaged: {error}") from None
 
     def incomplete(self, folder: Path) -> str | None:
-        """The first file that is missing or has another size, in words; None if there is none."""
+        """The first file that is missing or has another size, in words; None if there is none. Raises UnreadableError."""
         for name, record in self.files.items():
             try:
                 size = (folder / name).stat().st_size
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return f"{name} is missing"
+            except OSError as error:
+                raise UnreadableError(f"{folder / name} cannot be read: {error.strerror}") from None
             if size != record.size:
                 return f"{name} has {size} bytes, {record.size} were written"
         return None
 
     def verify(self, folder: Path, names: Iterable[str]) -> None:
-        """Compare files with their records. Raises CheckpointError that names every one that differs."""
+        """Compare files with their records. Raises CheckpointError that names every one that differs; UnreadableError."""
         wrong = []
         for name in names:
             record = self.files[name]
@@ -124,8 +135,13 @@ class Manifest:
                 with open(folder / name, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                     size = file.tell()
-            except FileNotFoundError:
+            except (FileNotFoundError, IsADirectoryError):
                 wrong.append(f"{name} is missing")
+                continue
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise UnreadableError(f"{folder / name} cannot be read: {error.strerror}") from None
+                wrong.append(f"{name} cannot be read: {error.strerror}")
                 continue
             if size != record.size:
                 wrong.append(f"{name} has {size} bytes, {record.size} were written")
@@ -135,6 +151,21 @@ class Manifest:
                 )
         if wrong:
             raise CheckpointError("; ".join(wrong))
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 (hex) of a checkpoint's manifest, which names the hashes of all else. Raises CheckpointError where there is none."""
+    return hashlib.sha256(_content(folder / NAME, f"{folder} is no checkpoint: it has no {NAME}")).hexdigest()
+
+
+def _content(file: Path, missing: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CheckpointError(missing) from None
+    except OSError as error:
+        kind = CheckpointError if error.errno == errno.EIO else UnreadableError  # EIO: the medium is at fault
+        raise kind(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -167,6 +167,11 @@ def read(state: dict[str, Any], folder: Path, files: Mapping[str, FileRecord]) -
     )
 
 
+def keys(folder: Path, files: Mapping[str, FileRecord]) -> frozenset[str]:
+    """The keys of a verified checkpoint's tensors and objects. Raises UnpicklingError."""
+    return frozenset(_read_metadata(folder, files).state_dict_metadata)
+
+
 def _read_metadata(folder: Path, files: Mapping[str, FileRecord]) -> Metadata:
     _listed(METADATA, files)
     metadata = load_metadata(folder / METADATA)

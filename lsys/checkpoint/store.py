@@ -4,7 +4,6 @@ import errno
 import functools
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,17 +13,16 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from lsys.checkpoint.agreement import RankFailure, agree, agree_on_first
+from lsys.checkpoint.choice import OTHER, look
 from lsys.checkpoint.compatible import differences
-from lsys.checkpoint.manifest import NAME as MANIFEST
 from lsys.checkpoint.manifest import CheckpointError, Cursor, FileRecord, Manifest
+from lsys.config import Config
 from lsys.runtime.lock import LostError
 
 if (
     TYPE_CHECKING
 ):  # at run time this would import torch.distributed's groups of Megatron, which wants to be prepared first
     from lsys.checkpoint.held import Held
-
-NAMES = re.compile(r"step-\d{8,}(\.partial|\.replaced)?")
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +79,12 @@ class Checkpoints:
             raise LostError(failure.messages) from failure
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; None if there is none. What is no whole checkpoint is logged and passed over."""
-        whole, leftovers = self._scan()
-        if leftovers and (not dist.is_initialized() or dist.get_rank() == 0):
-            for path, reason in leftovers.items():
+        """The newest whole checkpoint by sizes; None if there is none. What is no whole checkpoint is logged and passed over."""
+        found = look(self.folder)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for path, reason in found.passed_over.items():
                 logger.warning("%s is passed over: %s", path, reason)
-        return whole[-1] if whole else None
+        return next(reversed(found.whole), None)
 
     def load(self, engine: "Held", path: Path) -> Cursor:
         """Verify a checkpoint and load it into an engine of any degrees of parallelism (collective).
@@ -95,72 +93,27 @@ class Checkpoints:
             CheckpointError: on all ranks: no checkpoint, another format, another model, a file missing or changed, a pickle with
                 more in it than a checkpoint needs. Nothing has been loaded then, except if a tensor turned out not to be there.
         """
-        from lsys.checkpoint.state import load_state
-
         path = Path(path)
         try:
-            manifest = agree(lambda: self._checked_manifest(path, engine))
+            manifest = agree(lambda: fitting(path, engine.settings))
             agree(lambda: manifest.verify(path, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]))
-            load_state(engine, path, manifest)
         except RankFailure as failure:
-            raise CheckpointError(f"checkpoint {path} not loaded: {failure.messages}{self._others(path)}") from failure
+            raise CheckpointError(f"checkpoint {path} not loaded: {failure.messages}{others(path)}") from failure
+        load_verified(engine, path, manifest)
         return manifest.cursor
-
-    def _checked_manifest(self, path: Path, engine: "Held") -> Manifest:
-        manifest = Manifest.read(path)
-        found = differences(manifest.cursor.config, engine.settings)
-        if found:
-            raise CheckpointError("; ".join(found) + ". Take the checkpoint's values, or start a new train.folder")
-        return manifest
-
-    def _others(self, path: Path) -> str:
-        others = [each.name for each in self._scan()[0] if each.resolve() != path.resolve()]
-        listed = f"other whole checkpoints in {self.folder}: {', '.join(others)}" if others else ""
-        return (
-            f"; {listed} (checkpoint.resume takes a path)"
-            if others
-            else f"; {self.folder} holds no other whole checkpoint"
-        )
-
-    def _scan(self) -> tuple[list[Path], dict[Path, str]]:
-        """(whole checkpoints, oldest first; everything else that was one or was to become one, and why it is not)."""
-        whole: dict[Path, int] = {}
-        leftovers: dict[Path, str] = {}
-        for path in sorted(self.folder.glob("step-*")):
-            if not NAMES.fullmatch(path.name):
-                continue
-            if path.suffix == ".partial":
-                leftovers[path] = "its writing was interrupted"
-            elif path.suffix == ".replaced" and path.with_suffix("") in whole:
-                leftovers[path] = "it was written anew"
-            else:
-                self._sort_in(path, whole, leftovers)
-        return sorted(whole, key=lambda path: whole[path]), leftovers
-
-    @staticmethod
-    def _sort_in(path: Path, whole: dict[Path, int], leftovers: dict[Path, str]) -> None:
-        try:
-            manifest = Manifest.read(path)
-            reason = manifest.incomplete(path)
-        except CheckpointError as error:
-            leftovers[path] = str(error)
-            return
-        if reason:
-            leftovers[path] = reason
-        else:
-            whole[path] = manifest.serial
 
     def _prepare(self, partial: Path) -> int:
         """Clear what earlier writes left behind, make the folder; the serial number of the new checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole, leftovers = self._scan()
-        for path, reason in leftovers.items():
-            # What has a manifest is damaged or of another format, and may be worth a look.
-            if path.suffix or not (path / MANIFEST).exists():
-                logger.warning("%s is removed: %s", path, reason)
-                shutil.rmtree(path)
+        found = look(self.folder)
+        for (
+            path,
+            reason,
+        ) in found.leftovers.items():  # what is damaged or of another format may be worth a look, and stays
+            logger.warning("%s is removed: %s", path, reason)
+            shutil.rmtree(path)
         partial.mkdir()
-        return 1 + max((Manifest.read(path).serial for path in whole), default=0)
+        return 1 + max((manifest.serial for manifest in found.whole.values()), default=0)
 
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
         """Rename, after everything is on the disk. One of the same step stays until the new one has its name."""
@@ -180,18 +133,20 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _retain(self) -> None:
-        whole, _ = self._scan()
-        for path in whole[: -self.keep]:
+        for path in list(look(self.folder).whole)[: -self.keep]:
+            going = path.with_name(
+                f"{path.name}.deleted"
+            )  # so that what an interrupted deletion leaves passes for no damaged one
             try:
-                (path / MANIFEST).unlink()  # first, so that what an interrupted deletion leaves is no checkpoint
-                shutil.rmtree(path)
+                path.rename(going)
+                shutil.rmtree(going)
             except OSError as error:
                 logger.warning("%s could not be deleted: %s", path, error)
 
     def _give_up(self, partial: Path, step: int, failure: RankFailure) -> str:
         """Remove what was written; what happened, in words."""
         shutil.rmtree(partial, ignore_errors=True)
-        whole, _ = self._scan()
+        whole = list(look(self.folder).whole)
         newest = f"the newest whole checkpoint is {whole[-1].name}" if whole else "there is no whole checkpoint yet"
         if any(code == errno.ENOSPC for code, _ in failure.errors.values()):
             return (
@@ -199,6 +154,32 @@ class Checkpoints:
                 "free space, or lower checkpoint.keep"
             )
         return f"checkpoint step {step} not written to {self.folder}: {failure}; {newest}"
+
+
+def fitting(path: Path, settings: Config, *, weights: bool = False) -> Manifest:
+    """The manifest of a checkpoint that a run with these settings can load, or take the weights of. Raises CheckpointError."""
+    manifest = Manifest.read(path)
+    if found := differences(manifest.cursor.config, settings, weights=weights):
+        raise CheckpointError(f"{'; '.join(found)}. {OTHER.capitalize()}")
+    return manifest
+
+
+def load_verified(engine: "Held", path: Path, manifest: Manifest) -> None:
+    """Load a checkpoint whose files have been verified into an engine (collective). Raises CheckpointError on all ranks."""
+    from lsys.checkpoint.state import load_state
+
+    try:
+        load_state(engine, path, manifest)
+    except RankFailure as failure:
+        raise CheckpointError(f"checkpoint {path} not loaded: {failure.messages}{others(path)}") from failure
+
+
+def others(path: Path) -> str:
+    """What else there is in the folder of a checkpoint that cannot be loaded."""
+    there = [each.name for each in look(path.parent).whole if each.name != path.name]
+    if not there:
+        return f"; {path.parent} holds no other whole checkpoint"
+    return f"; other whole checkpoints in {path.parent}: {', '.join(there)} (checkpoint.resume takes a path)"
 
 
 def _manifest(engine: "Held", cursor: Cursor, serial: int, files: dict[str, FileRecord]) -> Manifest:

@@ -1,33 +1,39 @@
-"""The weights of a checkpoint alone, into a model of one process, whatever degrees of parallelism they were written at."""
+"""The weights of a checkpoint alone, whatever degrees of parallelism they were written at."""
 
 from pathlib import Path
 from typing import Any
 
 from lsys.checkpoint import storage
-from lsys.checkpoint.agreement import RankFailure
-from lsys.checkpoint.manifest import NAME, CheckpointError, Manifest
-from lsys.checkpoint.store import Checkpoints
+from lsys.checkpoint.agreement import RankFailure, agree
+from lsys.checkpoint.held import Held
+from lsys.checkpoint.manifest import CheckpointError, Manifest
 from lsys.runtime.groups import Groups
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint's folder: `path` itself, or the newest whole one of a run's folder.
+def take_weights(engine: Held, path: Path, manifest: Manifest) -> bool:
+    """Load the weights of a verified checkpoint into a new engine, of any degrees (collective).
+
+    Returns:
+        Whether they are the fp32 copies of the optimizer that wrote them.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: on all ranks: a tensor is missing or of another shape, or a pickle holds more than a checkpoint needs.
     """
-    for folder in (path, path / "checkpoints"):
-        if (folder / NAME).exists():
-            return folder
-        if (newest := Checkpoints(folder, 1).latest()) is not None:
-            return newest
-    raise CheckpointError(
-        f"{path} is no checkpoint, and no run's folder with a whole one; give train.folder, or a step-* folder in it"
-    )
+    try:
+        stored = agree(lambda: storage.keys(path, manifest.files))
+        state = agree(lambda: engine.weights_state(stored))
+        asked = {
+            getattr(entry, "key", "") for part in state.values() if isinstance(part, dict) for entry in part.values()
+        }
+        loaded = storage.read(state, path, manifest.files)
+        agree(lambda: engine.load_weights(loaded))
+    except RankFailure as failure:
+        raise CheckpointError(f"weights of checkpoint {path} not loaded: {failure.messages}") from failure
+    return any(key.startswith(storage.STATES) for key in asked)
 
 
 def load_weights(model: Any, groups: Groups, path: Path, manifest: Manifest) -> None:
-    """Verify the files and load the weights.
+    """Verify the files and load the weights into a model of one process.
 
     Args:
         model: a whole `HybridModel`, one chunk of all layers.

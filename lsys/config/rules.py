@@ -243,6 +243,17 @@ def _optimizer(config: Config, world_size: int) -> Iterator[Mistake]:
         yield Mistake("optimizer.distributed", problem, "false does")
 
 
+def _start(config: Config, world_size: int) -> Iterator[Mistake]:
+    asked = config.checkpoint
+    if asked.weights and isinstance(asked.resume, Path):
+        problem = f"{asked.weights}, and checkpoint.resume {asked.resume}: both say where the run starts"
+        yield Mistake(
+            "checkpoint.weights",
+            problem,
+            "resume goes on with moments and schedule, weights begins at step 0; give one",
+        )
+
+
 def _profile(config: Config, world_size: int) -> Iterator[Mistake]:
     profile, steps = config.train.profile, config.train.steps
     if not profile.first:
@@ -261,31 +272,26 @@ def _declared(config: Config, world_size: int) -> Iterator[Mistake]:
 
 
 RULES: tuple[Callable[[Config, int], Iterable[Mistake]], ...] = (
-    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule, _own_schedule, _optimizer, _profile, _declared
+    _pattern, _heads, _world, _tensor, _pipeline, _experts, _batch, _schedule, _own_schedule, _optimizer, _start, _profile, _declared
 )  # fmt: skip
 
 
-def check_files(config: Config) -> None:
-    """Raise FilesError with all of `file_mistakes`, if there are any."""
-    if mistakes := file_mistakes(config):
+def check_files(config: Config, *others: Mistake) -> None:
+    """Raise FilesError with all of `file_mistakes`, and others that are known, if there are any."""
+    if mistakes := [*file_mistakes(config), *others]:
         raise FilesError(mistakes)
 
 
 def file_mistakes(config: Config, absent: bool = True) -> list[Mistake]:
-    """The corpora and the checkpoint to resume from that are missing, damaged, or have tokens that the model lacks.
+    """The corpora that are missing, damaged, or have tokens that the model lacks; `lsys.checkpoint.choice.mistakes` tells of checkpoints.
 
     Args:
         absent: whether those that are missing are told.
     """
     holds_out = config.data.validation_fraction > 0 and config.train.validate_tokens > 0
-    mistakes = [
+    return [
         m
         for i, corpus in enumerate(config.data.corpora)
         if absent or not missing_files(str(corpus.path))
         for m in corpus_mistakes(f"data.corpora.{i}.path", corpus.path, config.model.vocab, holds_out=holds_out)
     ]
-    resume = config.checkpoint.resume
-    if absent and isinstance(resume, Path) and not resume.exists():
-        fix = "name a checkpoint's folder, or auto"
-        mistakes.append(Mistake("checkpoint.resume", f"{resume} does not exist", fix, True, True))
-    return mistakes

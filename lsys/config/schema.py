@@ -182,9 +182,16 @@ class Checkpoint(Section):
 
     every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end and on SIGTERM.")
     keep: PositiveInt = Field(2, description="How many checkpoints are kept.")
-    resume: Literal["auto", "never"] | Path = Field(
+    resume: Literal["auto", "never", "scratch"] | Path = Field(
         "auto",
-        description="`auto`: go on from the newest checkpoint of `train.folder`; `never`: refuse to overwrite one; or a checkpoint's path.",
+        description="`auto`: go on from the newest whole checkpoint of `train.folder`; `never`: refuse to overwrite one; `scratch`: start anew and set "
+        "aside what is there, once; or the path of a checkpoint or of a run's folder, where the run starts, once. What is done once is passed over "
+        "when the run has checkpoints made since.",
+    )
+    weights: Path | None = Field(
+        None,
+        description="A checkpoint, or a run's folder, of which a new run takes the weights alone, at any degrees: step 0, fresh moments and schedule; "
+        "once.",
     )
     save: bool = Field(True, description="Write checkpoints.")
     give_up: NonNegativeInt = Field(

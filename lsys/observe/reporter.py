@@ -97,7 +97,7 @@ class Reporter:
     def say(self, message: str) -> None:
         """Print a line. One that a full disk does not take comes with a later one; where the reader has ended, none does."""
         try:
-            self.console.print(message)
+            self.console.print(message, markup=False)
         except OSError:
             pass
         except SystemExit:  # rich would end the process with its reader

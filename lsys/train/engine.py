@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -214,6 +214,13 @@ class Engine:
 
     def load_state(self, state: dict[str, Any]) -> None:
         megatron_state.put(self.chunks, self.optimizer, self.scheduler, state)
+
+    def weights_state(self, stored: Container[str]) -> dict[str, Any]:
+        """What a checkpoint fills of the model alone; see `lsys.checkpoint.held.Held`."""
+        return megatron_state.weights(self.chunks, self.groups.collection.dp_cp, stored)
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        megatron_state.put_weights(self.chunks, self.optimizer, state)
 
     @property
     def learning_rate(self) -> float:

@@ -4,9 +4,9 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lsys.checkpoint import choice
 from lsys.config import Config
 from lsys.config.load import dump
 from lsys.config.rules import check_files, require
@@ -20,7 +20,7 @@ from lsys.runtime.environment import Launch, launch_from_environment, require_la
 from lsys.runtime.groups import Groups, process_groups
 from lsys.runtime.lock import FolderLock
 from lsys.train.corpora import open_corpora
-from lsys.train.errors import RunError, step_named
+from lsys.train.errors import step_named
 from lsys.train.folders import require_folders
 from lsys.train.stopped import clear
 
@@ -56,10 +56,10 @@ def open_run(settings: Config) -> "Iterator[Run]":
     require_launcher()
     launch = launch_from_environment()
     require(settings, launch.world_size)
-    check_files(settings)
+    check_files(settings, *choice.mistakes(settings))
     require_folders(settings, launch)
     with _lock(settings, launch) as lock:  # before what is in the folder is looked at
-        require_own_folder(settings)
+        require_own_folder(settings, choice.keeps_folder(settings))
         efficiency = open_baseline(settings, launch)
         if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
             _require_own(settings)
@@ -118,6 +118,7 @@ class Run:
         from lsys.train.data import open_data
         from lsys.train.engine import Engine
         from lsys.train.skips import Updates
+        from lsys.train.start import begin
 
         self.settings, self.groups = settings, groups
         self.data = open_data(settings, groups, corpora)
@@ -125,7 +126,9 @@ class Run:
         folder, guard = settings.train.folder / "checkpoints", lock.require if lock else None
         self.checkpoints = Checkpoints(folder, settings.checkpoint.keep, guard)
         self.updates = Updates(lambda text: self.reporter.say(text))
-        self.step = self._resume()
+        self.begun = begin(settings, self.engine, self.checkpoints.guard)
+        self.step = self.begun.step
+        self.updates.skipped = int(self.begun.kept.get("skipped_steps", 0))
         self.saved_step = self.step
         self.is_stopping = False
         self.observers: Observers
@@ -151,28 +154,11 @@ class Run:
             corpora=self.data.corpora,
         )
 
-    def _resume(self) -> int:
-        """Load the checkpoint that the configuration asks for; the number of steps done."""
-        choice = self.settings.checkpoint.resume
-        latest = self.checkpoints.latest()
-        if choice == "never":
-            if latest is not None:
-                raise RunError(
-                    f"{latest} exists and checkpoint.resume is never: take another train.folder, or resume: auto to go on from it"
-                )
-            return 0
-        path = latest if choice == "auto" else Path(choice)
-        if path is None:
-            return 0
-        cursor = self.checkpoints.load(self.engine, path)
-        self.updates.skipped = int(cursor.extra.get("skipped_steps", 0))
-        return cursor.step
-
     def train(self) -> None:
         """Steps until `train.steps` or SIGTERM; the observers do all else."""
         steps, failed = self.settings.train.steps, True
-        if self.step:
-            self.reporter.say(f"resumed after step {self.step} of {steps}")
+        for line in self.begun.lines:
+            self.reporter.say(line)
         if self.step >= steps:
             self.reporter.say(nothing_to_do(self.step, steps))
             self.reporter.close()
@@ -250,7 +236,7 @@ class Run:
             if refusal := self.updates.refusal(self.engine.numbers()):
                 save_left_out(self, refusal)
                 return
-            extra = {"skipped_steps": self.updates.skipped}
+            extra = {"skipped_steps": self.updates.skipped} | self.begun.extra(self.engine)
             cursor = Cursor(self.step, self.step * self.settings.train.batch_tokens, dump(self.settings), extra)
             path = self.checkpoints.save(self.engine, cursor)
         self.saved_step, self.updates.save_is_due = self.step, False

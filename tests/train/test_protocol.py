@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,6 +96,12 @@ def plain_engine(settings: Any, groups: Any, broken: tuple[int, ...] = ()) -> An
             self._model.load_state_dict(state["model"])
             self._adam.load_state_dict(state["adam"])
             self._steps = state["steps"]
+
+        def weights_state(self, stored: Container[str]) -> dict[str, Any]:
+            return {}
+
+        def load_weights(self, state: dict[str, Any]) -> None:
+            self._model.load_state_dict(state["model"])
 
     made: TrainingEngine = Plain()
     members = {*dir(TrainingEngine), *TrainingEngine.__annotations__}

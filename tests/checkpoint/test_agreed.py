@@ -1,0 +1,213 @@
+"""All ranks begin with one checkpoint, whole to its last byte, or none begins; what is damaged gets another name and the previous one is used."""
+
+import collections
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from support import folders
+
+DRAWS = 28
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fresh(rank: int, run: Path, steps: tuple[int, ...] = (4, 8, 12)) -> None:
+    """A run's folder with whole checkpoints, made anew by the first rank."""
+    if rank == 0:
+        shutil.rmtree(run, ignore_errors=True)
+        for serial, step in enumerate(steps, 1):
+            folders.write(run / "checkpoints", step, serial)
+    dist.barrier()
+
+
+def chosen(settings: Any) -> str:
+    """The name of the checkpoint, or why there is none."""
+    from lsys.checkpoint import CheckpointError
+    from lsys.checkpoint.agreed import choose
+
+    try:
+        found = choose(settings)
+    except CheckpointError as error:
+        return str(error)
+    return found.plan.checkpoint.name if found.plan.checkpoint else "none"
+
+
+def damages(rank: int, world_size: int, run: Path, seed: int) -> list[tuple[str, str, str, list[str]]]:
+    """(kind, file, what was chosen, what is in the folder) for damages of the newest checkpoint drawn by a seed."""
+    rng, seen = random.Random(seed), []
+    for _ in range(DRAWS):
+        fresh(rank, run)
+        own = run / "checkpoints"
+        kind, name = rng.choice(folders.KINDS), rng.choice([*folders.FILES, "manifest.json"])
+        place = random.Random(rng.random())
+        if rank == 0:
+            folders.damage(own / "step-00000012", name, kind, place, own / "step-00000008")
+        dist.barrier()
+        seen.append((kind, name, chosen(folders.settings(run)), names(own)))
+        dist.barrier()
+    return seen
+
+
+def test_every_damage_is_named_and_the_previous_one_is_used(gloo: Any, tmp_path: Path) -> None:
+    first, second = gloo(2, damages, tmp_path / "run", 11)
+    assert [each[:3] for each in first] == [each[:3] for each in second]
+    assert {each[0] for each in first} == set(folders.KINDS)
+    for kind, name, found, there in first:
+        assert found == "step-00000008", (kind, name)
+        assert there == ["step-00000004", "step-00000008", "step-00000012.damaged"], (kind, name)
+
+
+def several(rank: int, world_size: int, run: Path) -> list[Any]:
+    """Two damaged ones; then all; then the same command again; then from scratch."""
+    own, seen = run / "checkpoints", list[Any]()
+    fresh(rank, run)
+    for steps in ((12, 8), (4,), ()):
+        for step in steps if rank == 0 else ():
+            folders.damage(own / f"step-{step:08d}", folders.FILES[step % 3], "flip", random.Random(step), own)
+        dist.barrier()
+        seen += [chosen(folders.settings(run)), names(own)]
+        dist.barrier()
+    return [*seen, chosen(folders.settings(run, resume="scratch"))]
+
+
+def test_where_all_are_damaged_the_run_stops_for_good(gloo: Any, tmp_path: Path) -> None:
+    first, second = gloo(2, several, tmp_path / "run")
+    assert first == second
+    used, there, text, damaged, again, left, scratch = first
+    assert used == "step-00000004" and there == ["step-00000004", "step-00000008.damaged", "step-00000012.damaged"]
+    assert damaged == left == [f"step-{step:08d}.damaged" for step in (4, 8, 12)]
+    for each in (text, again):
+        assert "has no whole checkpoint" in each and "checkpoint.resume scratch sets them aside" in each
+    assert scratch == "none"
+
+
+def named(rank: int, world_size: int, other: Path, new: Path) -> list[Any]:
+    """From damaged checkpoints of another run, which is not this one's to change."""
+    own = other / "checkpoints"
+    fresh(rank, other)
+    if rank == 0:
+        folders.damage(own / "step-00000012", "common.pt", "flip", random.Random(1), own)
+    dist.barrier()
+    by_run, by_name = (chosen(folders.settings(new, resume=path)) for path in (other, own / "step-00000012"))
+    weights = chosen(folders.settings(new, weights=other))
+    return [by_run, by_name, weights, names(own)]
+
+
+def test_another_runs_checkpoints_keep_their_names(gloo: Any, tmp_path: Path) -> None:
+    first, second = gloo(2, named, tmp_path / "other", tmp_path / "new")
+    by_run, by_name, weights, there = first
+    assert first == second and by_run == weights == "step-00000008"
+    assert "common.pt was changed after it was written" in by_name and "other whole checkpoints in" in by_name
+    assert there == ["step-00000004", "step-00000008", "step-00000012"]
+
+
+@contextmanager
+def hidden(name: str, late: int = 0) -> Iterator[None]:
+    """A filesystem that does not show a checkpoint, for so many looks at it, or for ever: neither in listings nor by its name."""
+    import os
+
+    looks = collections.Counter[str]()
+
+    def is_hidden(path: Any) -> bool:
+        if name not in str(path):
+            return False
+        looks["all"] += 1
+        return not late or looks["all"] <= late
+
+    read, listing = Path.read_bytes, os.listdir
+
+    def read_bytes(path: Path) -> bytes:
+        if is_hidden(path):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return read(path)
+
+    def listdir(path: Any = ".") -> list[str]:
+        return [each for each in listing(path) if not is_hidden(f"{path}/{each}")]
+
+    with mock.patch.object(Path, "read_bytes", read_bytes), mock.patch.object(os, "listdir", listdir):
+        yield
+
+
+@contextmanager
+def another_manifest(name: str) -> Iterator[None]:
+    """A filesystem that shows the manifest that was there before."""
+    read = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        return read(path) + (b" " if name in str(path) else b"")
+
+    with mock.patch.object(Path, "read_bytes", read_bytes):
+        yield
+
+
+@contextmanager
+def other_bytes(name: str) -> Iterator[None]:
+    """A filesystem that shows another file's bytes, of the same size."""
+    import hashlib
+
+    digest = hashlib.file_digest
+
+    def file_digest(file: Any, kind: Any) -> Any:
+        found = digest(file, kind)
+        return hashlib.sha256(b"other") if name in str(file.name) else found
+
+    with mock.patch.object(hashlib, "file_digest", file_digest):
+        yield
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "hidden": lambda: hidden("step-00000012"),
+    "late": lambda: hidden("step-00000012", late=5),
+    "manifest": lambda: another_manifest("step-00000012"),
+    "bytes": lambda: other_bytes("__1_0.distcp"),
+}
+
+
+def stale(rank: int, world_size: int, run: Path, cases: list[tuple[str, int]]) -> list[str]:
+    """What is chosen where one rank sees something else."""
+    from contextlib import nullcontext
+
+    from lsys.checkpoint import agreed
+
+    seen = []
+    with mock.patch.object(agreed, "VISIBLE_SECONDS", 1.0):
+        for fault, where in cases:
+            fresh(rank, run)
+            with FAULTS[fault]() if rank == where else nullcontext():
+                seen.append(chosen(folders.settings(run)))
+            dist.barrier()
+            assert names(run / "checkpoints") == ["step-00000004", "step-00000008", "step-00000012"]
+    return seen
+
+
+def test_ranks_that_do_not_see_the_same_do_not_begin(gloo: Any, tmp_path: Path) -> None:
+    cases = [("hidden", 1), ("hidden", 0), ("manifest", 1), ("bytes", 1), ("late", 1), ("late", 0)]
+    first, second = gloo(2, stale, tmp_path / "run", cases)
+    assert first == second
+    behind, ahead, manifest, content, late, later = first
+    assert behind.startswith("rank 1: ") and "step-00000012, which rank 0 reads, cannot be read here" in behind
+    assert "rank 1 sees" in ahead and "step-00000012, rank 0 does not" in ahead
+    assert manifest.startswith("rank 1: ") and "step-00000012/manifest.json has SHA-256" in manifest
+    assert "others do not: rank 1: __1_0.distcp was changed" in content
+    assert late == later == "step-00000012"  # a shared filesystem takes its time
+    assert all("one filesystem that all ranks share" in text for text in first[:4])
+
+
+def test_a_rename_that_fails_is_told(tmp_path: Path) -> None:
+    from lsys.checkpoint import CheckpointError
+    from lsys.checkpoint.agreed import _rename
+
+    with pytest.raises(
+        CheckpointError,
+        match="step-00000004 is damaged .it is short. and could not be renamed to step-00000004.damaged",
+    ):
+        _rename(tmp_path / "step-00000004", "it is short", lambda: None)
