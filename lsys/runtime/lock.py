@@ -111,7 +111,23 @@ class FolderLock:
         self.run, self.folder = folder, folder / "lock"
         self.tell, self.beat, self.quiet = tell, beat, quiet
         self.number = 0  # none yet
+        self._ended_holder: _Seen | None = None
         self._ended = threading.Event()
+
+    def look(self) -> None:
+        """Raise LockError where another process holds the folder, as entering does; nothing is made."""
+        self._looked()
+
+    def _looked(self) -> int:
+        """The number of the newest lock, whose holder has ended, or has not been heard of; 0 without one. Only one above it may be taken."""
+        seen = self._newest()
+        if seen is None or seen.released or seen == self._ended_holder:
+            return seen.number if seen else 0
+        holder = Holder.read(self._path(seen.number))
+        if holder is None or not (holder.has_ended() or job_from_environment().is_restart_of(holder.job)):
+            self._watch(seen, holder)
+        self._ended_holder = seen
+        return seen.number
 
     def __enter__(self) -> "FolderLock":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,13 +160,8 @@ class FolderLock:
         raise LockError(f"train.folder {self.run} is no longer this run's: {text}")
 
     def _try(self) -> None:
-        """Take the folder, wait until its holder is known to have ended, or raise LockError."""
-        seen = self._newest()
-        if seen is not None and not seen.released:
-            holder = Holder.read(self._path(seen.number))
-            if holder is None or not (holder.has_ended() or job_from_environment().is_restart_of(holder.job)):
-                self._watch(seen, holder)
-        number = 1 + (seen.number if seen else 0)
+        """Take the folder, wait until its holder is known to have ended, or raise LockError. What was looked at counts, not what is there then."""
+        number = 1 + self._looked()
         try:
             handle = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:

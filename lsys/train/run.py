@@ -57,23 +57,23 @@ def open_run(settings: Config) -> "Iterator[Run]":
     launch = launch_from_environment()
     require(settings, launch.world_size)
     check_files(settings, *choice.mistakes(settings))
-    require_folders(settings, launch)
-    with _lock(settings, launch) as lock:  # before what is in the folder is looked at
-        require_own_folder(settings, choice.keeps_folder(settings))
-        efficiency = open_baseline(settings, launch)
-        if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
-            _require_own(settings)
-        corpora = open_corpora(settings, is_first=launch.rank == 0)
-        if launch.rank == 0 and (said := clear(settings.train.folder)):
+    lock = _lock(settings) if launch.rank == 0 else None  # the first rank holds the folder for all
+    if lock:
+        lock.look()  # before what is in the folder is
+    require_own_folder(settings, choice.keeps_folder(settings))
+    efficiency = open_baseline(settings, launch)
+    if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
+        _require_own(settings)
+    corpora = open_corpora(settings, is_first=launch.rank == 0)
+    require_folders(settings, launch)  # last, as it makes them
+    with lock or contextlib.nullcontext():
+        if lock and (said := clear(settings.train.folder)):
             print(said, flush=True)
         with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
             yield Run(settings, groups, efficiency, lock=lock, corpora=corpora)
 
 
-def _lock(settings: Config, launch: Launch) -> contextlib.AbstractContextManager[FolderLock | None]:
-    """The first rank holds the folder for all."""
-    if launch.rank:
-        return contextlib.nullcontext()
+def _lock(settings: Config) -> FolderLock:
     return FolderLock(settings.train.folder, lambda text: print(f"lsys: {text}", file=sys.stderr, flush=True))
 
 
