@@ -7,7 +7,7 @@ counts; the length [sequences] and the first byte [sequences] of each sequence f
 import json
 import shlex
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,6 +202,39 @@ def corpus_mistakes(key: str, prefix: Path, vocab: int, *, holds_out: bool = Fal
         problem = f"corpus {prefix} has 1 document, which cannot be held out and trained on"
         fix = "data.validation_fraction 0 trains on it all, without validation; or add documents"
         yield Mistake("data.validation_fraction", problem, fix, is_local=True, is_file=True)
+
+
+def tokenizer_mistakes(prefixes: Sequence[Path]) -> Iterator[Mistake]:
+    """Corpora that other tokenizers made than the first one that says so, or that end documents otherwise: a model reads one vocabulary."""
+    first: tuple[Path, dict[str, Any]] | None = None
+    for number, prefix in enumerate(prefixes):
+        try:
+            found = read_description(str(prefix))
+        except (CorpusError, OSError):  # told of that corpus alone
+            continue
+        made, ended = found.get("tokenizer") or {}, found.get("eod")
+        if not made.get("fingerprint"):
+            continue
+        if first is None:
+            first = prefix, found
+            continue
+        other, eod = first[1]["tokenizer"], first[1].get("eod")
+        by = f"was made by tokenizer {made.get('spec')}", f"by {other.get('spec')}"
+        ends = f"ends documents with token {ended}", f"with {eod}"
+        if made["fingerprint"] != other["fingerprint"]:
+            what, theirs = by
+            if made.get("spec") == other.get("spec"):
+                what, theirs = (
+                    f"{what} ({made['fingerprint'][:8]})",
+                    f"{theirs} as it was then ({other['fingerprint'][:8]})",
+                )
+        elif ended != eod:
+            what, theirs = ends
+        else:
+            continue
+        problem = f"corpus {prefix} {what}, corpus {first[0]} {theirs}: a token would mean two things"
+        fix = f"{_again(str(prefix), found | {'tokenizer': other})}; or leave one of them out"
+        yield Mistake(f"data.corpora.{number}.path", problem, fix, is_local=True, is_file=True)
 
 
 def corpus_notices(config: Config) -> list[str]:

@@ -6,7 +6,7 @@ from numbers import Real
 from pathlib import Path
 
 from lsys.config import reports
-from lsys.config.corpora import corpus_mistakes, missing_files
+from lsys.config.corpora import corpus_mistakes, missing_files, tokenizer_mistakes
 from lsys.config.messages import FilesError, Mistake, choice, divisors, nearest, refusal
 from lsys.config.model import Model, pattern_text
 from lsys.config.schema import ADAMW, Config
@@ -283,15 +283,18 @@ def check_files(config: Config, *others: Mistake) -> None:
 
 
 def file_mistakes(config: Config, absent: bool = True) -> list[Mistake]:
-    """The corpora that are missing, damaged, or have tokens that the model lacks; `lsys.checkpoint.choice.mistakes` tells of checkpoints.
+    """The corpora that are missing, damaged, of two tokenizers, or have tokens that the model lacks.
+
+    `lsys.checkpoint.choice.mistakes` tells of checkpoints.
 
     Args:
         absent: whether those that are missing are told.
     """
     holds_out = config.data.validation_fraction > 0 and config.train.validate_tokens > 0
-    return [
+    mistakes = [
         m
         for i, corpus in enumerate(config.data.corpora)
         if absent or not missing_files(str(corpus.path))
         for m in corpus_mistakes(f"data.corpora.{i}.path", corpus.path, config.model.vocab, holds_out=holds_out)
     ]
+    return [*mistakes, *tokenizer_mistakes([corpus.path for corpus in config.data.corpora])]

@@ -76,6 +76,11 @@ class Data(Section):
     validation_fraction: float = Field(
         0.01, ge=0.0, lt=1.0, description="Share of the documents of each corpus that is held out for validation."
     )
+    restart: bool = Field(
+        False,
+        description="Resume with other data (`seed`, weights, `validation_fraction`, corpora, masks) than the checkpoint's, which is refused otherwise: it "
+        "begins at its first token, once; steps, weights and `n_tokens_seen` go on.",
+    )
     verify: bool = Field(
         True,
         description="Read the corpora before training, on the first rank: every token id against `model.vocab`, and files of up to 8 GiB against the "

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 
 from lsys.config.corpora import HEAD, CorpusError, corpus_files, prepare_again
 
+FILES, MASKS = (".bin", ".idx"), (".mask.bin", ".mask.idx")
+BLOCKS, BLOCK = (
+    64,
+    4096,
+)  # a sample of a file: so many pieces of so many bytes, evenly over it, the first and the last among them
+
 
 @dataclass
 class Corpus:
@@ -69,6 +75,17 @@ class Corpus:
         """Entropy of a token given the one before, nats; counted for byte corpora when they were prepared."""
         return self.description.get("bigram_entropy")
 
+    @cached_property
+    def content(self) -> dict[str, dict[str, Any]]:
+        """What the files hold, by ending: `bytes`, the SHA-256 of a `sample`, and `sha256` where the sidecar knows it; an index's is computed else."""
+        known, found = self.description.get("sha256", {}), {}
+        for ending in (*FILES, *(MASKS if self.mask is not None else ())):
+            path = Path(self.prefix + ending)
+            found[ending] = {"bytes": path.stat().st_size, "sample": _sample(path)}
+            if whole := known.get(ending) or (ending.endswith(".idx") and sha256(path)):
+                found[ending]["sha256"] = whole
+        return found
+
     def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:
         """Tokens [start, start + length) of a document."""
         begin = self.starts[document] + start
@@ -100,6 +117,15 @@ class Corpus:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sample(path: Path) -> str:
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for place in sorted({max(0, size - BLOCK) * n // (BLOCKS - 1) for n in range(BLOCKS)}):
+            file.seek(place)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def _read(prefix: str) -> tuple[NDArray[np.int64], NDArray[Any], dict[str, Any]]:

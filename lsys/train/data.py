@@ -1,13 +1,16 @@
 """The data of a run: corpora opened and checked, training and validation plans, one step at a time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lsys.config import Config
 from lsys.data.corpus import Corpus
+from lsys.data.cursor import DataCursor
+from lsys.data.identity import identity
 from lsys.data.plan import Planner, RankBatch
 from lsys.data.stream import TokenStream
 from lsys.observe.flops import training_flops
@@ -32,6 +35,20 @@ class RunData:
     validation_steps: int
     bigram_entropy: float | None
     corpora: Sequence[tuple[Corpus, float]] = ()
+
+    @property
+    def position(self) -> DataCursor:
+        """Which tokens each step reads, and how many were read before it."""
+        return self.train.position
+
+    def at(self, position: DataCursor) -> "RunData":
+        """The same data from another position."""
+        return replace(self, train=replace(self.train, cursor=position))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the data is, for the next start to be held to."""
+        return identity(self.settings, [corpus for corpus, _ in self.corpora])
 
     def training(self, step: int) -> tuple[list[RankBatch], float]:
         """The rank's micro-batches of a step, and the FLOPs of the step on this data replica."""

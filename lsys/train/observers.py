@@ -291,7 +291,7 @@ class Reporting(StepObserver):
         with self.run.observers.paused("report"):
             interval = replace(own, flops=self.run.data.flops_of_all(own.flops))
             values = {**(self.values or found).shown(found), "grad_norm": done.grad_norm, "lr": done.lr}
-            values["n_tokens_seen"] = done.step * settings.train.batch_tokens
+            values["n_tokens_seen"] = self.run.data.position.tokens_seen(done.step)
             values[SKIPPED] = self.run.updates.skipped
             values = {tag: value for tag, value in values.items() if math.isfinite(value)}
             self.reporter.training(done.step, interval, values, waterfall=self.recorder.take())

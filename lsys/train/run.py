@@ -16,9 +16,10 @@ from lsys.observe.efficiency import Efficiency, open_baseline
 from lsys.observe.optional import say
 from lsys.observe.run_dir import require_own_folder
 from lsys.parallel.mesh import Mesh
-from lsys.runtime.environment import Launch, launch_from_environment, require_launcher
+from lsys.runtime.environment import launch_from_environment, require_launcher
 from lsys.runtime.groups import Groups, process_groups
 from lsys.runtime.lock import FolderLock
+from lsys.train import position
 from lsys.train.corpora import open_corpora
 from lsys.train.errors import step_named
 from lsys.train.folders import require_folders
@@ -65,6 +66,8 @@ def open_run(settings: Config) -> "Iterator[Run]":
     if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
         _require_own(settings)
     corpora = open_corpora(settings, is_first=launch.rank == 0)
+    if launch.rank == 0:
+        position.refuse_other_data(settings, corpora)
     require_folders(settings, launch)  # last, as it makes them
     with lock or contextlib.nullcontext():
         if lock and (said := clear(settings.train.folder)):
@@ -129,6 +132,8 @@ class Run:
         self.begun = begin(settings, self.engine, self.checkpoints.guard)
         self.step = self.begun.step
         self.updates.skipped = int(self.begun.kept.get("skipped_steps", 0))
+        self.data, lines = position.resumed(self.data, self.begun)
+        self.lines = (*self.begun.lines, *lines)
         self.saved_step = self.step
         self.is_stopping = False
         self.observers: Observers
@@ -157,7 +162,7 @@ class Run:
     def train(self) -> None:
         """Steps until `train.steps` or SIGTERM; the observers do all else."""
         steps, failed = self.settings.train.steps, True
-        for line in self.begun.lines:
+        for line in self.lines:
             self.reporter.say(line)
         if self.step >= steps:
             self.reporter.say(nothing_to_do(self.step, steps))
@@ -227,7 +232,6 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the steps done, unless there is one (collective)."""
-        from lsys.checkpoint import Cursor
         from lsys.train.skips import save_left_out
 
         if not self.settings.checkpoint.save or self.step == self.saved_step:
@@ -237,7 +241,7 @@ class Run:
                 save_left_out(self, refusal)
                 return
             extra = {"skipped_steps": self.updates.skipped} | self.begun.extra(self.engine)
-            cursor = Cursor(self.step, self.step * self.settings.train.batch_tokens, dump(self.settings), extra)
+            cursor = position.saved(self.data, self.step, dump(self.settings), extra)
             path = self.checkpoints.save(self.engine, cursor)
         self.saved_step, self.updates.save_is_due = self.step, False
         self.reporter.say(f"saved {path}")

@@ -12,7 +12,7 @@ from lsys.checkpoint.agreed import Chosen, choose
 from lsys.checkpoint.agreement import RankFailure, agree, agree_on_first
 from lsys.checkpoint.changes import changes, function_changes, written_on
 from lsys.checkpoint.choice import FOLDER, SCRATCH, Start, look
-from lsys.checkpoint.manifest import CheckpointError
+from lsys.checkpoint.manifest import CheckpointError, Cursor
 from lsys.checkpoint.store import fitting, load_verified
 from lsys.checkpoint.weights import take_weights
 from lsys.config import Config
@@ -27,16 +27,25 @@ class Begun:
     """How a run began.
 
     Attributes:
-        step: done when it did.
         lines: what is told of it.
         record: for `Cursor.extra["start"]`.
-        kept: `Cursor.extra` of the checkpoint that it goes on from.
+        cursor: of the checkpoint that it goes on from; None where it began at step 0. where: that checkpoint's name.
     """
 
-    step: int
     lines: tuple[str, ...]
     record: dict[str, Any]
-    kept: Mapping[str, Any]
+    cursor: Cursor | None = None
+    where: str = ""
+
+    @property
+    def step(self) -> int:
+        """That are done."""
+        return self.cursor.step if self.cursor else 0
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """What else the checkpoint kept for the loop."""
+        return self.cursor.extra if self.cursor else {}
 
     def extra(self, engine: TrainingEngine) -> dict[str, Any]:
         """What a checkpoint holds of it, and the learning rate that the next step of an engine will have."""
@@ -54,7 +63,7 @@ def begin(settings: Config, engine: TrainingEngine, guard: Callable[[], None] = 
     """
     chosen = choose(settings, guard)
     plan, path = chosen.plan, chosen.plan.checkpoint
-    lines, step, kept = list(chosen.passed), 0, dict[str, Any]()
+    lines, cursor = list(chosen.passed), None
     if path is not None and chosen.manifest is not None:
         try:
             agree(lambda: fitting(path, settings, weights=plan.weights))
@@ -65,14 +74,15 @@ def begin(settings: Config, engine: TrainingEngine, guard: Callable[[], None] = 
             lines.append(_weights_line(settings, chosen, masters))
         else:
             load_verified(engine, path, chosen.manifest)
-            step, kept = chosen.manifest.cursor.step, chosen.manifest.cursor.extra
+            cursor = chosen.manifest.cursor
             lines.append(_resume_line(settings, chosen, engine.learning_rate))
     if plan.aside:
         try:
             lines += agree_on_first(lambda: set_aside(settings, guard))
         except RankFailure as failure:
             raise CheckpointError(f"nothing was set aside: {failure.messages}") from failure
-    return Begun(step, tuple(lines), Start.of(settings).to_tree(path, chosen.digest), kept)
+    record = Start.of(settings).to_tree(path, chosen.digest)
+    return Begun(tuple(lines), record, cursor, path.name if path else "")
 
 
 def _resume_line(settings: Config, chosen: Chosen, lr: float) -> str:

@@ -44,6 +44,7 @@ def test_the_run_goes_on_with_the_same_losses_beside_its_own_record(folder: Path
     record = shutil.copy(folder / "run" / "scaling.json", folder / "before.json")
     printed = lsys(folder, "train", "run.yaml", "--metrics.baseline", Path(record).name, ranks=2)
     assert "resumed after step 4 of 8" in printed and "| efficiency " in printed
+    assert "is of an earlier version: whether the tokens of corpus are what they were is not known" in printed
     assert curves(folder / "run") == {tag: pytest.approx(SEEN[tag], rel=2e-6) for tag in CURVES}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -276,6 +276,44 @@ def test_one_document_cannot_be_held_out(tmp_path: Path) -> None:
     assert file_mistakes(make(data__corpora=corpora)) == []
 
 
+def test_corpora_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
+    """Both are named, with the command that makes the second one of the first one's kind; what says nothing is let be."""
+    known = {"a": ("x.json", "11112222aa", 5), "b": ("bytes", "bytes", 256), "c": ("x.json", "11112222aa", 6),
+             "d": ("x.json", "33334444bb", 5), "e": ("x.json", "11112222aa", 5)}  # fmt: skip
+    for name, (spec, fingerprint, eod) in known.items():
+        write_corpus(tmp_path / name, [5, 4])
+        tokenizer = {"spec": spec, "fingerprint": fingerprint, "eod_name": "<end>" if name == "a" else None}
+        description: dict[str, object] = {
+            "version": 1,
+            "documents": 2,
+            "tokens": 9,
+            "sources": [f"{name}.txt"],
+            "tokenizer": tokenizer,
+            "eod": eod,
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(description))
+    write_corpus(tmp_path / "none", [5, 4])
+
+    def found(*names: str) -> list[str]:
+        return [str(m) for m in file_mistakes(make(data__corpora=[{"path": str(tmp_path / name)} for name in names]))]
+
+    assert found("a", "none", "e") == found("none", "b") == []
+    command = (
+        "lsys data prepare {0}.txt --out {1}/{0} --overwrite --tokenizer x.json --eod '<end>'; or leave one of them out"
+    )
+    for name, text in (
+        ("b", "corpus {1}/{0} was made by tokenizer bytes, corpus {1}/a by x.json: a token would mean two things; "),
+        ("c", "corpus {1}/{0} ends documents with token 6, corpus {1}/a with 5: a token would mean two things; "),
+        (
+            "d",
+            "corpus {1}/{0} was made by tokenizer x.json (33334444), corpus {1}/a by x.json as it was then (11112222): ",
+        ),
+    ):
+        (mistake,) = found("none", "a", "e", name)
+        assert mistake.startswith(f"data.corpora.3.path: {text}".format(name, tmp_path))
+        assert mistake.endswith("prepare it again: " + command.format(name, tmp_path))
+
+
 NOTICES: list[tuple[dict[str, Any], int | None, str]] = [
     (dict(parallel__layout="contiguous"), None, "parallel.layout contiguous has no effect"),
     (dict(optimizer__decay_steps=3), None, "optimizer.decay_steps has no effect"),

@@ -40,7 +40,7 @@ class Now:
 class StubData:
     """Stands in for `lsys.train.data.RunData`: the same few steps of random documents, again and again."""
 
-    validation_steps, bigram_entropy, corpora = 0, None, ()
+    validation_steps, bigram_entropy, corpora, identity = 0, None, (), None
 
     def __init__(self, settings: Any, groups: Any, corpora: Any = ()) -> None:
         from lsys.data.plan import Planner
@@ -49,7 +49,11 @@ class StubData:
         degrees = parallel.context, parallel.tensor, parallel.layout
         documents: Any = parity.RandomDocuments(settings.model.vocab)
         self.planner = Planner(documents, train.batch_tokens, train.micro_batch_tokens, *degrees)
-        self.groups = groups
+        self.settings, self.groups, self.position = settings, groups, self.planner.position
+
+    def at(self, position: Any) -> "StubData":
+        self.position = position
+        return self
 
     def training(self, step: int) -> tuple[Any, float]:
         plan = self.planner.step(step % parity.STEPS, self.groups.data_rank, self.groups.data_size)

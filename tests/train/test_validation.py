@@ -87,7 +87,7 @@ def test_of_an_interval_of_training_the_loss_is_the_newest_steps() -> None:
     tokens = [random_tokens(count, random) for count in (1000, 10)]
     run: Any = SimpleNamespace(
         settings=SimpleNamespace(metrics=SimpleNamespace(every=2), train=SimpleNamespace(steps=9, batch_tokens=1)),
-        data=SimpleNamespace(flops_of_all=float),
+        data=SimpleNamespace(flops_of_all=float, position=SimpleNamespace(tokens_seen=int)),
         observers=Observers([], print),
         updates=SimpleNamespace(skipped=0),
     )
