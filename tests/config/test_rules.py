@@ -283,7 +283,7 @@ def test_corpora_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
     for name, (spec, fingerprint, eod) in known.items():
         write_corpus(tmp_path / name, [5, 4])
         tokenizer = {"spec": spec, "fingerprint": fingerprint, "eod_name": "<end>" if name == "a" else None}
-        description: dict[str, object] = {
+        found_in = {
             "version": 1,
             "documents": 2,
             "tokens": 9,
@@ -291,7 +291,7 @@ def test_corpora_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
             "tokenizer": tokenizer,
             "eod": eod,
         }
-        (tmp_path / f"{name}.json").write_text(json.dumps(description))
+        (tmp_path / f"{name}.json").write_text(json.dumps(found_in))
     write_corpus(tmp_path / "none", [5, 4])
 
     def found(*names: str) -> list[str]:
