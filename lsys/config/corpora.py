@@ -233,7 +233,12 @@ def tokenizer_mistakes(prefixes: Sequence[Path]) -> Iterator[Mistake]:
         else:
             continue
         problem = f"corpus {prefix} {what}, corpus {first[0]} {theirs}: a token would mean two things"
-        fix = f"{prepare_again(str(prefix), found | {'tokenizer': other})}; or leave one of them out"
+        options = [
+            *found.get("options", []),
+            *(["--eod", other["eod_name"]] if other.get("eod_name") else []),
+        ]  # the last counts
+        again = prepare_again(str(prefix), found | {"tokenizer": other, "options": options})
+        fix = f"{again}; or leave one of them out"
         yield Mistake(f"data.corpora.{number}.path", problem, fix, is_local=True, is_file=True)
 
 
