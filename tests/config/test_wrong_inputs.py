@@ -73,6 +73,7 @@ def run_on_rank(rank: int, world_size: int, folder: str, words: str) -> tuple[in
     with (
         contextlib.chdir(folder),
         mock.patch.object(Checkpoints, "_prepare", full),
+        mock.patch("lsys.train.saving.PAUSES", (0.0, 0.0)),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
     ):
