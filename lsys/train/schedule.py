@@ -1,4 +1,4 @@
-"""Megatron's schedules of the learning rate, but for the warm-up: its first step is lost, taken with a rate of 0."""
+"""Megatron's schedules of the learning rate, but for the warm-up, whose first step Megatron takes with a rate of 0."""
 
 from typing import Any
 
