@@ -246,7 +246,7 @@ def judge(case: Case, result: dict[str, Any], hardware: Hardware) -> dict[str, A
         "wall predicted": shared,
         "measured parts": seen_parts,
         "predicted parts": told_parts,
-        "points": max(abs(told_parts[part] - seen_parts[part]) for part in PARTS),
+        "points": float(np.max([abs(told_parts[part] - seen_parts[part]) for part in PARTS])),  # a NaN stays one
     }
 
 
