@@ -156,3 +156,11 @@ def test_a_checkpoint_of_before_is_one_span_of_its_configuration() -> None:
     )
     assert position.sizes(3) == (388, 97, 9) and position.seed == 4
     assert position.tokens_seen(5) == 5 * 388 and position.before == 0 and position.spans[0].token == 0
+
+
+def test_the_baselines_checkpoint_goes_on_with_the_same_tokens() -> None:
+    cursor = Manifest.read(Path(__file__).parents[1] / "baseline/run/checkpoints/step-00000004").cursor
+    position = stored(cursor).changed(4, 192, 96, 0)
+    assert position == stored(cursor) and position.tokens_seen(8) == 8 * 192
+    places = [position.micro_batch(step, index) for step in range(4, 8) for index in range(2)]
+    assert places == [[(start, 96)] for start in range(4 * 192, 8 * 192, 96)]
