@@ -43,8 +43,12 @@ def plant(
     return name
 
 
-def plant_output(engine: Any, *, step: int, rank: int, module: str, value: float = math.nan) -> str:
-    """Make one number of a module's output `value`, in each micro-batch of a step on one rank; the module's global name, or nothing."""
+def plant_output(
+    engine: Any, *, step: int, rank: int, module: str, value: float = math.nan, backward: bool = False
+) -> str:
+    """Make one number of a module's output, or of its output's gradient if `backward`, `value`, in each micro-batch of a step on one rank; the
+    module's global name, or nothing.
+    """
     from lsys.train.origin import place
 
     for chunk in engine.chunks if engine.groups.launch.rank == rank else ():
@@ -52,7 +56,8 @@ def plant_output(engine: Any, *, step: int, rank: int, module: str, value: float
             _, name = place(chunk, local)
             if name.endswith(module):
                 is_on = _in_step(engine, step, once=False)
-                each.register_forward_hook(lambda m, inputs, output: _changed(output, value) if is_on() else None)
+                change = _change_gradient if backward else _changed
+                each.register_forward_hook(lambda m, inputs, output: change(output, value) if is_on() else None)
                 return name
     return ""
 
@@ -63,6 +68,10 @@ def _changed(output: Any, value: float) -> Any:
     changed = output.clone()
     changed.view(-1)[changed.numel() // 2] = value
     return changed
+
+
+def _change_gradient(output: Any, value: float) -> None:
+    (output[0] if isinstance(output, tuple) else output).register_hook(lambda gradient: _changed(gradient, value))
 
 
 def _in_step(engine: Any, step: int, once: bool) -> Any:

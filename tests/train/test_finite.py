@@ -24,6 +24,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2 overlap": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "train__overlap": True}),
     "CP2xDP2 plain": (4, {"parallel__context": 2, "optimizer__distributed": False}),
 }
+SLOW = {"own optimizer", "DP2 overlap bf16", "DP2 plain bf16", "CP2xDP2 plain", "TP2xPP2 overlap"}
 # (what is planted, into which of the rank's parameters, whether only the first passes have it)
 PLANTS = [(math.nan, 3, False), (math.inf, -2, False), (1e30, 0, False), (math.nan, 1, True)]
 
@@ -105,8 +106,8 @@ def skips(rank: int, world_size: int, changes: dict[str, Any], plants: list[Any]
         for value, where, once in plants:
             with resuming.engine_of(rank, world_size, changes) as engine:
                 options = dict(step=STEP, rank=world_size - 1, value=value)
-                if once is None:
-                    name = planting.plant_output(engine, module=where, **options)
+                if once in ("output", "backward"):
+                    name = planting.plant_output(engine, module=where, backward=once == "backward", **options)
                 else:
                     name = planting.plant(engine, parameter=where, once=once, **options)
                 drawn = draws(engine) if stateful else []
@@ -120,7 +121,7 @@ def skips(rank: int, world_size: int, changes: dict[str, Any], plants: list[Any]
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_an_update_that_is_not_finite_is_as_if_never_tried(gloo: Any, case: str) -> None:
     ranks, changes = CASES[case]
     everywhere = gloo(ranks, skips, changes, PLANTS)
@@ -147,7 +148,10 @@ def test_an_update_that_is_not_finite_is_as_if_never_tried(gloo: Any, case: str)
 def test_a_loss_that_is_not_finite_is_told_by_module_and_rank(gloo: Any) -> None:
     """One that arises behind the last attention; and, where no kernel looks, far before: on that rank first, whoever hears of it later."""
     everywhere = gloo(
-        2, skips, {"parallel__tensor": 2}, [(math.nan, "3.mlp.linear_fc1", None), (math.inf, "final_layernorm", None)]
+        2,
+        skips,
+        {"parallel__tensor": 2},
+        [(math.nan, "3.mlp.linear_fc1", "output"), (math.inf, "final_layernorm", "output")],
     )
     for rank in range(2):
         for plant in range(2):
@@ -156,9 +160,15 @@ def test_a_loss_that_is_not_finite_is_told_by_module_and_rank(gloo: Any) -> None
             assert (
                 seen["applied"] == [True, True, False, True] and seen["same"] and not math.isfinite(seen["losses"][2])
             )
-    first, second = gloo(2, skips, {"parallel__pipeline": 2}, [(math.nan, "3.mlp.linear_fc1", None)])
+    first, second = gloo(2, skips, {"parallel__pipeline": 2}, [(math.nan, "3.mlp.linear_fc1", "output")])
     assert first[0][1]["told"] == f"the output of {second[0][0]} is not finite on rank 1"
     assert second[0][0] == "decoder.layers.3.mlp.linear_fc1"  # of all stages
+
+
+def test_of_gradients_the_first_in_the_order_of_the_backward_pass_is_told(gloo: Any) -> None:
+    """All layers before it have the NaN as well."""
+    ((_, seen),) = gloo(1, skips, {}, [(math.nan, "2.self_attention.out_proj", "backward")])[0]
+    assert seen["told"] == "the gradient of decoder.layers.2.self_attention.out_proj.weight is not finite on rank 0"
 
 
 def test_random_numbers_and_states_of_modules_are_as_without_the_step(gloo: Any) -> None:
