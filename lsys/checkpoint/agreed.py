@@ -60,6 +60,10 @@ def choose(settings: Config, guard: Callable[[], None] = lambda: None) -> Chosen
             path = begun.checkpoint
             if path is None:
                 return Chosen(begun, passed=tuple(told))
+            if path in passed:
+                raise CheckpointError(
+                    f"{path} was found damaged and is there again under this name: {passed[path]}; move it away"
+                )
             expected = agree_on_first(functools.partial(digest, path))
             manifest = agree(functools.partial(_same, path, expected))
             damage = _damage(path, manifest)
@@ -67,10 +71,10 @@ def choose(settings: Config, guard: Callable[[], None] = lambda: None) -> Chosen
                 return Chosen(begun, manifest, expected, tuple(told))
             if begun.is_named:
                 raise CheckpointError(f"checkpoint {path} not loaded: {damage}{others(path)}")
+            passed[path] = damage
             if begun.is_own:
                 told.append(agree_on_first(functools.partial(_rename, path, damage, guard)))
             else:
-                passed[path] = damage
                 told.append(_tell(f"{path} is damaged and passed over: {damage}"))
     except RankFailure as failure:
         text = failure.messages if set(failure.errors) == {0} else str(failure)
