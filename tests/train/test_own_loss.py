@@ -131,18 +131,18 @@ WRONG = {
 }
 
 
-def refusals(rank: int, world_size: int, names: list[str]) -> list[str]:
+def refusals(rank: int, world_size: int, folder: str, names: list[str]) -> list[str]:
     said = []
     for name in names:
         changes = {"model__layers": 1, "model__pattern": "S", "train__loss": f"{__name__}:{name}"}
         try:
-            resuming.run(rank, world_size, changes, Path("unused"), stop=1)
+            resuming.run(rank, world_size, changes, Path(folder), stop=1)
         except FilesError as error:
             said.append(str(error))
     return said
 
 
-def test_a_loss_that_gives_something_else_is_told(gloo: Any) -> None:
-    (found,) = gloo(1, refusals, [*WRONG, "Square"])
+def test_a_loss_that_gives_something_else_is_told(gloo: Any, tmp_path: Path) -> None:
+    (found,) = gloo(1, refusals, str(tmp_path), [*WRONG, "Square"])
     for text, (name, said) in zip(found, WRONG.items(), strict=True):
         assert text.startswith(f"train.loss: {__name__}:{name} {said}")
