@@ -148,14 +148,14 @@ def _damage(path: Path, manifest: Manifest) -> str:
             return str(error)
         return ""
 
-    names = sorted(manifest.files)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = agree(lambda: check(names[rank::ranks]))
+    ranks = dist.get_world_size()
+    parts = [manifest.share(rank, ranks) for rank in range(ranks)]
+    mine = agree(lambda: check(parts[dist.get_rank()]))
     found: list[str] = [""] * ranks
     dist.all_gather_object(found, mine)
     if not any(found):
         return ""
-    suspects = [name for each in range(ranks) if found[each] for name in names[each::ranks]]
+    suspects = [name for each in range(ranks) if found[each] for name in parts[each]]
     damage = agree_on_first(lambda: check(suspects))
     if not damage:
         seen = "; ".join(f"rank {each}: {text}" for each, text in enumerate(found) if text)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
+BLOCK = 1 << 21  # bytes that files are written, read and hashed by
+WRITER = re.compile(r"__(\d+)_")  # a file's name begins with the rank that wrote it
 
 
 class CheckpointError(ValueError):
@@ -126,15 +129,19 @@ class Manifest:
                 return f"{name} has {size} bytes, {record.size} were written"
         return None
 
+    def share(self, rank: int, world: int) -> list[str]:
+        """The files that one of `world` ranks verifies: what it wrote, if there are as many, since it reads that again; each is one rank's."""
+        names = sorted(self.files)
+        writers = [int(found[1]) if (found := WRITER.match(name)) else index for index, name in enumerate(names)]
+        return [name for name, writer in zip(names, writers, strict=True) if writer % world == rank]
+
     def verify(self, folder: Path, names: Iterable[str]) -> None:
         """Compare files with their records. Raises CheckpointError that names every one that differs; UnreadableError."""
         wrong = []
         for name in names:
             record = self.files[name]
             try:
-                with open(folder / name, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    size = file.tell()
+                size, digest = _hashed(folder / name)
             except (FileNotFoundError, IsADirectoryError):
                 wrong.append(f"{name} is missing")
                 continue
@@ -166,6 +173,16 @@ def _content(file: Path, missing: str) -> bytes:
     except OSError as error:
         kind = CheckpointError if error.errno == errno.EIO else UnreadableError  # EIO: the medium is at fault
         raise kind(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _hashed(path: Path) -> tuple[int, str]:
+    """(bytes, SHA-256) of a file."""
+    size, digest, block = 0, hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while got := file.readinto(block):
+            digest.update(block[:got])
+            size += got
+    return size, digest.hexdigest()
 
 
 def _digest(tree: dict[str, Any]) -> str:

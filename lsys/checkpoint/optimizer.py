@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def _sub_optimizers(optimizer: Any) -> list[Any]:
@@ -42,61 +41,6 @@ def separate_steps(optimizer: Any) -> None:
     for each in _sub_optimizers(optimizer):
         for state in each.optimizer.state.values():
             state["step"] = state["step"].clone()
-
-
-@contextlib.contextmanager
-def without_step_per_parameter(optimizer: Any) -> Iterator[None]:
-    """Inside, DistributedOptimizer takes parameter states that hold no step.
-
-    It copies every entry that Adam keeps for a parameter from what was loaded; the step is not there, since it is stored once for all.
-    """
-    distributed = [each for each in _sub_optimizers(optimizer) if isinstance(each, DistributedOptimizer)]
-    for each in distributed:
-        each._set_main_param_and_optimizer_states = _completed(each)
-    try:
-        yield
-    finally:
-        for each in distributed:
-            del each._set_main_param_and_optimizer_states  # the class's shows again
-
-
-def _completed(optimizer: DistributedOptimizer) -> Any:
-    original = optimizer._set_main_param_and_optimizer_states
-
-    def set_states(parameter: Any, loaded: dict[str, Any]) -> None:
-        original(parameter, {**optimizer._get_main_param_and_optimizer_states(parameter), **loaded})
-
-    return set_states
-
-
-@contextlib.contextmanager
-def positions_without_padding(optimizer: Any) -> Iterator[None]:
-    """Inside, the buffers of DistributedOptimizer say where parameters lie if no bucket is padded.
-
-    Megatron gathers its states without the padding at the end of each bucket, then cuts them at positions that count it: from the
-    second bucket on every state is stored shifted. There are several with tied embeddings over pipeline stages, or overlap.
-    """
-    distributed = [each for each in _sub_optimizers(optimizer) if isinstance(each, DistributedOptimizer)]
-    buffers = [buffer for each in distributed for buffer in each.buffers]
-    padded = [buffer.param_index_map for buffer in buffers]
-    for buffer in buffers:
-        buffer.param_index_map = _unpadded(buffer)
-    try:
-        yield
-    finally:
-        for buffer, positions in zip(buffers, padded, strict=True):
-            buffer.param_index_map = positions
-
-
-def _unpadded(buffer: Any) -> dict[Any, tuple[int, int, int]]:
-    shifts, end = [], 0
-    for bucket in buffer.buckets:
-        shifts.append(bucket.offset - end)
-        end += bucket.numel_unpadded
-    return {
-        parameter: (start - shifts[bucket], stop - shifts[bucket], bucket)
-        for parameter, (start, stop, bucket) in buffer.param_index_map.items()
-    }
 
 
 @contextlib.contextmanager

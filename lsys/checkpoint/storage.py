@@ -5,13 +5,10 @@ process per file, and a failure on one rank leaves the others waiting; its own r
 without restriction. The files are the same: either side reads the other's.
 """
 
-import contextlib
-import hashlib
 import io
 import json
-import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.exchange_utils import ShardDistribution
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
@@ -30,18 +26,18 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     determine_main_replica_uniform_distribution,
     distribute_main_replicas_with_precomputed_distribution,
 )
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint._nested_dict import set_element
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from lsys.checkpoint.agreement import agree
+from lsys.checkpoint.files import Files, Reader, Writer
 from lsys.checkpoint.manifest import CheckpointError, FileRecord
+from lsys.checkpoint.shards import STATES
 from lsys.checkpoint.unpickle import load_metadata
 
 METADATA = ".metadata"
-STATES = "optimizer.state."  # keys of tensors: this, a state's name, a parameter's key
 BACKEND = "torch_dist"
 
 
@@ -56,9 +52,9 @@ def write(state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup | Non
 
     Raises RankFailure on all ranks if writing failed on any.
     """
-    files = _Files()
+    files = Files()
     tensors, common = agree(lambda: save_preprocess(state))
-    agree(lambda: _share_work(tensors, replicas or dist.group.WORLD))
+    agree(lambda: share_work(tensors, replicas or dist.group.WORLD))
     agree(lambda: _write_tensors(tensors, folder, files))
     if dist.get_rank() == 0:
         agree(lambda: _write_common(common, folder, files))
@@ -69,84 +65,27 @@ def write(state: dict[str, Any], folder: Path, replicas: dist.ProcessGroup | Non
     return {name: record for records in everyone for name, record in sorted(records.items())}
 
 
-def _share_work(tensors: dict[str, Any], replicas: Any) -> None:
-    distribution: ShardDistribution = determine_main_replica_uniform_distribution(tensors, replicas)
-    distribute_main_replicas_with_precomputed_distribution(tensors, replicas, distribution)
+def share_work(tensors: dict[str, Any], replicas: Any) -> None:
+    """Choose, for each tensor that several ranks hold, the one that writes it (collective over `replicas`): alike in bytes, whole tensors.
+
+    The parts of a distributed optimizer, which are in no regular grid, have one holder each.
+    """
+    held = [each for each in nested_values(tensors) if isinstance(each, ShardedTensor) and each.has_regular_grid]
+    distribution = determine_main_replica_uniform_distribution(held, replicas)
+    distribute_main_replicas_with_precomputed_distribution(held, replicas, distribution)
 
 
-def _write_tensors(tensors: dict[str, Any], folder: Path, files: "_Files") -> None:
+def _write_tensors(tensors: dict[str, Any], folder: Path, files: Files) -> None:
     by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
     planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    _save_state_dict(torch_dist.mcore_to_pyt_state_dict(by_key), _Writer(folder, files), planner=planner)
+    _save_state_dict(torch_dist.mcore_to_pyt_state_dict(by_key), Writer(folder, files), planner=planner)
 
 
-def _write_common(common: dict[str, Any], folder: Path, files: "_Files") -> None:
+def _write_common(common: dict[str, Any], folder: Path, files: Files) -> None:
     with files.create_stream(folder / COMMON_STATE_FNAME, "wb") as stream:
         torch.save(common, stream)
     with files.create_stream(folder / CONFIG_FNAME, "wb") as stream:
         stream.write(json.dumps(asdict(CheckpointingConfig(BACKEND))).encode())
-
-
-class _Writer(FileSystemWriter):
-    def __init__(self, folder: Path, files: "_Files") -> None:
-        super().__init__(folder, thread_count=1, sync_files=False)  # an error in another thread would be lost
-        self.fs = files
-
-    def storage_meta(self) -> None:
-        """None of the folder's present name and a random id: nothing reads them, and equal states should give equal files."""
-
-
-class _Files(FileSystem):
-    """Writes files, and keeps their sizes and hashes as they pass."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with open(path, mode) as file:
-            stream = _HashedStream(file)
-            try:
-                yield stream
-                file.flush()
-                os.fsync(file.fileno())
-            except RuntimeError as error:  # torch's zip writer says "unexpected pos" for a full disk
-                raise stream.error or error from error
-        self.records[Path(path).name] = FileRecord(stream.size, stream.digest.hexdigest())
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
-
-
-class _HashedStream:
-    """A file open for appending; remembers what was written and the first error of the operating system."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self.digest.update(data)
-        self.size += memoryview(data).nbytes
-        return memoryview(data).nbytes
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def fileno(self) -> int:
-        return self.file.fileno()
-
-    def close(self) -> None:
-        """Left to `create_stream`, which closes the file."""
 
 
 def read(state: dict[str, Any], folder: Path, files: Mapping[str, FileRecord]) -> dict[str, Any]:
@@ -235,21 +174,12 @@ class _LoadTensors(torch_dist.TorchDistLoadShardedStrategy):
         by_key, flat, renamed = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         tensors = [entry for entry in nested_values(sharded_state_dict) if isinstance(entry, ShardedTensor)]
         state = torch_dist.mcore_to_pyt_state_dict(by_key, is_loading=True)
-        reader = _Reader(checkpoint_dir, self.cached_global_metadata)
+        reader = Reader(checkpoint_dir, self.cached_global_metadata)
         _load_state_dict(state, reader, planner=_Planner(shapes_validation_sharded_tensors=tensors))
         loaded = {key: torch_dist._unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
         result = torch_dist._replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
         torch_dist._restore_dict_types(result, sharded_state_dict)
         return result
-
-
-class _Reader(FileSystemReader):
-    def __init__(self, folder: str | Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self.metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
 
 
 class _Planner(torch_dist.MCoreLoadPlanner):

@@ -96,7 +96,7 @@ class Checkpoints:
         path = Path(path)
         try:
             manifest = agree(lambda: fitting(path, engine.settings))
-            agree(lambda: manifest.verify(path, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]))
+            agree(lambda: manifest.verify(path, manifest.share(dist.get_rank(), dist.get_world_size())))
         except RankFailure as failure:
             raise CheckpointError(f"checkpoint {path} not loaded: {failure.messages}{others(path)}") from failure
         load_verified(engine, path, manifest)

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from lsys.checkpoint import optimizer as adam
+from lsys.checkpoint.shards import in_place, in_shards
 
 # What the fp32 copies of parameters are called, before the parameter's own key: by the plain optimizer, and by the distributed one.
 MASTERS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
@@ -22,19 +23,22 @@ def sharded(chunks: Sequence[Any], optimizer: Any, scheduler: Any, replicas: Any
     """
     metadata = {
         "dp_cp_group": replicas,
-        "distrib_optim_sharding_type": "fully_reshardable",  # whole tensors, so that every degree may change
+        "distrib_optim_sharding_type": "fully_reshardable",  # by keys of whole tensors, so that every degree may change; `in_shards` gives parts
         "chained_optim_avoid_prefix": True,
     }
     adam.allocate(optimizer)
     model = {f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
-    with adam.own_hyperparameters(optimizer), adam.positions_without_padding(optimizer):
+    with adam.own_hyperparameters(optimizer), in_shards(optimizer):
         states = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-    return {**model, "optimizer": states, "scheduler": scheduler.state_dict()}
+    state = {**model, "optimizer": states, "scheduler": scheduler.state_dict()}
+    if loading:
+        in_place(state)
+    return state
 
 
 def put(chunks: Sequence[Any], optimizer: Any, scheduler: Any, loaded: dict[str, Any]) -> None:
     """Take what was loaded; the settings of the optimizer's groups stay the configuration's."""
-    with adam.own_hyperparameters(optimizer), adam.without_step_per_parameter(optimizer):
+    with adam.own_hyperparameters(optimizer), in_shards(optimizer):
         for index, chunk in enumerate(chunks):
             chunk.module.load_state_dict(loaded[f"model{index}"], strict=True)
         optimizer.load_state_dict(loaded["optimizer"])
