@@ -19,6 +19,8 @@ from typing import Any
 
 TESTS = Path(__file__).parent
 
+# How workers are made. A process that has loaded torch and Megatron but no lsys may set "fork": its workers then begin with what it has.
+START = "forkserver"
 
 # Groups that something still refers to keep gloo's threads, which wake many times a second: thousands of them would
 # take all cores. A worker that has collected so many is replaced.
@@ -37,8 +39,9 @@ class Worker:
     def __init__(self) -> None:
         import gloo_worker
 
-        context = multiprocessing.get_context("forkserver")
-        _start_server(context)
+        context: Any = multiprocessing.get_context(START)
+        if START == "forkserver":
+            _start_server(context)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=gloo_worker.serve, args=(theirs,))  # a daemon could have no children
         self.process.start()

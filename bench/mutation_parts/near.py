@@ -1,0 +1,47 @@
+"""Which tests look at a source most closely: these run first, and a fault that they catch costs seconds."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+LAST = ("project", "bench")  # they read the tree or start programs: slow, and seldom the first to notice
+
+
+def in_order(root: Path, file: str) -> list[str]:
+    """All test files of the checkout, relative, the nearest to a source first: those that import it, directly or by what
+    they share; then those of its package; then the rest."""
+    module, package = module_of(file), Path(file).parent.name
+    tests = sorted(path.relative_to(root) for path in (root / "tests").rglob("test_*.py"))
+
+    def distance(test: Path) -> tuple[int, bool, int]:
+        direct = module in _imports(root / test)
+        shared = any(module in _imports(path) for path in _support(root, root / test))
+        here = test.parent.name == package or test.parts[1] == Path(file).parts[-2 if len(Path(file).parts) > 1 else -1]
+        step = 0 if direct and here else 1 if direct else 2 if shared and here else 3 if here else 4 if shared else 5
+        return step, test.parts[1] in LAST, (root / test).stat().st_size
+
+    return [str(test) for test in sorted(tests, key=distance)]
+
+
+def module_of(file: str) -> str:
+    """The module's name of a source: kernels, parallel and launch are lsys's packages."""
+    parts = list(Path(file).with_suffix("").parts)
+    parts = parts if parts[0] == "lsys" else ["lsys", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def _imports(path: Path) -> frozenset[str]:
+    """Modules that a file names in imports, and what it takes from packages as if that were modules."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found)
+
+
+def _support(root: Path, path: Path) -> list[Path]:
+    names = (name.partition(".")[2] for name in _imports(path) if name.startswith("support."))
+    return [found for name in names if (found := root / "tests" / "support" / f"{name}.py").exists()]

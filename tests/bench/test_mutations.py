@@ -1,0 +1,112 @@
+"""Planted faults: kinds, places that still exist, and what is no fault of the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from bench.mutation_parts.known import KNOWN
+from bench.mutation_parts.near import in_order, module_of
+from bench.mutation_parts.operators import Mutant, mutants
+from bench.mutation_parts.page import page
+from bench.mutations import SOURCES, Verdict, _failure, drawn, package_of
+
+ROOT = Path(__file__).parents[2]
+
+TEXT = '''
+"""A text with - signs, 3 numbers and max(1, 2) in words."""
+from typing import Any
+
+
+def mean(x: "list[1]", *, least: int = 3, group: Any = None) -> float:
+    """Half, 2 or 3."""
+    if group is not None:
+        dist.all_reduce(x, group=group.tp)
+    if len(x) < least:
+        raise ValueError(f"{len(x)} is below {least + 1}")
+    kept[x] = 0.5 * x.sum(dim=1) + bias
+    return cached if x in kept else -total
+'''
+
+
+def changed() -> dict[str, set[str]]:
+    """By kind, the lines that faults make of TEXT's."""
+    found: dict[str, set[str]] = {}
+    for mutant in mutants("x.py", TEXT):
+        text = mutant.of(TEXT)
+        ast.parse(text)
+        (line,) = set(text.splitlines()) - set(TEXT.splitlines()) or {""}
+        found.setdefault(mutant.kind, set()).add(line.strip())
+    return found
+
+
+def test_faults_are_those_that_programmers_make() -> None:
+    found = changed()
+    assert {"return cached if x in kept else (total)", "kept[x] = (0.5 * x.sum(dim=1) - bias)"} == found["sign"]
+    assert "kept[x] = (0.5 * x.sum(dim=1)) + bias" not in found["dropped term"]
+    assert {"kept[x] = (0.5 * x.sum(dim=1))", "kept[x] = (0.5) + bias"} <= found["dropped term"]
+    assert {"kept[x] = (2 * (0.5 * x.sum(dim=1))) + bias", "kept[x] = 1.0 * x.sum(dim=1) + bias"} == found["factor 2"]
+    assert found["wrong axis"] == {"kept[x] = 0.5 * (x.sum(dim=0)) + bias"}
+    assert found["wrong group"] == {"dist.all_reduce(x, group=group.cp)", "(dist.all_reduce(x))"}
+    assert found["missing reduction"] == {"pass"} and found["swallowed error"] == {"pass"}
+    assert found["stale cache"] == {"return (-total if x in kept else cached)"}
+    assert "if (len(x) <= least):" in found["off by one"]
+    assert 'def mean(x: "list[1]", *, least: int = 4, group: Any = None) -> float:' in found["off by one"]
+
+
+def test_text_and_types_are_no_code() -> None:
+    lines = {mutant.line for mutant in mutants("x.py", TEXT)}
+    assert not lines & {2, 3, 7} and all('"""' not in mutant.old for mutant in mutants("x.py", TEXT))
+    assert all(mutant.kind == "swallowed error" for mutant in mutants("x.py", TEXT) if "raise" in mutant.old)
+
+
+def test_a_fault_is_where_it_was_drawn() -> None:
+    text = "é = 'ü' if a < b else 'ä'\n"  # columns are bytes of UTF-8
+    assert {m.of(text) for m in mutants("x.py", text) if m.kind == "off by one"} == {"é = 'ü' if (a <= b) else 'ä'\n"}
+    with pytest.raises(AssertionError, match="not there any more"):
+        Mutant("x.py", 1, "sign", "a < c", "c", 9).of(text)
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
+def test_known_faults_have_their_place(known: object) -> None:
+    for change in known.changes:  # type: ignore[attr-defined]
+        text = (ROOT / change.file).read_text()
+        assert text.count(change.old) == 1 and change.old != change.new
+        ast.parse(text.replace(change.old, change.new))
+
+
+def test_faults_are_drawn_by_seed_in_proportion_to_lines() -> None:
+    one, again, other = (drawn(seed, 130) for seed in (1, 1, 2))
+    assert one == again and one != other
+    assert sum(number for number, _ in one.values()) == 130
+    lines: dict[str, int] = {}
+    for path in (path for name in SOURCES for path in (ROOT / name).rglob("*.py")):
+        file = str(path.relative_to(ROOT))
+        lines[package_of(file)] = lines.get(package_of(file), 0) + len(path.read_text().splitlines())
+    for name, (number, order) in one.items():
+        assert abs(number - 130 * lines[name] / sum(lines.values())) <= 1
+        assert len({mutant.kind for mutant in order[:number]}) >= min(number, 4)
+
+
+def test_the_nearest_tests_come_first() -> None:
+    order = in_order(ROOT, "lsys/data/cursor.py")
+    assert order[0] == "tests/data/test_cursor.py" and len(order) == len(set(order)) > 100
+    assert module_of("parallel/attention/__init__.py") == "lsys.parallel.attention"
+
+
+def test_the_page_counts_and_names_what_survived() -> None:
+    verdicts = [
+        Verdict("a.py:1 sign", "lsys/data", "-x", "x", "caught", "tests/data/test_x.py::test", 1.0),
+        Verdict("a.py:2 sign", "lsys/data", "-y", "y", "survived", "", 9.0),
+        Verdict("a.py:3 sign", "lsys/data", "-z", "z", "no fault", "", 2.0),
+        Verdict("thirteen at once", "known", "", "", "caught", "", 3.0),
+    ]
+    text = page({"seed": 3, "count": 2, "machine": "m", "commit": "c", "minutes": 1.0}, verdicts)
+    assert "caught 1 of 2 drawn faults, 50.0%; 1 more" in text
+    assert "| known | 1 | 1 |\n| lsys/data | 1 | 2 |" in text
+    assert "- a.py:2 sign: `-y` became `y`." in text and "a.py:3" not in text
+
+
+def test_the_failing_test_is_named() -> None:
+    assert _failure("x\nFAILED tests/a/test_b.py::test_c - boom\n", 1) == "tests/a/test_b.py::test_c"
+    assert _failure("", 3) == "exit code 3" and _failure("", None).startswith("more than")
