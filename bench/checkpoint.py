@@ -80,15 +80,11 @@ def table(row: dict[str, object]) -> list[list[object]]:
     def line(what: str, name: str, ratio: str = "") -> list[object]:
         return [f"{what} {name}", row[f"lsys {what} {name}"], row[f"torch {what} {name}"], row.get(ratio, "")]
 
-    lines = [
-        line
-        for what in ("save", "load")
-        for line in (
-            line(what, "MiB/s", f"{what} ratio"),
-            line(what, "MiB/CPU s", f"{what} CPU ratio"),
-            line(what, "memory"),
-        )
-    ]
+    lines = []
+    for what in ("save", "load"):
+        lines.append(line(what, "MiB/s", f"{what} ratio"))
+        lines.append(line(what, "MiB/CPU s", f"{what} CPU ratio"))
+        lines.append(line(what, "memory"))
     return [*lines, *([name, row[name], "", ""] for name in ("shard MiB", "file MiB"))]
 
 
