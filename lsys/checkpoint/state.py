@@ -12,6 +12,7 @@ from lsys.checkpoint import storage
 from lsys.checkpoint.agreement import agree
 from lsys.checkpoint.held import Held
 from lsys.checkpoint.manifest import FileRecord, Manifest
+from lsys.checkpoint.replicas import require_equal
 
 
 def degrees(engine: Held) -> dict[str, int]:
@@ -20,9 +21,26 @@ def degrees(engine: Held) -> dict[str, int]:
     return {name: getattr(parallel, name) for name in names} | {"data": engine.groups.data_size}
 
 
-def save_state(engine: Held, folder: Path) -> dict[str, FileRecord]:
+def state_to_save(engine: Held) -> dict[str, Any]:
+    """The engine's state and random numbers, for `save_state`; compared with what other ranks hold alike (collective).
+
+    Raises RankFailure, ReplicaError.
+    """
+    state = agree(lambda: engine.state(loading=False))
+    require_equal(state, engine.groups.collection.pp.rank())
+    return state | {"random": _random_object()}
+
+
+def require_equal_models(engine: Held) -> None:
+    """Compare this rank's part of the model with what other ranks hold alike (collective): before an update, which with the distributed optimizer
+    makes all alike again, of what each part's owner has. Raises RankFailure, ReplicaError.
+    """
+    state = agree(lambda: engine.state(loading=False))
+    require_equal({key: each for key, each in state.items() if key != "optimizer"}, engine.groups.collection.pp.rank())
+
+
+def save_state(engine: Held, state: dict[str, Any], folder: Path) -> dict[str, FileRecord]:
     """Write the engine's state into an empty folder (collective); the files of all ranks. Raises RankFailure."""
-    state = agree(lambda: engine.state(loading=False) | {"random": _random_object()})
     return storage.write(state, folder, engine.groups.collection.dp_cp)
 
 

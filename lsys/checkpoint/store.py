@@ -53,8 +53,9 @@ class Checkpoints:
         Raises:
             CheckpointError: on all ranks, if any could not write. What was there before is untouched.
             LostError: on all ranks, if another run has taken the folder over.
+            ReplicaError: on all ranks, where those that have to hold the same do not. Nothing has been written.
         """
-        from lsys.checkpoint.state import save_state
+        from lsys.checkpoint.state import save_state, state_to_save
 
         if cursor.step < 1:  # Megatron stores no count of Adam's steps then
             raise CheckpointError(f"a checkpoint at step {cursor.step} holds nothing that the seed does not give")
@@ -62,8 +63,9 @@ class Checkpoints:
         partial = final.with_name(f"{final.name}.partial")
         self._require_own()
         try:
+            state = state_to_save(engine)
             serial = agree_on_first(lambda: self._prepare(partial))
-            files = save_state(engine, partial)
+            files = save_state(engine, state, partial)
             agree_on_first(lambda: self._commit(partial, final, _manifest(engine, cursor, serial, files)))
         except RankFailure as failure:
             self._require_own()  # else what is there may be the other run's

@@ -182,6 +182,13 @@ class Run:
         finally:
             self.observers.close(failed)
 
+    def _is_saved(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step; another one may be asked for by SIGTERM."""
+        from lsys.train.observers import is_due
+
+        options = self.settings.checkpoint
+        return options.save and (is_due(step, options.every) or step >= self.settings.train.steps)
+
     @property
     def is_ending(self) -> bool:
         """Whether no other step follows."""
@@ -223,6 +230,10 @@ class Run:
         self.observers.begin_step(self.step + 1)
         with step_named(f"step {self.step + 1}", self.groups.launch.rank):
             losses = self.engine.forward_backward(batches)
+        if self.settings.optimizer.distributed and self._is_saved(self.step + 1):
+            from lsys.checkpoint.state import require_equal_models
+
+            require_equal_models(self.engine)  # the update makes all alike again
         lr = self.engine.learning_rate
         update = self.engine.step()
         self.step += 1
