@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LINGER = 2.0  # s that other ranks leave the first one to say why
 HELP = ("-h", "--help", "help")
 GROUPS = ("data", "bench")  # commands of two words
 
@@ -89,8 +90,8 @@ def _refuse(error: ValueError) -> None:
     everywhere = getattr(error, "everywhere", False)
     first = not (launch.rank or getattr(error, "number", 0))
     if (everywhere and not first) or launch.local_rank and getattr(error, "on_node", False):
-        # A launcher ends all ranks once one has ended, and only the first one speaks.
-        time.sleep(getattr(error, "linger", 0.0))
+        if launch.is_torchrun:  # it ends all ranks once one has ended, and only the first one speaks
+            time.sleep(LINGER)
         return
     who = f"lsys, rank {launch.rank}" if launch.world_size > 1 and not everywhere else "lsys"
     lines = str(error).splitlines() or [type(error).__name__]

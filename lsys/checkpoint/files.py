@@ -124,7 +124,9 @@ class HashedStream:
         taken = rest.nbytes
         self.size += taken
         while rest:
-            if not self._held and len(rest) >= BLOCK:
+            if (
+                not self._held and len(rest) >= BLOCK and self.source is not None
+            ):  # else its memory may be another's before it is hashed
                 self._put(rest[:BLOCK])
                 rest = rest[BLOCK:]
                 continue

@@ -17,7 +17,7 @@ from lsys.checkpoint.choice import OTHER, look
 from lsys.checkpoint.compatible import differences
 from lsys.checkpoint.manifest import CheckpointError, Cursor, FileRecord, Manifest
 from lsys.config import Config
-from lsys.runtime.lock import LostError
+from lsys.runtime.lock import LockError, LostError
 
 if (
     TYPE_CHECKING
@@ -61,24 +61,34 @@ class Checkpoints:
             raise CheckpointError(f"a checkpoint at step {cursor.step} holds nothing that the seed does not give")
         final = self.folder / f"step-{cursor.step:08d}"
         partial = final.with_name(f"{final.name}.partial")
-        self._require_own()
         try:
+            self._require_own()
             state = state_to_save(engine)
             serial = agree_on_first(lambda: self._prepare(partial))
             files = save_state(engine, state, partial)
             agree_on_first(lambda: self._commit(partial, final, _manifest(engine, cursor, serial, files)))
         except RankFailure as failure:
-            self._require_own()  # else what is there may be the other run's
-            text = agree_on_first(functools.partial(self._give_up, partial, cursor.step, failure))
+            try:
+                self._require_own()  # else what is there may be the other run's
+                text = agree_on_first(functools.partial(self._give_up, partial, cursor.step, failure))
+            except RankFailure:
+                text = f"checkpoint step {cursor.step} not written to {self.folder}: {failure}"
             raise CheckpointError(text) from failure
         agree_on_first(self._retain)
         return final
 
     def _require_own(self) -> None:
-        try:
-            agree_on_first(self.guard)
-        except RankFailure as failure:
-            raise LostError(failure.messages) from failure
+        """Raises LostError, and RankFailure where it cannot be known."""
+
+        def taken() -> str:
+            try:
+                self.guard()
+            except LockError as error:
+                return str(error)
+            return ""
+
+        if text := agree_on_first(taken):
+            raise LostError(text)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint by sizes; None if there is none. What is no whole checkpoint is logged and passed over."""
@@ -124,6 +134,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"rank 0 does not see what others wrote ({missing}); train.folder must be on a shared filesystem"
             )
+        self.guard()  # another run's save of this step would be in the same folder
         manifest.write(partial)
         _synchronise(partial)
         self.guard()
@@ -135,7 +146,12 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _retain(self) -> None:
-        for path in list(look(self.folder).whole)[: -self.keep]:
+        try:
+            whole = list(look(self.folder).whole)
+        except CheckpointError as error:  # the new one is written
+            logger.warning("older checkpoints could not be looked at: %s", error)
+            return
+        for path in whole[: -self.keep]:
             going = path.with_name(
                 f"{path.name}.deleted"
             )  # so that what an interrupted deletion leaves passes for no damaged one

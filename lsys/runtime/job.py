@@ -24,6 +24,10 @@ class Job:
     requeues: int = 0
     restarts: int = 0
 
+    @property
+    def has_id(self) -> bool:
+        return bool(self.run or self.slurm)
+
     def is_restart_of(self, earlier: "Job") -> bool:
         """Whether a launcher made this start from `earlier`, which has ended: torchrun its workers, or Slurm the job."""
         if self.run and self.run == earlier.run:

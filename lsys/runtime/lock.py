@@ -6,6 +6,7 @@ only one can. Changes are looked for, never times compared, so clocks need not a
 than its own before it writes a checkpoint.
 """
 
+import errno
 import json
 import os
 import socket
@@ -75,6 +76,10 @@ class Holder:
             return False
         return _birth(self.process) != self.birth
 
+    def is_alive(self) -> bool:
+        """Whether it is known to be there still: a process of this machine."""
+        return bool(self.birth) and self.host == socket.gethostname() and _birth(self.process) == self.birth
+
     def __str__(self) -> str:
         job = f", job {self.job.run or self.job.slurm}" if self.job.run or self.job.slurm else ""
         return f"process {self.process} on {self.host}{job}, since {self.since}"
@@ -96,6 +101,9 @@ class FolderLock:
         tell: is told why one waits.
         beat, quiet: seconds between touches, and without one until a holder counts as ended.
 
+    Attributes:
+        is_lost: whether another process was seen to hold it since.
+
     Raises:
         LockError: on entering, where another process holds the folder; it names that process.
     """
@@ -111,6 +119,7 @@ class FolderLock:
         self.run, self.folder = folder, folder / "lock"
         self.tell, self.beat, self.quiet = tell, beat, quiet
         self.number = 0  # none yet
+        self.is_lost = False
         self._ended_holder: _Seen | None = None
         self._ended = threading.Event()
 
@@ -124,8 +133,9 @@ class FolderLock:
         if seen is None or seen.released or seen == self._ended_holder:
             return seen.number if seen else 0
         holder = Holder.read(self._path(seen.number))
-        if holder is None or not (holder.has_ended() or job_from_environment().is_restart_of(holder.job)):
-            self._watch(seen, holder)
+        follows = holder is not None and holder.job.has_id and job_from_environment().is_restart_of(holder.job)
+        if holder is None or not (holder.has_ended() or (follows and not holder.is_alive())):
+            self._watch(seen, holder, follows)
         self._ended_holder = seen
         return seen.number
 
@@ -148,16 +158,20 @@ class FolderLock:
             pass  # taken over and cleared away, or the folder is gone: nothing of ours is left to release
 
     def require(self) -> None:
-        """Raise LockError unless this process still holds the folder: what it wrote now would mix with another run's files."""
+        """Raise LockError where another process holds the folder now: what this one wrote would mix with that run's files.
+
+        Raises:
+            OSError: the lock cannot be seen.
+        """
         seen = self._newest()
-        if seen is None or seen.number < self.number:
-            text = "the files of its lock are gone; nothing more is written into it"
-        elif seen.number > self.number:
+        if (
+            seen is None or seen.number < self.number
+        ):  # the filesystem may be away for a while, or somebody removed them
+            raise FileNotFoundError(errno.ENOENT, "the files of the run's lock are gone", str(self.folder))
+        if seen.number > self.number:
             holder = Holder.read(self._path(seen.number)) or "another run"
             text = f"{holder} has taken it over while this process did not answer; nothing more is written into it"
-        else:
-            return
-        raise LockError(f"train.folder {self.run} is no longer this run's: {text}")
+            raise LockError(f"train.folder {self.run} is no longer this run's: {text}")
 
     def _try(self) -> None:
         """Take the folder, wait until its holder is known to have ended, or raise LockError. What was looked at counts, not what is there then."""
@@ -180,8 +194,12 @@ class FolderLock:
                 for ending in (HELD, RELEASED):
                     self._path(old, ending).unlink(missing_ok=True)
 
-    def _watch(self, seen: _Seen, holder: Holder | None) -> None:
-        """Return when the holder has not touched its file for `quiet` seconds; raise LockError when it does."""
+    def _watch(self, seen: _Seen, holder: Holder | None, follows: bool) -> None:
+        """Return when the holder has ended, or has not touched its file for `quiet` seconds; raise LockError when it does.
+
+        Args:
+            follows: whether this is the holder's own job, started anew: the holder is given all that time to end.
+        """
         who = str(holder or "a process that left no name")
         self.tell(
             f"train.folder {self.run} was taken by {who}: waiting up to {self.quiet:g} s for a sign that it is alive"
@@ -190,8 +208,10 @@ class FolderLock:
         while time.monotonic() < end:
             time.sleep(min(1.0, self.quiet / 10))
             now = self._newest()
-            if now is not None and now.number == seen.number and now.released:
+            if (now is not None and now.number == seen.number and now.released) or (holder and holder.has_ended()):
                 return
+            if now is not None and now.number == seen.number and follows and time.monotonic() < end:
+                continue
             if now != seen:
                 who = str((now and Holder.read(self._path(now.number))) or who)
                 raise LockError(
@@ -202,9 +222,13 @@ class FolderLock:
         path = self._path(self.number)
         while not self._ended.wait(self.beat):
             try:
+                self.require()
                 os.utime(path)  # takes no space, so a full disk does not make a run look dead
+            except LockError:
+                self.is_lost = True
+                return
             except OSError:
-                pass  # `require` finds out before anything is written
+                continue  # `require` finds out before anything is written
 
     def _path(self, number: int, ending: str = HELD) -> Path:
         return self.folder / f"{number:08d}{ending}"

@@ -169,25 +169,28 @@ class Saving(StepObserver):
     def end_step(self, done: StepDone) -> None:
         if self.run.is_ending:
             self.saves.at_end()
-        elif is_due(done.step, self.run.settings.checkpoint.every) or self.run.updates.save_is_due:
+        elif self.run.saves_after(done.step):
             self.saves.at_interval()
 
 
 class Stopping(StepObserver):
-    """Ends the run after a step in which any rank got SIGTERM."""
+    """Ends the run after a step in which any rank got SIGTERM, but not behind an update that was left out: the next step that is made, or the limit
+    of those left out, is near, and nothing could be saved now."""
 
     required = True
 
     def __init__(self, run: Run) -> None:
         self.run, self._stack, self.is_heard = run, ExitStack(), False
-        self.request = self._stack.enter_context(StopRequest(run.groups.device))
+        self.request = self._stack.enter_context(
+            StopRequest(run.groups.device, lambda: bool(run.lock and run.lock.is_lost))
+        )
 
     def end_step(self, done: StepDone) -> None:
         self.hear(done.step)
 
     def hear(self, step: int) -> bool:
         """Whether any rank got SIGTERM (collective); then no step follows this one."""
-        if not self.is_heard and self.request.agreed():
+        if not self.is_heard and self.request.agreed() and not self.run.updates.last:
             self.run.reporter.say(f"SIGTERM: saving after step {step} and stopping")
             self.is_heard = self.run.is_stopping = True
         return self.is_heard

@@ -58,20 +58,22 @@ def open_run(settings: Config) -> "Iterator[Run]":
     launch = launch_from_environment()
     require(settings, launch.world_size)
     check_files(settings, *choice.mistakes(settings))
-    lock = _lock(settings) if launch.rank == 0 else None  # the first rank holds the folder for all
-    if lock:
-        lock.look()  # before what is in the folder is
-    require_own_folder(settings, choice.keeps_folder(settings))
     efficiency = open_baseline(settings, launch)
     if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
         _require_own(settings)
+    lock = (
+        _lock(settings) if launch.rank == 0 else None
+    )  # the first rank holds the folder for all, and looks at it alone
+    if lock:
+        lock.look()
+        require_own_folder(settings, choice.keeps_folder(settings))
     corpora = open_corpora(settings, is_first=launch.rank == 0)
     if launch.rank == 0:
         position.refuse_other_data(settings, corpora)
     require_folders(settings, launch)  # last, as it makes them
     with lock or contextlib.nullcontext():
         if lock and (said := clear(settings.train.folder)):
-            print(said, flush=True)
+            say(said)
         with process_groups(settings.parallel, launch, timeout_minutes=settings.train.timeout_minutes) as groups:
             yield Run(settings, groups, efficiency, lock=lock, corpora=corpora)
 
@@ -126,6 +128,7 @@ class Run:
         self.settings, self.groups = settings, groups
         self.data = open_data(settings, groups, corpora)
         self.engine: TrainingEngine = (make_engine or Engine)(settings, groups)
+        self.lock = lock
         folder, guard = settings.train.folder / "checkpoints", lock.require if lock else None
         self.checkpoints = Checkpoints(folder, settings.checkpoint.keep, guard)
         self.updates = Updates(lambda text: self.reporter.say(text))
@@ -182,12 +185,12 @@ class Run:
         finally:
             self.observers.close(failed)
 
-    def _is_saved(self, step: int) -> bool:
+    def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due after a step; another one may be asked for by SIGTERM."""
         from lsys.train.observers import is_due
 
-        options = self.settings.checkpoint
-        return options.save and (is_due(step, options.every) or step >= self.settings.train.steps)
+        options, is_last = self.settings.checkpoint, step >= self.settings.train.steps
+        return options.save and (is_due(step, options.every) or is_last or self.updates.save_is_due)
 
     @property
     def is_ending(self) -> bool:
@@ -230,16 +233,23 @@ class Run:
         self.observers.begin_step(self.step + 1)
         with step_named(f"step {self.step + 1}", self.groups.launch.rank):
             losses = self.engine.forward_backward(batches)
-        if self.settings.optimizer.distributed and self._is_saved(self.step + 1):
-            from lsys.checkpoint.state import require_equal_models
-
-            require_equal_models(self.engine)  # the update makes all alike again
+        if self.settings.optimizer.distributed and self.saves_after(self.step + 1):
+            self._compare_replicas()  # the update makes all alike again
         lr = self.engine.learning_rate
         update = self.engine.step()
         self.step += 1
         origin = "" if update.applied else self.engine.find_not_finite(batches)
         self.updates.note(self.step, losses, update, origin)
         return StepDone(self.step, losses, update.norm, lr, flops, update.applied)
+
+    def _compare_replicas(self) -> None:
+        from lsys.checkpoint.agreement import RankFailure
+        from lsys.checkpoint.state import require_equal_models
+
+        try:
+            require_equal_models(self.engine)
+        except RankFailure as failure:  # such as no memory for it
+            self.reporter.say(f"warning: replicas were not compared before the save of step {self.step + 1}: {failure}")
 
     def save(self) -> None:
         """Write a checkpoint of the steps done, unless there is one (collective)."""

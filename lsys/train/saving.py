@@ -37,6 +37,7 @@ class Saves:
             self.run.save()
         except (CheckpointError, RankFailure) as error:
             self.failures += 1
+            self.run.updates.save_is_due = False  # the next interval is soon enough
             most = self.run.settings.checkpoint.give_up
             if self.failures == most:
                 raise CheckpointError(
@@ -47,7 +48,8 @@ class Saves:
                 f"warning: {error}; training goes on, and the next interval saves again; {_times(self.failures)} failed, {left}"
             )
         else:
-            self.failures = 0
+            if not self.run.updates.save_is_due:  # else it was left out
+                self.failures = 0
 
     def at_end(self) -> None:
         """Save what is not saved yet, as no step follows (collective). A failure is told, and it is tried again after a pause.

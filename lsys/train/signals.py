@@ -8,12 +8,20 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from lsys.runtime.lock import LostError
+
+LOST = 2  # above a request to stop
+
 
 class StopRequest:
-    """Context manager that turns SIGTERM, however often it comes, into a question asked between steps."""
+    """Context manager that turns SIGTERM, however often it comes, into a question asked between steps.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.received = device, False
+    Args:
+        is_lost: whether this rank lost the run's folder to another run.
+    """
+
+    def __init__(self, device: torch.device, is_lost: Callable[[], bool] = lambda: False) -> None:
+        self.device, self.is_lost, self.received = device, is_lost, False
 
     def __enter__(self) -> "StopRequest":
         self._before = signal.signal(signal.SIGTERM, self._receive)
@@ -28,9 +36,17 @@ class StopRequest:
         self.received = True
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all ranks."""
-        flag = torch.tensor(int(self.received), device=self.device)
+        """Whether any rank was asked to stop; the same answer on all ranks.
+
+        Raises:
+            LostError: on all ranks, if one lost the run's folder: nothing that the run does from now on may be kept.
+        """
+        flag = torch.tensor(LOST if self.is_lost() else int(self.received), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item() == LOST:
+            raise LostError(
+                "train.folder is no longer this run's: another run has taken it over while this one did not answer"
+            )
         return bool(flag.item())
 
 

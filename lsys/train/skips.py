@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lsys.checkpoint.agreement import RankFailure, agree_on_first
+from lsys.checkpoint.manifest import CheckpointError
 from lsys.runtime.job import job_from_environment
 from lsys.train.errors import REMEDY, RunError
 from lsys.train.finite import first_not_finite
 from lsys.train.observers import StepObserver
-from lsys.train.stopped import Marker, StoppedError
+from lsys.train.stopped import NAME, Marker, StoppedError
 
 if TYPE_CHECKING:
     from lsys.train.observers import StepDone
@@ -83,14 +84,25 @@ class Updates:
         return next((f"{name} is not finite on rank {rank}" for rank, name in enumerate(found) if name), "")
 
 
+def newest(run: Run) -> str:
+    """The newest checkpoint, for a message (collective)."""
+    try:
+        return str(agree_on_first(run.checkpoints.latest))
+    except RankFailure as failure:
+        return f"unknown ({failure.messages})"
+
+
 def save_left_out(run: Run, why: str) -> None:
-    """Tell that a save is left out; at the end of the run, raise UnsavedError."""
-    updates, newest = run.updates, run.checkpoints.latest()
+    """Tell that a save is left out; at the end of the run, raise UnsavedError. Where numbers are not finite though the update was, CheckpointError:
+    such a save fails until somebody looks."""
+    updates, there = run.updates, newest(run)
     updates.save_is_due = True
     text = f"no checkpoint of step {run.step} is written: {why}"
     if run.is_ending:
-        raise UnsavedError(f"{text}. The run ends without it; the newest checkpoint is {newest}; {REMEDY}")
-    updates.say(f"{text}. It is written after the next step that is finite; the newest is {newest}")
+        raise UnsavedError(f"{text}. The run ends without it; the newest checkpoint is {there}; {REMEDY}")
+    if not updates.last:
+        raise CheckpointError(f"{text}; the newest is {there}")
+    updates.say(f"{text}. It is written after the next step that is finite; the newest is {there}")
 
 
 class Limit(StepObserver):
@@ -108,7 +120,8 @@ class Limit(StepObserver):
             return
         reason = (
             f"stopped after step {done.step}: {limit} updates in a row were not made (train.skip_limit), and a restart would meet the same. "
-            f"At last {updates.last}. The newest checkpoint is {self.run.checkpoints.latest()}; {REMEDY}"
+            f"At last {updates.last}. The newest checkpoint is {newest(self.run)}; {REMEDY}. "
+            f"A start of yours goes on from there; where it has the --rdzv-id or --job of this one, remove {folder / NAME} before"
         )
         with contextlib.suppress(RankFailure):  # a full disk: then a restart tries, and finds the same
             agree_on_first(lambda: Marker(reason, job_from_environment()).write(folder))

@@ -16,7 +16,6 @@ class StoppedError(RunError):
     """Updates were not finite, `train.skip_limit` times in a row, in this start or in the one that a launcher restarts."""
 
     exit_code = EXIT_CODE
-    linger = 2.0  # s that the other ranks leave the first one to say why
 
 
 @dataclass(frozen=True)

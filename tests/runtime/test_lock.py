@@ -69,13 +69,36 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(
     assert [path.name for path in (tmp_path / "lock").iterdir()] == ["00000002.released"]
 
 
-def test_the_same_job_takes_over_from_a_process_that_lives(
+def test_the_same_job_is_given_time_to_end_and_then_followed(
     tmp_path: Path, hold: Callable[..., subprocess.Popen], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold(TORCHELASTIC_RUN_ID="job-a")
+    """Its workers are started anew when those before have ended, or are about to; on another machine nobody knows."""
+    process = hold(TORCHELASTIC_RUN_ID="job-a")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-a")
+    with pytest.raises(LockError, match=f"in use by process {process.pid} on"):  # it does not end
+        lock(tmp_path, quiet=0.5).__enter__()
+    threading.Timer(0.5, process.kill).start()
+    begun = time.monotonic()
     with lock(tmp_path, quiet=60) as mine:
+        assert time.monotonic() - begun < 20
         mine.require()
+        monkeypatch.setattr(Holder, "is_alive", lambda self: False)
+        monkeypatch.setattr(Holder, "has_ended", lambda self: False)  # as on another machine
+        with lock(tmp_path, quiet=60) as other:
+            other.require()
+            time.sleep(0.2)
+            assert mine.is_lost
+
+
+def test_starts_without_an_id_do_not_follow_each_other(
+    tmp_path: Path, hold: Callable[..., subprocess.Popen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun restarts a run that was refused: its second start is no restart of the run that refused it."""
+    hold()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(LockError, match="in use by process"):
+        lock(tmp_path).__enter__()
 
 
 def test_another_machines_silent_holder_is_waited_for(
@@ -137,7 +160,7 @@ def test_a_sleeper_that_lost_the_folder_finds_out(tmp_path: Path) -> None:
     with lock(tmp_path, quiet=0.2) as mine:
         for path in (tmp_path / "lock").iterdir():
             path.unlink()
-        with pytest.raises(LockError, match="files of its lock are gone"):
+        with pytest.raises(FileNotFoundError, match="files of the run's lock are gone"):
             mine.require()
 
 
