@@ -156,20 +156,43 @@ def test_a_save_that_fails_is_told_and_the_next_interval_saves(gloo: Any, tmp_pa
     assert warned[1].endswith("the next interval saves again; 2 saves failed, 1 more may fail (checkpoint.give_up)")
 
 
-def test_a_save_that_succeeds_begins_the_count_anew() -> None:
+FAILS, SAVES, LEFT_OUT = "fails", "saves", "is left out"
+
+
+def faked(*outcomes: str) -> tuple[saving.Saves, Any, list[str]]:
+    """Saves of a run whose saves go as said; the run; what it tells."""
+    left, said = iter(outcomes), list[str]()
+
     def save() -> None:
-        if next(disk):
+        outcome = next(left)
+        run.updates.save_is_due = outcome == LEFT_OUT
+        if outcome == FAILS:
             raise CheckpointError("full")
 
-    said: list[str] = []
-    checkpoint, reporter = SimpleNamespace(give_up=3), SimpleNamespace(say=said.append)
-    fake: Any = SimpleNamespace(save=save, settings=SimpleNamespace(checkpoint=checkpoint), reporter=reporter)
-    disk, saves = iter([True, True, False, True, True, False, True, True, True]), saving.Saves(fake)
-    for _ in range(8):
+    run: Any = SimpleNamespace(
+        save=save,
+        settings=SimpleNamespace(checkpoint=SimpleNamespace(give_up=3)),
+        reporter=SimpleNamespace(say=said.append),
+        updates=SimpleNamespace(save_is_due=False),
+    )
+    return saving.Saves(run), run, said
+
+
+def test_a_save_that_succeeds_begins_the_count_anew() -> None:
+    saves, _, said = faked(FAILS, FAILS, SAVES, FAILS, FAILS, SAVES, FAILS, LEFT_OUT, FAILS, FAILS)
+    for _ in range(9):
         saves.at_interval()
     with pytest.raises(CheckpointError, match="^full; 3 saves failed one after another, as many as checkpoint.give_up"):
         saves.at_interval()
     assert len(said) == 6
+
+
+def test_a_late_save_that_fails_waits_for_the_next_interval() -> None:
+    """It is not tried at each step: a disk that is full for a while would end the run within give_up steps."""
+    saves, run, said = faked(FAILS)
+    run.updates.save_is_due = True  # left out before
+    saves.at_interval()
+    assert not run.updates.save_is_due and "the next interval saves again" in said[0]
 
 
 def test_so_many_failures_in_a_row_end_the_run(gloo: Any, tmp_path: Path) -> None:

@@ -121,7 +121,11 @@ def test_what_has_no_target_or_is_not_finite_has_no_point_of_the_loss() -> None:
             metrics=SimpleNamespace(every=1), train=SimpleNamespace(validate_every=1, steps=9, batch_tokens=1)
         ),
         data=SimpleNamespace(
-            flops_of_all=float, validation_steps=1, validation=lambda: given[-1:], bigram_entropy=None
+            flops_of_all=float,
+            validation_steps=1,
+            validation=lambda: given[-1:],
+            bigram_entropy=None,
+            position=SimpleNamespace(tokens_seen=int),
         ),
         engine=SimpleNamespace(
             settled_parameters=contextlib.nullcontext,
