@@ -165,17 +165,17 @@ def faked(*outcomes: str) -> tuple[saving.Saves, Any, list[str]]:
 
     def save() -> None:
         outcome = next(left)
-        run.updates.save_is_due = outcome == LEFT_OUT
+        fake.updates.save_is_due = outcome == LEFT_OUT
         if outcome == FAILS:
             raise CheckpointError("full")
 
-    run: Any = SimpleNamespace(
+    fake: Any = SimpleNamespace(
         save=save,
         settings=SimpleNamespace(checkpoint=SimpleNamespace(give_up=3)),
         reporter=SimpleNamespace(say=said.append),
         updates=SimpleNamespace(save_is_due=False),
     )
-    return saving.Saves(run), run, said
+    return saving.Saves(fake), fake, said
 
 
 def test_a_save_that_succeeds_begins_the_count_anew() -> None:
