@@ -1,8 +1,8 @@
 """Which checkpoint a run begins with, by what its configuration asks for and what is in its folder. Needs no torch.
 
 `checkpoint.resume` and `checkpoint.weights` say how a run is begun. What begins it otherwise than from its own newest checkpoint is done
-once: each checkpoint holds how the run that wrote it was begun (`Start`, in `Cursor.extra`), and where the newest of `train.folder` was
-written by a run begun as this one is, it goes on from that.
+once in a run's life: each checkpoint holds the starts done till then (`Start`, in `Cursor.extra`), and where the newest of `train.folder`
+has this one among them, the run goes on from that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lsys.checkpoint.compatible import differences
 from lsys.checkpoint.manifest import NAME, CheckpointError, Cursor, Manifest, UnreadableError
@@ -146,14 +146,21 @@ class Start:
         return cls(resume, str(asked.weights.resolve()) if asked.weights else "")
 
     @classmethod
-    def that_wrote(cls, cursor: Cursor) -> Start | None:
-        """How the run was begun that wrote a checkpoint; None where the checkpoint, an older one, does not say."""
-        tree = cursor.extra.get("start")
-        return cls(str(tree["resume"]), str(tree["weights"])) if isinstance(tree, dict) else None
+    def done_before(cls, cursor: Cursor) -> tuple[Start, ...]:
+        """The starts that a checkpoint holds, oldest first; those of before hold the last one alone, or none."""
+        trees = cursor.extra.get("start") or []
+        return tuple(
+            cls(str(tree["resume"]), str(tree["weights"])) for tree in (trees if isinstance(trees, list) else [trees])
+        )
 
-    def to_tree(self, source: Path | None, digest: str) -> dict[str, Any]:
-        """For `Cursor.extra`; beside it the checkpoint that was loaded and the SHA-256 of its manifest."""
-        return {"resume": self.resume, "weights": self.weights, "from": str(source or ""), "manifest": digest}
+    def to_tree(self, digest: str) -> dict[str, str]:
+        """For `Cursor.extra`; beside it the SHA-256 of the manifest of the checkpoint that was loaded."""
+        return {"resume": self.resume, "weights": self.weights, "manifest": digest}
+
+    @property
+    def is_once(self) -> bool:
+        """Whether it begins otherwise than from what is in the run's folder."""
+        return bool(self.weights) or self.resume not in (AUTO, NEVER)
 
     def __str__(self) -> str:
         weights = f"checkpoint.weights {self.weights}" if self.weights else ""
@@ -171,6 +178,7 @@ class Plan:
         is_own: whether it is among the run's own checkpoints, so that a damaged one is renamed.
         is_named: whether the configuration names this very checkpoint, so that no other does.
         aside: whether what is in the run's folder is set aside.
+        done: the starts done in the run's life before.
     """
 
     checkpoint: Path | None = None
@@ -178,6 +186,12 @@ class Plan:
     is_own: bool = False
     is_named: bool = False
     aside: bool = False
+    done: tuple[Start, ...] = field(default=(), compare=False)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether with the newest of the run's own checkpoints."""
+        return self.is_own and not self.is_named
 
 
 def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
@@ -192,6 +206,7 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
     start, own = Start.of(settings), settings.train.folder / FOLDER
     found = look(own)
     newest = next(reversed(found.whole), None)
+    done = Start.done_before(found.whole[newest].cursor) if newest else ()
     if start.resume == NEVER:
         if not found.is_empty:
             there = next(iter([*reversed(found.whole), *found.damaged, *found.unreadable]))
@@ -199,16 +214,16 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
                 f"{there} exists and checkpoint.resume is never: take another train.folder, or checkpoint.resume auto to go on from it"
             )
         return _elsewhere(settings, passed)
-    if _is_own(start, settings) or (newest and Start.that_wrote(found.whole[newest].cursor) == start):
+    if is_own(start, settings) or start in done:
         if newest and not found.unreadable:
-            return Plan(newest, is_own=True)
+            return Plan(newest, is_own=True, done=done)
         if not found.is_empty or start.resume != AUTO:
             raise CheckpointError(_ruined(own, found, start))
         return Plan()
     if start.resume == SCRATCH:
         return _from_scratch(settings, found, start, passed)
     if (inside := settings.checkpoint.resume) and isinstance(inside, Path) and _is_within(inside, own):
-        return Plan(find_checkpoint(inside).path, is_own=True, is_named=True)
+        return Plan(find_checkpoint(inside).path, is_own=True, is_named=True, done=done)
     if found.is_empty:
         return _elsewhere(settings, passed)
     if not newest:
@@ -219,7 +234,17 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
     )
 
 
-def _is_own(start: Start, settings: Config) -> bool:
+def record(settings: Config, begun: Plan, digest: str) -> list[dict[str, str]]:
+    """For `Cursor.extra["start"]`: the starts done in the run's life, with this one where it is done now.
+
+    Args:
+        digest: SHA-256 of the manifest of the checkpoint that the run begins with.
+    """
+    start, before = Start.of(settings), [each.to_tree("") for each in begun.done if each.is_once]
+    return before if begun.goes_on or not start.is_once else [*before, start.to_tree(digest)]
+
+
+def is_own(start: Start, settings: Config) -> bool:
     """Whether the newest of the run's own checkpoints is asked for."""
     folder = settings.train.folder.resolve()
     return not start.weights and start.resume in (AUTO, str(folder), str(folder / FOLDER))
@@ -241,7 +266,7 @@ def _elsewhere(settings: Config, passed: Container[Path]) -> Plan:
 
 def _from_scratch(settings: Config, found: Found, start: Start, passed: Container[Path]) -> Plan:
     own, weights = settings.train.folder / FOLDER, settings.checkpoint.weights
-    if not found.is_empty and not found.whole and any(_began(path) == start for path in found.damaged):
+    if not found.is_empty and not found.whole and any(start in _done_before(path) for path in found.damaged):
         raise CheckpointError(_ruined(own, found, start))
     if weights and _is_within(weights, settings.train.folder):
         raise CheckpointError(
@@ -251,12 +276,12 @@ def _from_scratch(settings: Config, found: Found, start: Start, passed: Containe
     return Plan(begun.checkpoint, begun.weights, begun.is_own, begun.is_named, aside=True)
 
 
-def _began(path: Path) -> Start | None:
-    """How the run that wrote a damaged checkpoint was begun, where its manifest is whole."""
+def _done_before(path: Path) -> tuple[Start, ...]:
+    """The starts that a damaged checkpoint holds, where its manifest is whole."""
     try:
-        return Start.that_wrote(Manifest.read(path).cursor)
+        return Start.done_before(Manifest.read(path).cursor)
     except CheckpointError:
-        return None
+        return ()
 
 
 def _ruined(own: Path, found: Found, start: Start) -> str:

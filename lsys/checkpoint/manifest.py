@@ -34,7 +34,7 @@ class Cursor:
         step: the next step to run; as many are done.
         tokens: consumed so far, over all ranks.
         config: the resolved configuration, YAML.
-        extra: what else the loop wants back; JSON values. `start` is how the run was begun (`lsys.checkpoint.choice.Start`), `lr` the
+        extra: what else the loop wants back; JSON values. `start` is how the run was begun (`lsys.checkpoint.choice.record`), `lr` the
             learning rate of the next step.
     """
 

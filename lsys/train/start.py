@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lsys.checkpoint.agreed import Chosen, choose
 from lsys.checkpoint.agreement import RankFailure, agree, agree_on_first
 from lsys.checkpoint.changes import changes, function_changes, written_on
-from lsys.checkpoint.choice import FOLDER, SCRATCH, Start, look
+from lsys.checkpoint.choice import FOLDER, SCRATCH, Start, is_own, look, record
 from lsys.checkpoint.manifest import CheckpointError, Cursor
 from lsys.checkpoint.store import fitting, load_verified
 from lsys.checkpoint.weights import take_weights
@@ -33,7 +33,7 @@ class Begun:
     """
 
     lines: tuple[str, ...]
-    record: dict[str, Any]
+    record: list[dict[str, str]]
     cursor: Cursor | None = None
     where: str = ""
 
@@ -81,8 +81,7 @@ def begin(settings: Config, engine: TrainingEngine, guard: Callable[[], None] = 
             lines += agree_on_first(lambda: set_aside(settings, guard))
         except RankFailure as failure:
             raise CheckpointError(f"nothing was set aside: {failure.messages}") from failure
-    record = Start.of(settings).to_tree(path, chosen.digest)
-    return Begun(tuple(lines), record, cursor, path.name if path else "")
+    return Begun(tuple(lines), record(settings, plan, chosen.digest), cursor, path.name if path else "")
 
 
 def _resume_line(settings: Config, chosen: Chosen, lr: float) -> str:
@@ -90,8 +89,9 @@ def _resume_line(settings: Config, chosen: Chosen, lr: float) -> str:
     manifest, start = chosen.manifest, Start.of(settings)
     found = changes(manifest, settings, dist.get_world_size(), lr)
     line = f"resumed after step {manifest.cursor.step} of {settings.train.steps}: {chosen.plan.checkpoint}, written on {written_on(manifest)}"
-    if chosen.plan.is_own and not chosen.plan.is_named and (start.resume == SCRATCH or start.weights):
-        line += f"; {start} was done when this run began"
+    if chosen.plan.goes_on and start.is_once and not is_own(start, settings):
+        began = start.resume == SCRATCH or start.weights
+        line += f"; {start} was done {'when this run began' if began else 'before, and is done once in a run'}"
     return f"{line}; changed since: {', '.join(found)}" if found else line
 
 

@@ -11,16 +11,17 @@ import pytest
 from support import folders
 
 from lsys.checkpoint import CheckpointError
-from lsys.checkpoint.choice import Plan, Start, find_checkpoint, look, mistakes, plan
+from lsys.checkpoint.choice import Plan, find_checkpoint, look, mistakes, plan, record
+from lsys.checkpoint.manifest import digest
 
-SCRATCH = Start("scratch")
+AUTO = {"resume": "auto", "weights": "", "from": "", "manifest": ""}  # as checkpoints of before have it
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run's folder with the checkpoints of steps 4 and 8."""
     for serial, step in enumerate((4, 8), 1):
-        folders.write(tmp_path / "run" / "checkpoints", step, serial, start=Start("auto"))
+        folders.write(tmp_path / "run" / "checkpoints", step, serial, start=AUTO)
     return tmp_path / "run"
 
 
@@ -28,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 def other(tmp_path: Path) -> Path:
     """Another run's folder."""
     for serial, step in enumerate((2, 6), 1):
-        folders.write(tmp_path / "other" / "checkpoints", step, serial, start=Start("auto"))
+        folders.write(tmp_path / "other" / "checkpoints", step, serial, start=AUTO)
     return tmp_path / "other"
 
 
@@ -37,6 +38,15 @@ def said(settings: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         plan(settings)
     return str(caught.value)
+
+
+def go_on(settings: Any, step: int, serial: int) -> Path:
+    """The checkpoint that a run begun now writes after some steps; what is to be set aside is."""
+    begun, own = plan(settings), settings.train.folder / "checkpoints"
+    started = record(settings, begun, digest(begun.checkpoint) if begun.checkpoint else "")
+    if begun.aside:
+        shutil.rmtree(own)
+    return folders.write(own, step, serial, start=started)
 
 
 def step(begun: Plan) -> int:
@@ -88,18 +98,35 @@ def test_a_save_that_was_interrupted_was_no_checkpoint(tmp_path: Path) -> None:
 def test_scratch_is_done_once(run: Path) -> None:
     settings = folders.settings(run, resume="scratch")
     assert plan(settings) == Plan(aside=True)
-    folders.write(run / "checkpoints", 5, 9, start=SCRATCH)
-    assert plan(settings) == Plan(run / "checkpoints" / "step-00000005", is_own=True)
-    folders.write(
-        run / "checkpoints", 7, 10, start=Start("auto")
-    )  # went on by another command; then it is asked for again
-    assert plan(settings) == Plan(aside=True)
-    (run / "checkpoints" / "step-00000005" / "common.pt").unlink()
-    for each in (4, 7, 8):
-        shutil.rmtree(run / "checkpoints" / f"step-{each:08d}")
+    made = go_on(settings, 5, 1)
+    assert plan(settings) == Plan(made, is_own=True)
+    shutil.rmtree(go_on(settings, 6, 2))
+    (made / "common.pt").unlink()
     assert "move that folder away" in said(
         settings
     )  # its own checkpoints are damaged: it does not start anew by itself
+
+
+def test_what_was_done_stays_done_whatever_came_after(run: Path, other: Path, tmp_path: Path) -> None:
+    """Also where the run went on with `auto`, went back to a checkpoint of its own, or has checkpoints of before."""
+    auto, new = folders.settings(run), tmp_path / "new"
+    scratch = folders.settings(run, resume="scratch")
+    go_on(scratch, 5, 1)
+    back = folders.settings(run, resume=run / "checkpoints" / "step-00000005")
+    for serial, settings in enumerate((auto, scratch, auto, back, auto, scratch), 2):
+        go_on(settings, 5 + serial, serial)
+    for settings in (auto, scratch, back, folders.settings(run, resume=run)):
+        assert plan(settings) == Plan(run / "checkpoints" / "step-00000012", is_own=True)
+    for settings in (folders.settings(new, resume=other), folders.settings(new, weights=other)):
+        assert step(plan(settings)) == 6
+        go_on(settings, 1, 1)
+        go_on(folders.settings(new), 2, 2)
+        assert plan(settings) == Plan(new / "checkpoints" / "step-00000002", is_own=True)
+        shutil.rmtree(new)
+    folders.write(new / "checkpoints", 3, 1, start=AUTO | {"resume": "scratch"})  # of before
+    go_on(folders.settings(new), 4, 2)
+    assert step(plan(folders.settings(new, resume="scratch"))) == 4
+    assert plan(folders.settings(new, resume="scratch", weights=other)).aside  # another start
 
 
 def test_a_path_is_where_a_run_starts(run: Path, other: Path, tmp_path: Path) -> None:
@@ -107,7 +134,7 @@ def test_a_path_is_where_a_run_starts(run: Path, other: Path, tmp_path: Path) ->
     for path in (other, other / "checkpoints", other / "checkpoints" / "step-00000006"):
         settings = folders.settings(new, resume=path)
         assert plan(settings) == Plan(other / "checkpoints" / "step-00000006", is_named=path.name.startswith("step"))
-        made = folders.write(new / "checkpoints", 9, 1, start=Start.of(settings))
+        made = go_on(settings, 9, 1)
         assert plan(settings) == Plan(made, is_own=True)
         folders.write(other / "checkpoints", 50, 3)  # the other run goes on, and loses what it started from
         assert plan(settings) == Plan(made, is_own=True)
@@ -115,7 +142,7 @@ def test_a_path_is_where_a_run_starts(run: Path, other: Path, tmp_path: Path) ->
         shutil.rmtree(new)
     settings = folders.settings(new, resume=tmp_path / "gone")
     assert "gone does not exist; name a checkpoint's folder, or a run's" in said(settings)
-    made = folders.write(new / "checkpoints", 9, 1, start=Start.of(settings))
+    made = folders.write(new / "checkpoints", 9, 1, start=AUTO | {"resume": str(tmp_path / "gone")})
     assert plan(settings) == Plan(made, is_own=True)  # what it was started from may be gone by then
 
 
@@ -123,7 +150,7 @@ def test_a_path_in_the_run_goes_back(run: Path) -> None:
     own = run / "checkpoints"
     settings = folders.settings(run, resume=own / "step-00000004")
     assert plan(settings) == Plan(own / "step-00000004", is_own=True, is_named=True)
-    folders.write(own, 6, 3, start=Start.of(settings))
+    go_on(settings, 6, 3)
     assert step(plan(settings)) == 6
     assert step(plan(folders.settings(run, resume=run))) == step(plan(folders.settings(run, resume=own))) == 6
 
@@ -137,7 +164,7 @@ def test_a_new_start_does_not_mix_with_what_is_there(run: Path, other: Path, tmp
         (run / "moved").rename(run / "checkpoints")
     both = folders.settings(run, resume="scratch", weights=other)
     assert plan(both) == Plan(other / "checkpoints" / "step-00000006", weights=True, aside=True)
-    folders.write(run / "checkpoints", 1, 7, start=Start.of(both))
+    go_on(both, 1, 1)
     assert plan(both) == Plan(run / "checkpoints" / "step-00000001", is_own=True)
     assert "which checkpoint.resume scratch sets aside" in said(folders.settings(run, resume="scratch", weights=run))
 

@@ -20,7 +20,7 @@ def settings(run: Path, *, resume: Any = "auto", weights: Any = None, **changes:
 
 
 def write(folder: Path, step: int, serial: int, config: Any = None, start: Any = None) -> Path:
-    """A whole checkpoint, written by a run that was begun by `start`."""
+    """A whole checkpoint; `start`: what it holds of how its run was begun."""
     import hashlib
 
     from lsys.checkpoint import Cursor, Manifest
@@ -34,7 +34,7 @@ def write(folder: Path, step: int, serial: int, config: Any = None, start: Any =
         content = random.Random(f"{serial}/{name}").randbytes(400)
         (path / name).write_bytes(content)
         records[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
-    extra = {"start": start.to_tree(None, "")} if start else {}
+    extra = {"start": start} if start is not None else {}
     cursor = Cursor(step, step, dump(config or parity.settings()), extra)
     Manifest(cursor, serial, 2, {}, {}, records).write(path)
     return path

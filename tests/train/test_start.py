@@ -107,7 +107,8 @@ def test_a_path_is_where_a_run_starts_once(gloo: Any, source: tuple[Path, Told],
     killed(gloo, tmp_path / "new", path | {"kill": 7})
     shutil.rmtree(earlier)
     [told] = gloo(1, life, tmp_path / "new", path)
-    assert line(told) == f"resumed after step 6 of 8: {tmp_path}/new/checkpoints/step-00000006, written on 1 rank"
+    resumed = f"resumed after step 6 of 8: {tmp_path}/new/checkpoints/step-00000006, written on 1 rank"
+    assert line(told) == f"{resumed}; checkpoint.resume {earlier} was done before, and is done once in a run"
     assert told[1] == source[1][1][6:]
 
 
