@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from lsys.checkpoint.compatible import differences
-from lsys.checkpoint.manifest import NAME, CheckpointError, Cursor, Manifest, UnreadableError
+from lsys.checkpoint.manifest import NAME, CheckpointError, Cursor, Manifest, UnreadableError, digest
 from lsys.config import Config
 from lsys.config.messages import Mistake
 
@@ -134,10 +134,12 @@ class Start:
     Attributes:
         resume: `auto`, `never`, `scratch`, or the absolute path to resume from.
         weights: the absolute path to take weights from, or nothing.
+        manifest: SHA-256 of that of the checkpoint it was begun with; "" where that is not known, or there was none.
     """
 
     resume: str
     weights: str = ""
+    manifest: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, settings: Config) -> Start:
@@ -146,16 +148,42 @@ class Start:
         return cls(resume, str(asked.weights.resolve()) if asked.weights else "")
 
     @classmethod
-    def done_before(cls, cursor: Cursor) -> tuple[Start, ...]:
-        """The starts that a checkpoint holds, oldest first; those of before hold the last one alone, or none."""
+    def done_before(cls, cursor: Cursor, run: Path) -> tuple[Start, ...]:
+        """The starts that a checkpoint in a run's folder holds, oldest first; those of before hold the last one alone, or none."""
         trees = cursor.extra.get("start") or []
-        return tuple(
-            cls(str(tree["resume"]), str(tree["weights"])) for tree in (trees if isinstance(trees, list) else [trees])
-        )
+        return tuple(cls._of_tree(tree, run) for tree in (trees if isinstance(trees, list) else [trees]))
 
-    def to_tree(self, digest: str) -> dict[str, str]:
-        """For `Cursor.extra`; beside it the SHA-256 of the manifest of the checkpoint that was loaded."""
-        return {"resume": self.resume, "weights": self.weights, "manifest": digest}
+    @classmethod
+    def _of_tree(cls, tree: dict[str, str], run: Path) -> Start:
+        start = cls(_seen(tree["resume"], run), _seen(tree["weights"], run), tree["manifest"])
+        if "from" in tree and not (start.path and Path(tree["from"]).resolve().is_relative_to(start.path)):
+            return replace(start, manifest="")  # of before: that of the checkpoint that was loaded last
+        return start
+
+    def to_tree(self, run: Path) -> dict[str, str]:
+        """For `Cursor.extra`. Paths in the run's folder are relative to it, since it may be moved or seen under another path."""
+        return {"resume": _kept(self.resume, run), "weights": _kept(self.weights, run), "manifest": self.manifest}
+
+    @property
+    def path(self) -> Path | None:
+        """To begin from."""
+        text = self.weights or ("" if self.resume in (AUTO, NEVER, SCRATCH) else self.resume)
+        return Path(text) if text else None
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What it is but for the path: equal in starts that do the same with a checkpoint."""
+        return "" if self.path and not self.weights else self.resume, bool(self.weights)
+
+    def is_among(self, done: Sequence[Start]) -> bool:
+        """Whether it was done: one with the same paths, or with the same checkpoint under another path."""
+        known = {each.manifest for each in done if each.manifest and each.kind == self.kind}
+        if self in done or not (self.path and known):
+            return self in done
+        try:
+            return digest(find_checkpoint(self.path).path) in known
+        except (CheckpointError, OSError):
+            return False
 
     @property
     def is_once(self) -> bool:
@@ -166,6 +194,20 @@ class Start:
         weights = f"checkpoint.weights {self.weights}" if self.weights else ""
         resume = f"checkpoint.resume {self.resume}" if self.resume != AUTO or not weights else ""
         return " and ".join(filter(None, (resume, weights)))
+
+
+def _kept(text: str, run: Path) -> str:
+    """A path as a checkpoint holds it; `./` tells a relative one from a word such as `auto`."""
+    for folder in (run / FOLDER, run):
+        if os.path.isabs(text) and _is_within(Path(text), folder):
+            inside = Path(text).resolve().relative_to(folder.resolve())
+            return f"./{inside if folder == run else FOLDER / inside}"
+    return text
+
+
+def _seen(text: str, run: Path) -> str:
+    """The absolute path that `_kept` or an earlier version kept."""
+    return str((run / text).resolve()) if text.startswith(("./", "/")) else text
 
 
 @dataclass(frozen=True)
@@ -206,7 +248,7 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
     start, own = Start.of(settings), settings.train.folder / FOLDER
     found = look(own)
     newest = next(reversed(found.whole), None)
-    done = Start.done_before(found.whole[newest].cursor) if newest else ()
+    done = Start.done_before(found.whole[newest].cursor, settings.train.folder) if newest else ()
     if start.resume == NEVER:
         if not found.is_empty:
             there = next(iter([*reversed(found.whole), *found.damaged, *found.unreadable]))
@@ -214,7 +256,7 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
                 f"{there} exists and checkpoint.resume is never: take another train.folder, or checkpoint.resume auto to go on from it"
             )
         return _elsewhere(settings, passed)
-    if is_own(start, settings) or start in done:
+    if is_own(start, settings) or start.is_among(done):
         if newest and not found.unreadable:
             return Plan(newest, is_own=True, done=done)
         if not found.is_empty or start.resume != AUTO:
@@ -234,14 +276,15 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
     )
 
 
-def record(settings: Config, begun: Plan, digest: str) -> list[dict[str, str]]:
+def record(settings: Config, begun: Plan, manifest: str) -> list[dict[str, str]]:
     """For `Cursor.extra["start"]`: the starts done in the run's life, with this one where it is done now.
 
     Args:
-        digest: SHA-256 of the manifest of the checkpoint that the run begins with.
+        manifest: SHA-256 of that of the checkpoint that the run begins with.
     """
-    start, before = Start.of(settings), [each.to_tree("") for each in begun.done if each.is_once]
-    return before if begun.goes_on or not start.is_once else [*before, start.to_tree(digest)]
+    start, done = replace(Start.of(settings), manifest=manifest), [each for each in begun.done if each.is_once]
+    is_now = start.is_once and not begun.goes_on
+    return [each.to_tree(settings.train.folder) for each in (*done, *([start] if is_now else []))]
 
 
 def is_own(start: Start, settings: Config) -> bool:
@@ -266,7 +309,11 @@ def _elsewhere(settings: Config, passed: Container[Path]) -> Plan:
 
 def _from_scratch(settings: Config, found: Found, start: Start, passed: Container[Path]) -> Plan:
     own, weights = settings.train.folder / FOLDER, settings.checkpoint.weights
-    if not found.is_empty and not found.whole and any(start in _done_before(path) for path in found.damaged):
+    if (
+        not found.is_empty
+        and not found.whole
+        and any(start.is_among(_done_before(path, settings.train.folder)) for path in found.damaged)
+    ):
         raise CheckpointError(_ruined(own, found, start))
     if weights and _is_within(weights, settings.train.folder):
         raise CheckpointError(
@@ -276,10 +323,10 @@ def _from_scratch(settings: Config, found: Found, start: Start, passed: Containe
     return Plan(begun.checkpoint, begun.weights, begun.is_own, begun.is_named, aside=True)
 
 
-def _done_before(path: Path) -> tuple[Start, ...]:
+def _done_before(path: Path, run: Path) -> tuple[Start, ...]:
     """The starts that a damaged checkpoint holds, where its manifest is whole."""
     try:
-        return Start.done_before(Manifest.read(path).cursor)
+        return Start.done_before(Manifest.read(path).cursor, run)
     except CheckpointError:
         return ()
 

@@ -129,6 +129,53 @@ def test_what_was_done_stays_done_whatever_came_after(run: Path, other: Path, tm
     assert plan(folders.settings(new, resume="scratch", weights=other)).aside  # another start
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_start_is_the_same_where_folders_are_seen_under_other_paths(other: Path, run: Path, linked: bool) -> None:
+    """Moved, or mounted elsewhere; also where checkpoints of before hold the whole path."""
+
+    def moved(folder: Path) -> Path:
+        if linked:
+            folder.rename(folder.with_name(f"{folder.name}-real"))
+            folder.symlink_to(f"{folder.name}-real")
+            return folder
+        return folder.rename(folder.with_name(f"{folder.name}-moved"))
+
+    absolute = str(run / "checkpoints" / "step-00000004")
+    go_on(folders.settings(run, resume=Path(absolute)), 6, 3)
+    go_on(folders.settings(run), 20, 4)
+    seen = moved(run)
+    again = folders.settings(seen, resume=seen / "checkpoints" / "step-00000004")
+    assert step(plan(again)) == 20
+    shutil.rmtree(seen / "checkpoints" / "step-00000004")  # by checkpoint.keep
+    assert step(plan(again)) == 20
+    folders.write(seen / "checkpoints", 21, 5, start=AUTO | {"resume": absolute, "from": absolute, "manifest": "0"})
+    if linked:
+        assert step(plan(again)) == 21
+    kept, new = digest(other / "checkpoints" / "step-00000006"), other.with_name("new")
+    asked = {"resume": {"resume": other}, "weights": {"weights": other}}
+    for number, (key, settings) in enumerate(asked.items()):
+        at = new.with_name(f"new-{key}")
+        go_on(folders.settings(at, **settings), 1, 1)
+        go_on(folders.settings(at), 2, 2)
+        began = AUTO | {key: str(other), "from": str(other / "checkpoints" / "step-00000006"), "manifest": kept}
+        folders.write(new.with_name(f"old-{key}") / "checkpoints", 2, 2, start=began)
+        began |= {"from": str(other / "checkpoints" / "step-00000002")}  # another one was loaded last
+        folders.write(new.with_name(f"late-{key}") / "checkpoints", number, 2, start=began | {key: "/elsewhere"})
+    place = moved(other)
+    for key in asked:
+        other_key = "weights" if key == "resume" else "resume"
+        for name in (f"new-{key}", f"old-{key}"):
+            assert step(plan(folders.settings(new.with_name(name), **{key: place}))) == 2
+            assert "starts a run" in said(folders.settings(new.with_name(name), **{other_key: place}))
+        assert "starts a run" in said(folders.settings(new.with_name(f"late-{key}"), **{key: place}))
+        folders.write(
+            place / "checkpoints", 50 + len(key), 9, start=AUTO
+        )  # another checkpoint than this run began with
+        if not linked:
+            assert "starts a run" in said(folders.settings(new.with_name(f"new-{key}"), **{key: place}))
+        shutil.rmtree(place / "checkpoints" / f"step-{50 + len(key):08d}")
+
+
 def test_a_path_is_where_a_run_starts(run: Path, other: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     for path in (other, other / "checkpoints", other / "checkpoints" / "step-00000006"):
