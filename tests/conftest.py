@@ -1,12 +1,12 @@
-"""Fixtures of all tests, and the sample of slow cases that `make test` takes."""
+"""Fixtures of all tests, the sample of slow cases that `make test` takes, and the seconds of the tests that plant faults."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
 from gloo import Pool
-from support import sampling
+from support import fault_suite, sampling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers inherit it; all ranks share the machine's cores
 
@@ -47,7 +47,21 @@ def _part(config: pytest.Config) -> int:
     return (sampling.commits(config.rootpath) if part is None else part) % sampling.ONE_IN
 
 
+FAULTS = pytest.StashKey[dict[str, float]]()  # seconds of the tests that plant faults, by their names
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.get_closest_marker("fault"):
+        seconds = item.config.stash.setdefault(FAULTS, {})
+        seconds[item.nodeid] = seconds.get(item.nodeid, 0.0) + report.duration
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if text := fault_suite.told(config.stash.get(FAULTS, {})):
+        terminalreporter.write_line(text)
     if config.getoption("slow") == "sample":
         told = f"one in {sampling.ONE_IN} cases of slow tests, those of --slow sample --part {_part(config)}"
         terminalreporter.write_line(f"{told}; as many commits take each once, make test-all all of them")

@@ -1,17 +1,14 @@
 """All ranks begin with one checkpoint, whole to its last byte, or none begins; what is damaged gets another name and the previous one is used."""
 
-import collections
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from support import folders
+from support import folders, stale
 
 DRAWS = 28
 
@@ -57,6 +54,7 @@ def damages(rank: int, world_size: int, run: Path, seed: int) -> list[tuple[str,
     return seen
 
 
+@pytest.mark.fault("damaged checkpoint")
 def test_every_damage_is_named_and_the_previous_one_is_used(gloo: Any, tmp_path: Path) -> None:
     first, second = gloo(2, damages, tmp_path / "run", 11)
     assert [each[:3] for each in first] == [each[:3] for each in second]
@@ -110,69 +108,7 @@ def test_another_runs_checkpoints_keep_their_names(gloo: Any, tmp_path: Path) ->
     assert there == ["step-00000004", "step-00000008", "step-00000012"]
 
 
-@contextmanager
-def hidden(name: str, late: int = 0) -> Iterator[None]:
-    """A filesystem that does not show a checkpoint, for so many looks at it, or for ever: neither in listings nor by its name."""
-    import os
-
-    looks = collections.Counter[str]()
-
-    def is_hidden(path: Any) -> bool:
-        if name not in str(path):
-            return False
-        looks["all"] += 1
-        return not late or looks["all"] <= late
-
-    read, listing = Path.read_bytes, os.listdir
-
-    def read_bytes(path: Path) -> bytes:
-        if is_hidden(path):
-            raise FileNotFoundError(2, "No such file or directory", str(path))
-        return read(path)
-
-    def listdir(path: Any = ".") -> list[str]:
-        return [each for each in listing(path) if not is_hidden(f"{path}/{each}")]
-
-    with mock.patch.object(Path, "read_bytes", read_bytes), mock.patch.object(os, "listdir", listdir):
-        yield
-
-
-@contextmanager
-def another_manifest(name: str) -> Iterator[None]:
-    """A filesystem that shows the manifest that was there before."""
-    read = Path.read_bytes
-
-    def read_bytes(path: Path) -> bytes:
-        return read(path) + (b" " if name in str(path) else b"")
-
-    with mock.patch.object(Path, "read_bytes", read_bytes):
-        yield
-
-
-@contextmanager
-def other_bytes(name: str) -> Iterator[None]:
-    """A filesystem that shows another file's bytes, of the same size."""
-    from lsys.checkpoint import manifest
-
-    hashed = manifest._hashed
-
-    def other(path: Path) -> tuple[int, str]:
-        size, digest = hashed(path)
-        return size, digest[::-1] if name in str(path) else digest
-
-    with mock.patch.object(manifest, "_hashed", other):
-        yield
-
-
-FAULTS: dict[str, Callable[[], Any]] = {
-    "hidden": lambda: hidden("step-00000012"),
-    "late": lambda: hidden("step-00000012", late=5),
-    "manifest": lambda: another_manifest("step-00000012"),
-    "bytes": lambda: other_bytes("__1_0.distcp"),
-}
-
-
-def stale(rank: int, world_size: int, run: Path, cases: list[tuple[str, int]]) -> list[str]:
+def unlike(rank: int, world_size: int, run: Path, cases: list[tuple[str, int]]) -> list[str]:
     """What is chosen where one rank sees something else."""
     from contextlib import nullcontext
 
@@ -182,21 +118,24 @@ def stale(rank: int, world_size: int, run: Path, cases: list[tuple[str, int]]) -
     with mock.patch.object(agreed, "VISIBLE_SECONDS", 1.0):
         for fault, where in cases:
             fresh(rank, run)
-            with FAULTS[fault]() if rank == where else nullcontext():
+            shown = stale.view(fault, "step-00000012", file="__1_0.distcp", older=run / "checkpoints" / "step-00000008")
+            with shown if rank == where else nullcontext():
                 seen.append(chosen(folders.settings(run)))
             dist.barrier()
             assert names(run / "checkpoints") == ["step-00000004", "step-00000008", "step-00000012"]
     return seen
 
 
+@pytest.mark.fault("stale listing")
 def test_ranks_that_do_not_see_the_same_do_not_begin(gloo: Any, tmp_path: Path) -> None:
-    cases = [("hidden", 1), ("hidden", 0), ("manifest", 1), ("bytes", 1), ("late", 1), ("late", 0)]
-    first, second = gloo(2, stale, tmp_path / "run", cases)
+    cases = [("hidden", 1), ("hidden", 0), ("manifest", 1), ("bytes", 1), ("late", 1), ("late", 0), ("older", 1)]
+    first, second = gloo(2, unlike, tmp_path / "run", cases)
     assert first == second
-    behind, ahead, manifest, content, late, later = first
+    behind, ahead, manifest, content, late, later, older = first
     assert behind.startswith("rank 1: ") and "step-00000012, which rank 0 reads, cannot be read here" in behind
     assert "rank 1 sees" in ahead and "step-00000012, rank 0 does not" in ahead
-    assert manifest.startswith("rank 1: ") and "step-00000012/manifest.json has SHA-256" in manifest
+    for each in (manifest, older):
+        assert each.startswith("rank 1: ") and "step-00000012/manifest.json has SHA-256" in each
     assert "others do not: rank 1: __1_0.distcp was changed" in content
     assert late == later == "step-00000012"  # a shared filesystem takes its time
     assert all("one filesystem that all ranks share" in text for text in first[:4])

@@ -123,6 +123,7 @@ def fails(rank: int, world_size: int, folder: Path, target: str, fixed: bool) ->
         return text, left
 
 
+@pytest.mark.fault("full disk in a save")
 @pytest.mark.parametrize(
     "target",
     [

@@ -226,6 +226,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.fault("full TensorBoard disk")
 @pytest.mark.parametrize("is_freed", [False, True])
 @pytest.mark.parametrize("what, owner, method", KINDS)
 def test_what_cannot_be_written_is_told_once_and_tried_again(

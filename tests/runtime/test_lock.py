@@ -46,6 +46,7 @@ def lock(folder: Path, quiet: float = 5.0) -> FolderLock:
     return FolderLock(folder, lambda text: None, beat=0.05, quiet=quiet)
 
 
+@pytest.mark.fault("two runs in a folder")
 def test_a_second_run_is_refused_by_the_holders_name(tmp_path: Path, hold: Callable[..., subprocess.Popen]) -> None:
     process = hold(TORCHELASTIC_RUN_ID="job-a")
     with pytest.raises(LockError, match=rf"in use by process {process.pid} on \S+, job job-a.*another train.folder"):

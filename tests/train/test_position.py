@@ -88,6 +88,7 @@ LEGS = (
 )
 
 
+@pytest.mark.fault("resume at other sizes")
 def test_two_resumes_within_a_window_read_every_token_once(gloo: Any, folder: str) -> None:
     found: list[int] = []
     seen: list[int] = []

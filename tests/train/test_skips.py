@@ -94,6 +94,7 @@ def curve(folder: Path, tag: str) -> dict[int, float]:
     return {point.step: point.value for point in events.Scalars(tag)}
 
 
+@pytest.mark.fault("NaN gradient at a save step")
 def test_a_skipped_step_is_told_counted_and_not_saved(gloo: Any, tmp_path: Path) -> None:
     first, second = gloo(2, train, str(tmp_path), (2,), 4)
     assert first["error"] == "" and first["saved"] == [3, 4]  # that of step 2 is made after step 3
@@ -114,6 +115,7 @@ def test_a_skipped_step_is_told_counted_and_not_saved(gloo: Any, tmp_path: Path)
     )  # of the whole run
 
 
+@pytest.mark.fault("NaN gradient at the last step")
 def test_at_the_last_step_the_run_does_not_claim_success(gloo: Any, tmp_path: Path) -> None:
     first, second = gloo(2, train, str(tmp_path), (4,), 4)
     assert first["code"] == second["code"] == 1 and first["error"] == second["error"] and first["saved"] == [2]

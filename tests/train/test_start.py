@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -21,7 +22,8 @@ def life(rank: int, world_size: int, run: Path, options: dict[str, Any]) -> Told
     """What a run prints, and loss, norm and learning rate of the steps that it takes.
 
     Args:
-        options: `checkpoint`: that section; `kill`: the step after which each rank is killed; the rest changes the configuration.
+        options: `checkpoint`: that section; `kill`: the step after which each rank is killed; `torn`: the function of
+            `lsys.checkpoint.store` in which it is, and in which of its calls; the rest changes the configuration.
     """
     from lsys.config.schema import Checkpoint, Metrics
     from lsys.runtime import install_megatron
@@ -29,6 +31,7 @@ def life(rank: int, world_size: int, run: Path, options: dict[str, Any]) -> Told
     install_megatron()
     from train.test_protocol import Data, plain_engine
 
+    from lsys.checkpoint import store
     from lsys.checkpoint.choice import keeps_folder
     from lsys.observe.run_dir import require_own_folder
     from lsys.runtime.environment import Launch
@@ -41,8 +44,16 @@ def life(rank: int, world_size: int, run: Path, options: dict[str, Any]) -> Told
     config = parity.settings(**{"train__folder": run, "train__steps": 8} | changes)
     config = config.model_copy(update={"metrics": Metrics(every=1, waterfall_every=0), "checkpoint": checkpoint})
     require_own_folder(config, keeps_folder(config))
-    said, seen = io.StringIO(), []
+    said, seen, calls = io.StringIO(), [], itertools.count(1)
     original = Observers.end_step
+
+    torn, number = options.get("torn", ("_synchronise", 0))
+    function = getattr(store, torn)
+
+    def tear(*given: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*given)
 
     def end_step(self: Any, done: Any) -> None:
         seen.append((done.losses.mean, done.grad_norm, done.lr))
@@ -54,6 +65,7 @@ def life(rank: int, world_size: int, run: Path, options: dict[str, Any]) -> Told
         stack.enter_context(mock.patch("lsys.train.data.open_data", Data))
         stack.enter_context(mock.patch("lsys.observe.hardware.peak_of_ranks", lambda *_: None))
         stack.enter_context(mock.patch.object(Observers, "end_step", end_step))
+        stack.enter_context(mock.patch.object(store, torn, tear))
         groups = stack.enter_context(process_groups(config.parallel, Launch(rank=rank, world_size=world_size)))
         stack.enter_context(contextlib.redirect_stdout(said))
         Run(config, groups, make_engine=plain_engine).train()
@@ -63,6 +75,15 @@ def life(rank: int, world_size: int, run: Path, options: dict[str, Any]) -> Told
 def killed(gloo: Any, run: Path, options: dict[str, Any]) -> None:
     with pytest.raises(RankError, match="died of SIGKILL"):
         gloo(1, life, run, options)
+
+
+def flip(checkpoint: Path) -> str:
+    """Flip a bit in the middle of its largest file; that file's name."""
+    file = max(checkpoint.glob("*.*"), key=lambda each: each.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 8
+    file.write_bytes(data)
+    return file.name
 
 
 def line(told: Told) -> str:
@@ -126,17 +147,44 @@ def test_weights_begin_a_new_run_once(gloo: Any, source: tuple[Path, Told], earl
     assert line(told).startswith("resumed after step 2 of 8") and told[1] == straight[1][2:]
 
 
+TORN = [  # in the save of step 4: before its manifest is written, before its last rename, after it
+    (("_manifest", 2), "step-00000004.partial", 2),
+    (("_synchronise", 3), "step-00000004.partial", 2),
+    (("_synchronise", 4), "step-00000004", 4),
+]
+
+
+@pytest.mark.fault("kill in a save")
+@pytest.mark.parametrize("torn, left, step", TORN)
+def test_a_run_killed_in_a_save_goes_on_exactly(
+    gloo: Any, source: tuple[Path, Told], tmp_path: Path, torn: tuple[str, int], left: str, step: int
+) -> None:
+    run, saved = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    killed(gloo, run, {"torn": torn})
+    assert sorted(path.name for path in saved.iterdir()) == ["step-00000002", left]
+    [told] = gloo(1, life, run, {})
+    assert line(told).startswith(f"resumed after step {step} of 8") and told[1] == source[1][1][step:]
+    assert sorted(path.name for path in saved.iterdir()) == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+
+
+@pytest.mark.fault("flipped bit and kill")
+def test_a_flipped_bit_and_a_kill_cost_one_checkpoint(gloo: Any, source: tuple[Path, Told], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    killed(gloo, run, {"kill": 5})
+    file = flip(run / "checkpoints" / "step-00000004")
+    [told] = gloo(1, life, run, {})
+    assert f"step-00000004 is damaged and is now step-00000004.damaged: {file} was changed" in told[0]
+    assert line(told).startswith("resumed after step 2 of 8") and told[1] == source[1][1][2:]
+
+
 def test_a_damaged_newest_is_told_and_the_previous_one_goes_on(
     gloo: Any, source: tuple[Path, Told], earlier: Path
 ) -> None:
     path = earlier / "checkpoints" / "step-00000004"
-    file = max(path.glob("*.*"), key=lambda each: each.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 8
-    file.write_bytes(data)
+    file = flip(path)
     ranks = gloo(2, life, earlier, {"train__steps": 3})
     said = ranks[0][0]
-    assert f"{path} is damaged and is now step-00000004.damaged: {file.name} was changed after it was written" in said
+    assert f"{path} is damaged and is now step-00000004.damaged: {file} was changed after it was written" in said
     assert (
         "resumed after step 2 of 3" in said
         and "written on 1 rank; changed since: ranks 1 -> 2, train.steps 8 -> 3" in said
