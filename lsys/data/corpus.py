@@ -77,13 +77,23 @@ class Corpus:
 
     @cached_property
     def content(self) -> dict[str, dict[str, Any]]:
-        """What the files hold, by ending: `bytes`, the SHA-256 of a `sample`, and `sha256` where the sidecar knows it; an index's is computed else."""
-        known, found = self.description.get("sha256", {}), {}
-        for ending in (*FILES, *(MASKS if self.mask is not None else ())):
-            path = Path(self.prefix + ending)
-            found[ending] = {"bytes": path.stat().st_size, "sample": _sample(path)}
-            if whole := known.get(ending) or (ending.endswith(".idx") and sha256(path)):
-                found[ending]["sha256"] = whole
+        """What the files hold, by ending: `bytes`, the SHA-256 of a `sample`, and `sha256` where the sidecar knows it; an index's is computed else.
+
+        Files are looked at once, when it is first asked for. Raises CorpusError where one cannot be read.
+        """
+        endings = *FILES, *(MASKS if self.mask is not None else ())
+        try:
+            return {ending: self._content(ending) for ending in endings}
+        except OSError as error:
+            raise CorpusError(
+                f"{error.filename or self.prefix} cannot be read: {error.strerror}", "put it back"
+            ) from None
+
+    def _content(self, ending: str) -> dict[str, Any]:
+        path = Path(self.prefix + ending)
+        found: dict[str, Any] = {"bytes": path.stat().st_size, "sample": _sample(path)}
+        if whole := self.description.get("sha256", {}).get(ending) or (ending.endswith(".idx") and sha256(path)):
+            found["sha256"] = whole
         return found
 
     def read(self, document: int, start: int, length: int) -> NDArray[np.int64]:

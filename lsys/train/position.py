@@ -37,17 +37,21 @@ def resumed(data: RunData, begun: Begun) -> tuple[RunData, list[str]]:
 
     Raises:
         ConfigError: on all ranks: the data is another one, and `data.restart` is not set.
+        CheckpointError: on all ranks: the first one cannot look at the data.
     """
     from dataclasses import replace
 
-    from lsys.checkpoint.agreement import agree_on_first
+    from lsys.checkpoint.agreement import RankFailure, agree_on_first
     from lsys.data.cursor import DataCursor, Span
 
     cursor, where = begun.cursor, begun.where
     if cursor is None:
         return data, []
     settings, step = data.settings, cursor.step
-    found, unknown = agree_on_first(lambda: _differences(cursor, data.identity, where))
+    try:
+        found, unknown = agree_on_first(lambda: _differences(cursor, data.identity, where))
+    except RankFailure as failure:
+        raise CheckpointError(f"{where} is not gone on from: {failure.messages}") from failure
     if found and not settings.data.restart:
         raise ConfigError(found)
     sizes = settings.train.batch_tokens, settings.train.micro_batch_tokens, settings.data.shuffle_window
@@ -83,20 +87,23 @@ def stored(cursor: Cursor) -> DataCursor:
 def refuse_other_data(settings: Config, corpora: Sequence[Corpus]) -> None:
     """Refuse to go on from a checkpoint of other data; before process groups start, on the first rank, which alone looks at content.
 
+    It looks now also where nothing is compared but checkpoints are written: what they note is what was opened, whatever becomes of the files.
+
     Raises:
         ConfigError: every difference, with what makes it go on.
+        CorpusError: a file cannot be read.
     """
     from lsys.data.identity import identity
 
-    if settings.data.restart:
-        return
+    path = manifest = None
     try:
         path = None if (plan := choice.plan(settings)).weights else plan.checkpoint
         manifest = Manifest.read(path) if path else None
     except CheckpointError:  # told when it is to be loaded
-        return
-    if path and manifest:
-        found, _ = _differences(manifest.cursor, identity(settings, corpora), path.name)
+        pass
+    now = identity(settings, corpora) if path or settings.checkpoint.save else None
+    if path and manifest and not settings.data.restart:
+        found, _ = _differences(manifest.cursor, now, path.name)
         if found:
             raise ConfigError(found)
 

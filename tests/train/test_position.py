@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,13 +11,15 @@ import pytest
 from support import parity
 from support.corpora import write_corpus
 
-from lsys.checkpoint.manifest import Cursor, Manifest
+from lsys.checkpoint.agreement import RankFailure
+from lsys.checkpoint.manifest import CheckpointError, Cursor, Manifest
 from lsys.config.load import dump
 from lsys.config.messages import ConfigError
-from lsys.data.corpus import Corpus
+from lsys.config.schema import Checkpoint
+from lsys.data.corpus import Corpus, CorpusError
 from lsys.data.identity import identity
 from lsys.data.stream import TokenStream
-from lsys.train.position import KEY, refuse_other_data, stored
+from lsys.train.position import KEY, refuse_other_data, resumed, stored
 
 VOCAB = 1200  # as many tokens as the corpus has, each once
 TINY = {"model__pattern": "S", "model__layers": 1, "model__hidden": 16, "model__heads": 2, "model__groups": 1, "model__ffn": 16,
@@ -149,6 +152,41 @@ def test_other_data_is_refused_before_process_groups(folder: str) -> None:
     with pytest.raises(ConfigError, match="data.seed: 0, and 1 in step-00000009"):
         refuse_other_data(make().model_validate(make().model_dump() | oldest), corpora)
     refuse_other_data(make(data__seed=1, data__restart=True), corpora)
+
+
+@pytest.mark.parametrize("change", [{}, {"data__restart": True}])
+def test_what_the_data_is_is_known_before_it_is_read(folder: str, change: dict[str, Any]) -> None:
+    """Of a fresh run too: files that are moved or replaced later are not looked at by a save."""
+    where = Path(folder) / "corpus"
+    config = parity.settings(data__corpora=[{"path": str(where)}], train__folder=Path(folder) / "run", **change)
+    unsaved = config.model_copy(update={"checkpoint": Checkpoint(save=False)})
+    known = identity(config, [Corpus.open(where)])
+    refuse_other_data(unsaved, [closed := Corpus.open(where)])
+    refuse_other_data(config, [corpus := Corpus.open(where)])
+    where.with_suffix(".bin").rename(where.with_suffix(".away"))
+    assert identity(config, [corpus]) == known
+    for act in (lambda: refuse_other_data(config, [closed]), lambda: identity(unsaved, [closed])):
+        with pytest.raises(CorpusError, match="corpus.bin cannot be read: No such file or directory; put it back"):
+            act()
+    refuse_other_data(unsaved, [closed])  # nothing is resumed and nothing saved
+    where.with_suffix(".bin").write_bytes(b"other")
+    assert identity(config, [corpus]) == known
+
+
+def test_data_that_cannot_be_looked_at_is_told_on_all_ranks(folder: str) -> None:
+    where = Path(folder) / "corpus"
+    config = parity.settings(data__corpora=[{"path": str(where)}])
+    data: Any = SimpleNamespace(settings=config)
+    begun: Any = SimpleNamespace(cursor=Cursor(3, 9, dump(config)), where="step-00000003")
+
+    def failed(action: Any) -> Any:
+        raise RankFailure({0: (2, "corpus.bin cannot be read")})
+
+    with (
+        mock.patch("lsys.checkpoint.agreement.agree_on_first", failed),
+        pytest.raises(CheckpointError, match="^step-00000003 is not gone on from: corpus.bin cannot be read$"),
+    ):
+        resumed(data, begun)
 
 
 def test_a_checkpoint_of_before_is_one_span_of_its_configuration() -> None:
