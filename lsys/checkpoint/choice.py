@@ -1,7 +1,7 @@
 """Which checkpoint a run begins with, by what its configuration asks for and what is in its folder. Needs no torch.
 
 `checkpoint.resume` and `checkpoint.weights` say how a run is begun. What begins it otherwise than from its own newest checkpoint is done
-once in a run's life: each checkpoint holds the starts done till then (`Start`, in `Cursor.extra`), and where the newest of `train.folder`
+once in a run's life: each checkpoint holds the starts done till then (`starts.Start`, in `Cursor.extra`), and where the newest of `train.folder`
 has this one among them, the run goes on from that.
 """
 
@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lsys.checkpoint.compatible import differences
-from lsys.checkpoint.manifest import NAME, CheckpointError, Cursor, Manifest, UnreadableError, digest
+from lsys.checkpoint.manifest import NAME, CheckpointError, Manifest, UnreadableError, digest
+from lsys.checkpoint.starts import AUTO, FOLDER, NEVER, SCRATCH, Start, is_within
 from lsys.config import Config
 from lsys.config.messages import Mistake
 
 NAMES = re.compile(r"(step-\d{8,})(\.partial|\.replaced|\.deleted|\.damaged(-\d+)?)?")
-AUTO, NEVER, SCRATCH = "auto", "never", "scratch"
-FOLDER = "checkpoints"  # in a run's folder
 OTHER = "take the checkpoint's values, or start in a new train.folder"
 
 
@@ -128,89 +127,6 @@ def find_checkpoint(path: Path, passed: Container[Path] = ()) -> Source:
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a run is begun.
-
-    Attributes:
-        resume: `auto`, `never`, `scratch`, or the absolute path to resume from.
-        weights: the absolute path to take weights from, or nothing.
-        manifest: SHA-256 of that of the checkpoint it was begun with; "" where that is not known, or there was none.
-    """
-
-    resume: str
-    weights: str = ""
-    manifest: str = field(default="", compare=False)
-
-    @classmethod
-    def of(cls, settings: Config) -> Start:
-        asked = settings.checkpoint
-        resume = str(asked.resume.resolve()) if isinstance(asked.resume, Path) else asked.resume
-        return cls(resume, str(asked.weights.resolve()) if asked.weights else "")
-
-    @classmethod
-    def done_before(cls, cursor: Cursor, run: Path) -> tuple[Start, ...]:
-        """The starts that a checkpoint in a run's folder holds, oldest first; those of before hold the last one alone, or none."""
-        trees = cursor.extra.get("start") or []
-        return tuple(cls._of_tree(tree, run) for tree in (trees if isinstance(trees, list) else [trees]))
-
-    @classmethod
-    def _of_tree(cls, tree: dict[str, str], run: Path) -> Start:
-        start = cls(_seen(tree["resume"], run), _seen(tree["weights"], run), tree["manifest"])
-        if "from" in tree and not (start.path and Path(tree["from"]).resolve().is_relative_to(start.path)):
-            return replace(start, manifest="")  # of before: that of the checkpoint that was loaded last
-        return start
-
-    def to_tree(self, run: Path) -> dict[str, str]:
-        """For `Cursor.extra`. Paths in the run's folder are relative to it, since it may be moved or seen under another path."""
-        return {"resume": _kept(self.resume, run), "weights": _kept(self.weights, run), "manifest": self.manifest}
-
-    @property
-    def path(self) -> Path | None:
-        """To begin from."""
-        text = self.weights or ("" if self.resume in (AUTO, NEVER, SCRATCH) else self.resume)
-        return Path(text) if text else None
-
-    @property
-    def kind(self) -> tuple[str, bool]:
-        """What it is but for the path: equal in starts that do the same with a checkpoint."""
-        return "" if self.path and not self.weights else self.resume, bool(self.weights)
-
-    def is_among(self, done: Sequence[Start]) -> bool:
-        """Whether it was done: one with the same paths, or with the same checkpoint under another path."""
-        known = {each.manifest for each in done if each.manifest and each.kind == self.kind}
-        if self in done or not (self.path and known):
-            return self in done
-        try:
-            return digest(find_checkpoint(self.path).path) in known
-        except (CheckpointError, OSError):
-            return False
-
-    @property
-    def is_once(self) -> bool:
-        """Whether it begins otherwise than from what is in the run's folder."""
-        return bool(self.weights) or self.resume not in (AUTO, NEVER)
-
-    def __str__(self) -> str:
-        weights = f"checkpoint.weights {self.weights}" if self.weights else ""
-        resume = f"checkpoint.resume {self.resume}" if self.resume != AUTO or not weights else ""
-        return " and ".join(filter(None, (resume, weights)))
-
-
-def _kept(text: str, run: Path) -> str:
-    """A path as a checkpoint holds it; `./` tells a relative one from a word such as `auto`."""
-    for folder in (run / FOLDER, run):
-        if os.path.isabs(text) and _is_within(Path(text), folder):
-            inside = Path(text).resolve().relative_to(folder.resolve())
-            return f"./{inside if folder == run else FOLDER / inside}"
-    return text
-
-
-def _seen(text: str, run: Path) -> str:
-    """The absolute path that `_kept` or an earlier version kept."""
-    return str((run / text).resolve()) if text.startswith(("./", "/")) else text
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a run begins with.
 
@@ -256,7 +172,7 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
                 f"{there} exists and checkpoint.resume is never: take another train.folder, or checkpoint.resume auto to go on from it"
             )
         return _elsewhere(settings, passed)
-    if is_own(start, settings) or start.is_among(done):
+    if is_own(start, settings) or _is_among(start, done):
         if newest and not found.unreadable:
             return Plan(newest, is_own=True, done=done)
         if not found.is_empty or start.resume != AUTO:
@@ -264,7 +180,7 @@ def plan(settings: Config, passed: Container[Path] = ()) -> Plan:
         return Plan()
     if start.resume == SCRATCH:
         return _from_scratch(settings, found, start, passed)
-    if (inside := settings.checkpoint.resume) and isinstance(inside, Path) and _is_within(inside, own):
+    if (inside := settings.checkpoint.resume) and isinstance(inside, Path) and is_within(inside, own):
         return Plan(find_checkpoint(inside).path, is_own=True, is_named=True, done=done)
     if found.is_empty:
         return _elsewhere(settings, passed)
@@ -293,8 +209,15 @@ def is_own(start: Start, settings: Config) -> bool:
     return not start.weights and start.resume in (AUTO, str(folder), str(folder / FOLDER))
 
 
-def _is_within(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _is_among(start: Start, done: Sequence[Start]) -> bool:
+    """Whether a start was done: one with the same paths, or with the same checkpoint under another path."""
+    known = {each.manifest for each in done if each.manifest and each.kind == start.kind}
+    if start in done or not (start.path and known):
+        return start in done
+    try:
+        return digest(find_checkpoint(start.path).path) in known
+    except (CheckpointError, OSError):
+        return False
 
 
 def _elsewhere(settings: Config, passed: Container[Path]) -> Plan:
@@ -312,10 +235,10 @@ def _from_scratch(settings: Config, found: Found, start: Start, passed: Containe
     if (
         not found.is_empty
         and not found.whole
-        and any(start.is_among(_done_before(path, settings.train.folder)) for path in found.damaged)
+        and any(_is_among(start, _done_before(path, settings.train.folder)) for path in found.damaged)
     ):
         raise CheckpointError(_ruined(own, found, start))
-    if weights and _is_within(weights, settings.train.folder):
+    if weights and is_within(weights, settings.train.folder):
         raise CheckpointError(
             f"{weights} is in train.folder {settings.train.folder}, which checkpoint.resume scratch sets aside; take another train.folder"
         )

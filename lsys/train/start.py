@@ -11,8 +11,9 @@ import torch.distributed as dist
 from lsys.checkpoint.agreed import Chosen, choose
 from lsys.checkpoint.agreement import RankFailure, agree, agree_on_first
 from lsys.checkpoint.changes import changes, function_changes, written_on
-from lsys.checkpoint.choice import FOLDER, SCRATCH, Start, is_own, look, record
+from lsys.checkpoint.choice import is_own, look, record
 from lsys.checkpoint.manifest import CheckpointError, Cursor
+from lsys.checkpoint.starts import FOLDER, SCRATCH, Start
 from lsys.checkpoint.store import fitting, load_verified
 from lsys.checkpoint.weights import take_weights
 from lsys.config import Config
