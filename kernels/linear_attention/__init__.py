@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.checks import check_direction, check_tensors, sequence_lengths
+from lsys.kernels.linear_attention.checks import check_direction, check_tensors, sequence_lengths, without_autocast
 from lsys.kernels.linear_attention.chunked import ChunkedSegments, SegmentMap
 from lsys.kernels.linear_attention.chunked.channel import ChannelChunks
 from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens
@@ -38,6 +38,7 @@ class Segments(Protocol):
     def apply(self, segment_map: SegmentMap, intra: Tensor, state: Tensor | None) -> Tensor: ...
 
 
+@without_autocast
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -56,7 +57,7 @@ def linear_attention(
 
     With beta, the delta rule (Schlag et al., 2021; Yang et al., 2024): what S says of k_t is replaced by v_t in part,
     S_t = (1 - beta_t k_t k_t^T) e^(g_t) S_(t-1) + beta_t k_t v_t^T. Keys are taken as given: normalise them before.
-    Conventions of flash-linear-attention (Yang & Zhang, 2024). Differentiable in all tensors.
+    Conventions of flash-linear-attention (Yang & Zhang, 2024). Differentiable in all tensors. Autocast is off inside.
 
     Args:
         q, k: [B, T, H_k, K]; head h reads key head h // (H / H_k).

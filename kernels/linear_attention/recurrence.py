@@ -31,7 +31,10 @@ def recurrence(
     keep = v.new_ones(1, 1, 1, dtype=dtype) if log_decay is None else log_decay.to(dtype).exp()
     keep = keep if keep.dim() == 3 else keep.expand(tokens, heads).unsqueeze(-1)
     keep = keep.expand(tokens, heads, k.shape[-1])  # [T, H, K]
-    outputs, states, stops = [v[:0].to(dtype)], [], accumulate(lengths)
+    # Without tokens the output depends on all inputs, too: where ranks share a sequence, all take part in the backward pass.
+    none = (q[:0] * k[:0] * keep[:0]).sum(-1, keepdim=True) * v[:0].to(dtype)
+    none = none if beta is None else none * beta[:0, :, None].to(dtype)
+    outputs, states, stops = [none], [], accumulate(lengths)
     for segment, (length, stop) in enumerate(zip(lengths, stops, strict=True)):
         state = v.new_zeros(heads, k.shape[-1], width, dtype=dtype) if initial is None else initial[segment].to(dtype)
         for t in range(stop - length, stop):

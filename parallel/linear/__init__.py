@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lsys.kernels import linear_attention as kernel
-from lsys.kernels.linear_attention.checks import check_direction, check_tensors
+from lsys.kernels.linear_attention.checks import check_direction, check_tensors, without_autocast
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.linear import exchange
@@ -18,6 +18,7 @@ __all__ = ["METHODS", "linear_attention"]
 METHODS = tuple(STATE)
 
 
+@without_autocast
 def linear_attention(
     q: Tensor,
     k: Tensor,

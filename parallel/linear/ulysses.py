@@ -58,9 +58,11 @@ def attention(
         options = dict(initial_state=initial, output_final_state=final, causal=causal, scale=scale, backend=backend)
         o, states = kernel.linear_attention(*given, cu_seqlens=layout.document_offsets, **options)  # type: ignore[arg-type]
         o = o[0]
-    elif final:
+    else:
+        # Without a head the output depends on what has not travelled, too: all ranks take part in the backward pass.
+        o = v + sum(x.sum() for x in (None if fixed is None else log_decay, initial) if x is not None)
         wide = torch.promote_types(v.dtype, torch.float32)
-        states = v.new_zeros(len(layout.lengths), 0, k.shape[2], v.shape[2], dtype=wide)
+        states = v.new_zeros(len(layout.lengths), 0, k.shape[2], v.shape[2], dtype=wide) if final else None
     o = HeadsOut.apply(o, exchange)  # [T, H_share, V] -> [T_r, H, V]
     if states is None:
         return o, None
@@ -138,4 +140,5 @@ def _unpack(packed: Tensor, share: Share, like: Sequence[Like]) -> tuple[Tensor,
     counts = [_count(heads) for heads, _ in zip(_heads(share), like, strict=False)]
     widths = [count * _bytes(*each) for count, each in zip(counts, like, strict=True)]
     parts = zip(packed.squeeze(-1).split(widths, 1), counts, like, strict=True)
-    return tuple(x.contiguous().view(dtype).view(len(x), n, *shape[1:]) for x, n, (shape, dtype) in parts)
+    # Of no heads, rows of no bytes: as a matrix they could not be viewed in a wider type.
+    return tuple(x.flatten().view(dtype).view(len(x), n, *shape[1:]) for x, n, (shape, dtype) in parts)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.chunked.blocks import NAMES, Block, Gradients, in_blocks
 from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens
 from lsys.kernels.linear_attention.scan import adjoint, compose
@@ -97,6 +98,7 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, do: Tensor, d_after: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: activation checkpointing gives each tensor out once
         *tokens, initial = saved[:6]

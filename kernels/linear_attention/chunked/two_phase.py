@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.chunked import one_pass
 from lsys.kernels.linear_attention.chunked.blocks import Block, Gradients
 from lsys.kernels.linear_attention.chunked.chunks import Chunks, Tokens, Written, matmul
@@ -92,6 +93,7 @@ class Maps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(
         ctx: Any, d_state: Tensor | None, d_total: Tensor | None, d_ticket: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -139,6 +141,7 @@ class Intra(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, work = ctx.saved_tensors, ctx.work
         if do is None:  # of states alone, on their way to `Maps` by nodes that `intra` is passed through
@@ -180,6 +183,7 @@ class Apply(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         saved, work = ctx.saved_tensors, ctx.work
         tokens, blocks = Tokens(*saved[:5]), len(work.external)
