@@ -66,7 +66,8 @@ def by_hand(legs: list[Leg]) -> list[int]:
         count, span = leg.steps * leg.batch // leg.micro_batch, Span(0, token, *leg.sizes)
         parts = [left[i : i + leg.micro_batch] for i in range(0, len(left), leg.micro_batch)]
         taken = {span.place(i, 5) for i in range(count)}
-        assert len(taken) == count and max(taken) < -(-count // max(1, leg.window)) * max(1, leg.window)
+        window = max(1, leg.window)
+        assert len(taken) == count and all(each < -(-count // window) * window for each in taken)
         left = [token for i, part in enumerate(parts) if i not in taken for token in part]
         token += leg.steps * leg.batch
     return left

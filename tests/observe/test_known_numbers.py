@@ -168,9 +168,10 @@ def test_pauses_are_no_part_of_steps(clock: Clock) -> None:
 def test_the_loop_reports_what_its_steps_gave(clock: Clock, reporter: Reporter, tmp_path: Path) -> None:
     """Two intervals of five steps: of all replicas' FLOPs, the newest losses, norm and rate, tokens since the run's beginning."""
     settings, slots = reporter.settings, Slots(declared(reporter.settings))
-    data = SimpleNamespace(flops_of_all=lambda own: 2 * own)  # the other replica has done as much
+    position = SimpleNamespace(tokens_seen=lambda step: step * settings.train.batch_tokens)
+    data = SimpleNamespace(flops_of_all=lambda own: 2 * own, position=position)  # the other replica has done as much
     observers = SimpleNamespace(paused=lambda what: mock.MagicMock())
-    run: Any = SimpleNamespace(settings=settings, data=data, observers=observers)
+    run: Any = SimpleNamespace(settings=settings, data=data, observers=observers, updates=SimpleNamespace(skipped=3))
     reporting = Reporting(run, reporter, found := Meter(), SimpleNamespace(take=lambda: None))  # type: ignore[arg-type]
     metering = Metering(found, settings.train.batch_tokens)
     for step in range(1, 11):
@@ -185,7 +186,7 @@ def test_the_loop_reports_what_its_steps_gave(clock: Clock, reporter: Reporter, 
     for step in (5, 10):
         known = {
             LOSS: 4.0 / step, Z_LOSS: 0.4 / step, "grad_norm": 1 / step, "lr": 1e-3 * step, "throughput(tps)": 500.0,
-            "n_tokens_seen": step * TOKENS_OF_A_STEP, "tflops": 0.6, "mfu(%)": 30.0, "scaling/efficiency(%)": 60.0,
+            "n_tokens_seen": step * TOKENS_OF_A_STEP, "train/skipped_steps": 3, "tflops": 0.6, "mfu(%)": 30.0, "scaling/efficiency(%)": 60.0,
             "time_metrics/end_to_end(s)": 4.0, "time_metrics/data_loading(%)": 0.0, "memory/max_resident(GiB)": 3.0,
         }  # fmt: skip
         assert curves(tmp_path, step) == pytest.approx(known, rel=1e-6)

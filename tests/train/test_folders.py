@@ -132,6 +132,8 @@ def test_room_is_counted_to_the_byte_with_what_a_save_removes(
 def test_a_run_asks_before_its_process_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(train, "check_files", lambda _: None)
+    monkeypatch.setattr(train, "open_corpora", lambda *_, **__: [])
+    monkeypatch.setattr(train.position, "refuse_other_data", lambda *_: None)
     monkeypatch.setattr(train, "process_groups", lambda *_, **__: pytest.fail("process groups were started"))
     with pytest.raises(FilesError, match="file is no folder"), train.open_run(settings(tmp_path / "file" / "run")):
         pass

@@ -29,7 +29,7 @@ def life(rank: int, world_size: int, run: Path, options: dict[str, Any]) -> Told
     from lsys.runtime import install_megatron
 
     install_megatron()
-    from train.test_protocol import Data, plain_engine
+    from support.plain_engine import Data, plain_engine
 
     from lsys.checkpoint import store
     from lsys.checkpoint.choice import keeps_folder
