@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import forgetting
+from support.comparing import largest
 from support.linear_kernels import VARIANTS
 
 from lsys.kernels.linear_attention.recurrence import recurrence
@@ -89,7 +90,7 @@ def test_ulysses_on_ranks_without_a_head(gloo: Any, ranks: int) -> None:
             for backend in ("reference", "chunked")
         )
     ]
-    assert max(map(max, gloo(ranks, differences, cases, timeout=60))) < 1e-10
+    assert largest(map(largest, gloo(ranks, differences, cases, timeout=60))) < 1e-10
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,7 +102,7 @@ def test_some_gradients_on_ranks_without_tokens(gloo: Any, method: str) -> None:
     cases = [
         (2, 2, ("token", "head")[i % 2], True, idle, wanted, each) for each in options for i, wanted in enumerate(some)
     ]
-    assert max(map(max, gloo(3, differences, cases, timeout=60))) < 1e-10
+    assert largest(map(largest, gloo(3, differences, cases, timeout=60))) < 1e-10
 
 
 def forgotten(rank: int, world_size: int, variants: list[str], lengths: Any, method: str) -> list[dict[str, float]]:
