@@ -53,6 +53,9 @@ class Job:
     began: float = field(default=0.0, init=False)
 
     def start(self) -> "Job":
+        corpus = Path(CONFIG["data"]["corpora"][0]["path"])
+        if not corpus.with_suffix(".idx").exists():
+            raise SystemExit(f"{corpus} is not there, which runs are to read: make {corpus.relative_to(ROOT)}.json")
         self.folder.mkdir(parents=True, exist_ok=True)
         config = self.folder / "config.yaml"
         tree = {**CONFIG, "train": {**CONFIG["train"], "folder": str(self.folder)}}
@@ -123,6 +126,10 @@ class Job:
 
     def text(self) -> str:
         return (self.folder / "log.txt").read_text(errors="replace")
+
+    def last_words(self) -> str:
+        """What it said at last; torchrun's own account of a failure alone takes 2,000."""
+        return self.text()[-5000:]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     whole = Job(fresh(folder / "undisturbed")).start()
     try:
         if whole.wait() != 0:
-            raise SystemExit(f"the run that nobody disturbs failed: {whole.text()[-2000:]}")
+            raise SystemExit(f"the run that nobody disturbs failed: {whole.last_words()}")
     finally:
         whole.end()
     wanted, state = whole.losses(), tensors(checkpoints(whole.folder)[-1])
@@ -40,7 +40,7 @@ def _case(generator: random.Random, job: Job, wanted: dict[int, Any], state: dic
     job.start()
     try:
         if moment != "start-up" and not job.wait_for(moment, 0 if moment == "ready" else step):
-            return {"moment": moment, "step": step, "good": False, "seconds": None, "text": job.text()[-2000:]}
+            return {"moment": moment, "step": step, "good": False, "seconds": None, "text": job.last_words()}
         time.sleep(wait)
         killed = time.time()
         if len(workers := job.workers()) > rank:
@@ -58,6 +58,6 @@ def _case(generator: random.Random, job: Job, wanted: dict[int, Any], state: dic
             wrong = "steps or the last checkpoint's tensors differ"
         found = {"moment": moment, "step": step, "rank": rank, "after": round(wait, 2), "good": not wrong}
         found |= {"seconds": round(steps[0] - killed, 1) if steps else None}
-        return found | ({"text": f"{wrong}: {job.text()[-2000:]}"} if wrong else {})
+        return found | ({"text": f"{wrong}: {job.last_words()}"} if wrong else {})
     finally:
         job.end()

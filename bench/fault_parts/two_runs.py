@@ -14,7 +14,7 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     generator, first = drawn(seed, "two"), Job(fresh(folder / "two"), slow=1.0, words=("--train.steps", "2000")).start()
     try:
         if not first.wait_for("step", 1):
-            raise SystemExit(f"the first run did not start: {first.text()[-2000:]}")
+            raise SystemExit(f"the first run did not start: {first.last_words()}")
         holder, cases = first.workers()[0], []
         for _ in range(count):
             time.sleep(generator.uniform(0.0, 1.0))
@@ -30,7 +30,7 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
         first.end()
     said = f"refused, naming the process; after kill -9 the next start was ready in {seconds} s"
     if not came:
-        cases.append({"ranks": again.ranks, "good": False, "text": f"not taken over: {again.text()[-2000:]}"})
+        cases.append({"ranks": again.ranks, "good": False, "text": f"not taken over: {again.last_words()}"})
     return outcome(cases, said)
 
 
@@ -48,5 +48,5 @@ def _refused(first: Job, holder: int, ranks: int) -> dict[str, Any]:
     return case | (
         {}
         if case["good"]
-        else {"text": f"exit code {code}, the first one {'lives' if alive else 'died'}: {said[-2000:]}"}
+        else {"text": f"exit code {code}, the first one {'lives' if alive else 'died'}: {said[-5000:]}"}
     )
