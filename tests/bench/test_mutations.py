@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.mutation_parts.known import KNOWN
-from bench.mutation_parts.near import in_order, module_of
-from bench.mutation_parts.operators import Mutant, mutants
-from bench.mutation_parts.page import page
-from bench.mutations import SOURCES, Verdict, _failure, drawn, package_of
-
 ROOT = Path(__file__).parents[2]
+with pytest.MonkeyPatch.context() as path:  # bench is no installed package
+    path.syspath_prepend(str(ROOT))
+    from bench.mutation_parts.known import KNOWN
+    from bench.mutation_parts.near import in_order, module_of
+    from bench.mutation_parts.operators import Mutant, mutants
+    from bench.mutation_parts.page import page
+    from bench.mutations import SOURCES, Verdict, _failure, drawn, package_of
 
 TEXT = '''
 """A text with - signs, 3 numbers and max(1, 2) in words."""
