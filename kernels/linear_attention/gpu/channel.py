@@ -3,14 +3,14 @@
 The decay between two tokens of a chunk differs from channel to channel, e^(b_ic - b_jc), so it stands inside the products
 over channels. It is taken apart at a border m between the tokens, as e^(b_ic - b_mc) e^(b_mc - b_jc), neither above 1. The
 chunk is halved down to single tokens; at each level, the tokens in right halves meet those in the left halves beside them
-at the border, in one product for all. Sums of log-decays are sums, never differences, so that they lose no digits.
+at the border, in one product for all. Sums of log-decays are in two parts, so that their differences lose no digits.
 """
 
 import triton
 import triton.language as tl
 
-from lsys.kernels.linear_attention.gpu.scalar import LEAST, load_state, place, product
-from lsys.kernels.linear_attention.gpu.tiles import load_rows, store_rows, store_state
+from lsys.kernels.linear_attention.gpu.scalar import load_state, place, product
+from lsys.kernels.linear_attention.gpu.tiles import apart, at_least, load_rows, store_rows, store_state
 
 
 @triton.jit
@@ -19,14 +19,28 @@ def load_decay(
     H: tl.constexpr, D: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """`scalar.load_decay`, all [C, B] but G [B]."""
-    b = tl.cumsum(tl.maximum(load_rows(g, first, left, head, column, H, D, C, B), LEAST), 0)
-    total = tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b, 0.0), 0)
-    since, until = tl.exp(b), tl.exp(tl.minimum(total[None, :] - b, 0.0))
-    return b, until if REVERSE else since, since if REVERSE else until, total
+    coarse, fine = apart(at_least(load_rows(g, first, left, head, column, H, D, C, B)))
+    b, r, is_last = tl.cumsum(coarse, 0), tl.cumsum(fine, 0), tl.arange(0, C)[:, None] == C - 1
+    total, more = tl.sum(tl.where(is_last, b, 0.0), 0), tl.sum(tl.where(is_last, r, 0.0), 0)
+    since, until = tl.exp(b + r), tl.exp(tl.minimum((total[None, :] - b) + (more[None, :] - r), 0.0))
+    return b, r, until if REVERSE else since, since if REVERSE else until, total + more
 
 
 @triton.jit
-def halves(b, zero, HALF: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+def load_decay_to_end(
+    g, first, left, head, H: tl.constexpr, D: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr
+):
+    """What is left of each of a chunk's `left` tokens in the state that leaves it, [C, B], and G [B]. Sums alone need no second part."""
+    each = at_least(load_rows(g, first, left, head, 0, H, D, C, B))
+    if REVERSE:
+        until = tl.cumsum(each, 0)
+    else:  # of the tokens after each
+        until = tl.cumsum(at_least(load_rows(g, first + 1, left - 1, head, 0, H, D, C, B)), 0, reverse=True)
+    return tl.exp(until), tl.sum(each, 0)
+
+
+@triton.jit
+def halves(b, r, zero, HALF: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
     """Decay between each token and the border of its two halves of HALF tokens, [C, B], and which pairs meet there, [C, C].
 
     A pair is a token of a right half and one of the left half beside it; REVERSE, the other way round.
@@ -35,8 +49,9 @@ def halves(b, zero, HALF: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, 
     border = i // (2 * HALF) * (2 * HALF) + HALF
     other = (j >= border) & (j < border + HALF) if REVERSE else (j < border) & (j >= border - HALF)
     meet = (i < border) & other if REVERSE else (i >= border) & other
-    at_border = tl.gather(b, tl.broadcast_to(border - 1, (C, B)), 0)
-    return tl.exp(-tl.abs(b - at_border)), meet
+    at_border = tl.broadcast_to(border - 1, (C, B))
+    difference = ((b - tl.gather(b, at_border, 0)) + r) - tl.gather(r, at_border, 0)
+    return tl.exp(-tl.abs(difference)), meet
 
 
 @triton.jit
@@ -52,7 +67,7 @@ def channel_outer_kernel(
     chunks = tl.cdiv(count, C)
     for n in tl.range(0, chunks, num_stages=STAGES, disable_licm=True):
         at = ((chunks - 1 - n) if REVERSE else n) * C
-        b, from_start, to_end, G = load_decay(g, first + at, count - at, head, 0, H, DX, REVERSE, C, BX)
+        to_end, G = load_decay_to_end(g, first + at, tl.minimum(count - at, C), head, H, DX, REVERSE, C, BX)
         xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
         xs = (xs * to_end).to(xs.dtype)
@@ -82,7 +97,7 @@ def inter_chunk(state, xs, from_start, G, TRANSPOSED: tl.constexpr, WIDE: tl.con
 
 @triton.jit
 def intra_scores(
-    xs, ys, b, zero, scale,
+    xs, ys, b, r, zero, scale,
     REVERSE: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sum_c e^(b_ic - b_jc) x_ic y_jc of the pairs j <= i of a chunk, at [i, j] of [C, C]; zero elsewhere.
@@ -92,7 +107,7 @@ def intra_scores(
     i = tl.arange(0, C)
     scores = tl.where(i[:, None] == i[None, :], tl.sum(xs * ys.to(tl.float32), 1)[:, None], 0.0)
     for level in tl.static_range(0, LEVELS):
-        decay, meet = halves(b, zero, 1 << level, REVERSE, C, B)
+        decay, meet = halves(b, r, zero, 1 << level, REVERSE, C, B)
         weighted = product((xs * decay).to(xs.dtype), tl.trans((ys * decay).to(ys.dtype)), PRECISION)
         scores += tl.where(meet, weighted, 0.0)
     return scores * scale if REVERSE else scores
@@ -100,7 +115,7 @@ def intra_scores(
 
 @triton.jit
 def intra_values(
-    os, scores, zs, b, zero,
+    os, scores, zs, b, r, zero,
     REVERSE: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """os_ic + sum_j e^(b_ic - b_jc) scores_ij z_jc over the pairs j <= i of a chunk, [C, B].
@@ -110,7 +125,7 @@ def intra_values(
     i = tl.arange(0, C)
     os += tl.sum(tl.where(i[:, None] == i[None, :], scores, 0.0), 1)[:, None] * zs
     for level in tl.static_range(0, LEVELS):
-        decay, meet = halves(b, zero, 1 << level, REVERSE, C, B)
+        decay, meet = halves(b, r, zero, 1 << level, REVERSE, C, B)
         pairs = tl.where(meet, scores, 0.0).to(zs.dtype)
         os += product(pairs, (zs * decay).to(zs.dtype), PRECISION) * decay
     return os
@@ -158,9 +173,9 @@ def channel_pass_kernel(
         start, left = first + at, count - at
         xs = load_rows(x, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         if TRANSPOSED:
-            b, from_start, to_end, G = load_decay(g, start, left, head, column, H, DZ, REVERSE, C, BZ)
+            b, r, from_start, to_end, G = load_decay(g, start, left, head, column, H, DZ, REVERSE, C, BZ)
         else:
-            b, from_start, to_end, G = load_decay(g, start, left, head, 0, H, DX, REVERSE, C, BX)
+            b, r, from_start, to_end, G = load_decay(g, start, left, head, 0, H, DX, REVERSE, C, BX)
         os, state = inter_chunk(state, xs, from_start, G, TRANSPOSED, WIDE, PRECISION)
         if LOCAL:
             ys = load_rows(y, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
@@ -170,10 +185,10 @@ def channel_pass_kernel(
             if TRANSPOSED:
                 state = tl.dot(tl.trans((zs * to_end).to(zs.dtype)), ys, state, input_precision=PRECISION)
                 scores = product(xs, tl.trans(ys), PRECISION) * (scale if REVERSE else 1.0)
-                os = intra_values(os, scores, zs, b, zero, REVERSE, LEVELS, C, BZ, PRECISION)
+                os = intra_values(os, scores, zs, b, r, zero, REVERSE, LEVELS, C, BZ, PRECISION)
             else:
                 state = tl.dot(tl.trans(zs), (ys * to_end).to(ys.dtype), state, input_precision=PRECISION)
-                scores = intra_scores(xs, ys, b, zero, scale, REVERSE, LEVELS, C, BX, PRECISION)
+                scores = intra_scores(xs, ys, b, r, zero, scale, REVERSE, LEVELS, C, BX, PRECISION)
                 os = tl.dot(tl.trans(zs), tl.trans(scores.to(zs.dtype)), os, input_precision=PRECISION)
         os = os if TRANSPOSED else tl.trans(os)
         os = os if REVERSE else os * scale

@@ -9,10 +9,7 @@ decay for each key channel.
 import triton
 import triton.language as tl
 
-from lsys.kernels.linear_attention.gpu.tiles import load_rows, load_span, store_rows, store_state
-
-# Log-decays below count as this one: its exponential is zero in fp32, and sums of such are precise to 1e-5 of a decay.
-LEAST = tl.constexpr(-104.0)
+from lsys.kernels.linear_attention.gpu.tiles import apart, at_least, load_rows, load_span, store_rows, store_state
 
 
 @triton.jit
@@ -44,30 +41,35 @@ def product(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_decay(g, first, left, head, g_token, g_head, REVERSE: tl.constexpr, C: tl.constexpr):
-    """b [C]; what is left, at each token, of the state that enters a chunk, and of each token in that which leaves it; G.
+    """b [C], as a sum and the factor e^r of what is left; what is left, at each token, of the state that enters a chunk, and of each token in
+    that which leaves it; G.
 
-    These are e^b_i and e^(G - b_j), whose exponent rounding could leave above 0; REVERSE, from the end, the other way round.
+    These are e^b_i, without the factor, and e^(G - b_j), whose exponent rounding could leave above 0; REVERSE, from the end, the other way round.
     """
     i = tl.arange(0, C)
     each = tl.load(g + first * g_token + head * g_head + i * g_token, mask=i < left, other=0.0)
-    b = tl.cumsum(tl.maximum(each, LEAST), 0)
+    coarse, fine = apart(at_least(each))
+    b, r = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
     # The last of b itself, not another sum: G - b is then exactly zero there, however large both are.
-    total = tl.sum(tl.where(i == C - 1, b, 0.0), 0)
-    since, until = tl.exp(b), tl.exp(tl.minimum(total - b, 0.0))
-    return b, until if REVERSE else since, since if REVERSE else until, total
+    total, more = tl.sum(tl.where(i == C - 1, b, 0.0), 0), tl.sum(tl.where(i == C - 1, r, 0.0), 0)
+    if REVERSE:
+        return b, tl.exp(r), tl.exp((total - b) + more), tl.exp(b + r), total + more
+    else:
+        return b, tl.exp(r), tl.exp(b), tl.exp(tl.minimum((total - b) + (more - r), 0.0)), total + more
 
 
 @triton.jit
-def intra_scores(xs, ys, b, scale, REVERSE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def intra_scores(xs, ys, b, rest, scale, REVERSE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """e^(b_i - b_j) (x_i y_j) of the pairs j <= i of a chunk, without b (x_i y_j), at [j, i] of [C, C]; zero elsewhere.
 
-    REVERSE: scale e^(b_j - b_i) (x_i y_j) of the pairs j >= i.
+    REVERSE: scale e^(b_j - b_i) (x_i y_j) of the pairs j >= i. Of the small factors `rest` of e^b that of j is in it, that of i is left.
     """
     i = tl.arange(0, C)
     scores = product(ys, tl.trans(xs), PRECISION)
     if b is not None:
         difference = b[:, None] - b[None, :] if REVERSE else b[None, :] - b[:, None]
         scores *= tl.exp(tl.minimum(difference, 0.0))
+        scores *= rest[:, None] if REVERSE else (1 / rest)[:, None]
     scores = tl.where(i[:, None] >= i[None, :] if REVERSE else i[None, :] >= i[:, None], scores, 0.0)
     return scores * scale if REVERSE else scores
 
@@ -111,7 +113,7 @@ def scalar_outer_kernel(
         xs = load_rows(x, first + at, count - at, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         zs = load_rows(z, first + at, count - at, head, block * BZ, H, DZ, C, BZ)
         if DECAY:
-            b, from_start, to_end, G = load_decay(g, first + at, count - at, head, g_token, g_head, REVERSE, C)
+            b, rest, from_start, to_end, G = load_decay(g, first + at, count - at, head, g_token, g_head, REVERSE, C)
             zs = (zs * to_end[:, None]).to(z.dtype.element_ty)
             state *= tl.exp(G)
             cumulative += G
@@ -154,7 +156,7 @@ def scalar_pass_kernel(
         xs = load_rows(x, start, left, head // X_GROUP, 0, H // X_GROUP, DX, C, BX)
         os = product(state.to(WIDE), tl.trans(xs.to(WIDE)), PRECISION)  # [BZ, C]
         if DECAY:
-            b, from_start, to_end, G = load_decay(g, start, left, head, g_token, g_head, REVERSE, C)
+            b, rest, from_start, to_end, G = load_decay(g, start, left, head, g_token, g_head, REVERSE, C)
             os *= from_start[None, :]
             state *= tl.exp(G)
         if LOCAL:
@@ -166,8 +168,10 @@ def scalar_pass_kernel(
             elif REVERSE:
                 weighted = (zs * scale).to(zs.dtype)
             state = tl.dot(tl.trans(weighted), ys, state, input_precision=PRECISION)
-            scores = intra_scores(xs, ys, b if DECAY else None, scale, REVERSE, C, PRECISION)
+            scores = intra_scores(xs, ys, b if DECAY else None, rest if DECAY else None, scale, REVERSE, C, PRECISION)
             os = tl.dot(tl.trans(zs), scores.to(zs.dtype), os, input_precision=PRECISION)
+        if DECAY:
+            os *= ((1 / rest) if REVERSE else rest)[None, :]
         os = tl.trans(os if REVERSE else os * scale)
         if DG:
             owns = load_rows(own, start, left, head // Z_GROUP, column, H // Z_GROUP, DZ, C, BZ)

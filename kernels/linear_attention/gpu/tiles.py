@@ -9,6 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Log-decays below count as this one: its exponential is zero in fp32.
+LEAST = tl.constexpr(-104.0)
+# Sums of log-decays are in two parts, multiples of this and what is left: of the first, sums of 64 tokens and their differences are exact
+# in fp32, and the second are small. One sum would lose digits of mild decays behind strong ones: 1e-4 of what they leave.
+GRAIN = tl.constexpr(2.0**-11)
 NARROW = 128  # K up to which a state of K x 64 elements fits in the registers of four warps
 
 
@@ -56,9 +61,24 @@ def load_vector(x, first, count, head, HEADS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def load_last(x, first, count, head, HEADS: tl.constexpr):
-    """x [T, HEADS] of the last token."""
-    return tl.load(x + (first + count - 1) * HEADS + head)
+def apart(x):
+    """Log-decays or their sums, fp32 or fp64, in two parts in fp32: see GRAIN."""
+    coarse = tl.floor(x * (1 / GRAIN)) * GRAIN
+    return coarse.to(tl.float32), (x - coarse).to(tl.float32)
+
+
+@triton.jit
+def at_least(g):
+    """Log-decays of which none is below LEAST; NaN stays."""
+    return tl.maximum(g, LEAST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_sums(b, first, count, head, HEADS: tl.constexpr, C: tl.constexpr):
+    """Sums of log-decays b [T, HEADS] in fp64 -> [C], and that of the last token, in two parts each."""
+    coarse, fine = apart(load_vector(b, first, count, head, HEADS, C))
+    total, more = apart(tl.load(b + (first + count - 1) * HEADS + head))
+    return coarse, fine, total, more
 
 
 @triton.jit
@@ -99,11 +119,12 @@ def store_state(
 
 
 @triton.jit
-def pair_decay(b_i, C: tl.constexpr, STRICT: tl.constexpr = False):
-    """e^(b_i - b_j), [C, C], of the pairs j <= i or, if STRICT, j < i; zero for the others."""
+def pair_decay(b_i, r_i, C: tl.constexpr, STRICT: tl.constexpr = False):
+    """e^(b_i - b_j), [C, C], of the pairs j <= i or, if STRICT, j < i; zero for the others. Of sums b in two parts."""
     i = tl.arange(0, C)
     pairs = i[:, None] > i[None, :] if STRICT else i[:, None] >= i[None, :]
-    return tl.exp(tl.where(pairs, b_i[:, None] - b_i[None, :], float("-inf")))
+    difference = ((b_i[:, None] - b_i[None, :]) + r_i[:, None]) - r_i[None, :]
+    return tl.exp(tl.where(pairs, difference, float("-inf")))
 
 
 def chunk_tokens(keys: int) -> int:

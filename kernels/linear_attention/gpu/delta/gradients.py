@@ -16,10 +16,9 @@ from lsys.kernels.linear_attention.gpu.tiles import (
     NARROW,
     grouped_sum,
     load_chunk,
-    load_last,
     load_rows,
     load_state_block,
-    load_vector,
+    load_sums,
     pair_decay,
     sizes,
     store_rows,
@@ -56,20 +55,19 @@ def tokens_backward(
             dq_i = tl.dot(do_i, tl.trans(s_i), dq_i, input_precision=PRECISION)
             dp = tl.dot(do_i, tl.trans(r_i), dp, input_precision=PRECISION)
     store_rows(dw, -dw_i, first, count, head, channel, H, K, C, BK)
-    b_i = load_vector(b, first, count, head, H, C)
-    total = load_last(b, first, count, head, H)
+    b_i, r_i, total, more = load_sums(b, first, count, head, H, C)
     k_i = load_rows(k, first, count, head // GROUP, channel, H // GROUP, K, C, BK)
-    dk_i *= tl.exp(total - b_i)[:, None]
+    dk_i *= tl.exp((total - b_i) + (more - r_i))[:, None]
     to_end = tl.sum(dk_i * k_i, 1)
-    db_i = tl.where(i == count - 1, tl.sum(to_end) + tl.exp(total) * inner, 0.0) - to_end
+    db_i = tl.where(i == count - 1, tl.sum(to_end) + tl.exp(total + more) * inner, 0.0) - to_end
     if HAS_DO:
         q_i = load_rows(q, first, count, head // GROUP, channel, H // GROUP, K, C, BK)
-        dq_i *= (scale * tl.exp(b_i))[:, None]
+        dq_i *= (scale * tl.exp(b_i + r_i))[:, None]
         db_i += tl.sum(dq_i * q_i, 1)
         if channel == 0:
             moved = dp * load_rows(p, first, count, head, 0, H, C, C, C)
             db_i += tl.sum(moved, 1) - tl.sum(moved, 0)
-        dp *= pair_decay(b_i, C) * scale
+        dp *= pair_decay(b_i, r_i, C) * scale
         dq_i = tl.dot(dp.to(dt), k_i, dq_i, input_precision=PRECISION)
         dk_i = tl.dot(tl.trans(dp.to(dt)), q_i, dk_i, input_precision=PRECISION)
         store_rows(dq, dq_i, first, count, head, channel, H, K, C, BK)
@@ -95,7 +93,10 @@ def gradients(
     shape["BK"], warps = (shape["BK"], 8) if shape["BK"] <= NARROW else (NARROW // 2, 4)
     blocks = triton.cdiv(shape["K"], shape["BK"])
     dq, dk = None if do is None else new(x.w, dtype=each), new(x.w, dtype=each)
-    dw, db = new(x.w), new(x.b.expand(blocks, tokens, heads), memory_format=torch.contiguous_format)
+    dw, db = (
+        new(x.w),
+        new(x.b.expand(blocks, tokens, heads), dtype=torch.float32, memory_format=torch.contiguous_format),
+    )
     if len(spans):
         arrays = (x.q, x.k, x.b, p, s, r, d, dr, do, dq, dk, dw, db, spans.chunks, tokens, x.scale)
         grid = (len(spans.chunks) * heads, blocks)

@@ -16,11 +16,10 @@ from torch import Tensor
 from lsys.kernels.linear_attention.gpu.spans import Spans
 from lsys.kernels.linear_attention.gpu.tiles import (
     load_chunk,
-    load_last,
     load_rows,
     load_span,
     load_state,
-    load_vector,
+    load_sums,
     pair_decay,
     sizes,
     store_rows,
@@ -41,8 +40,8 @@ def scores_kernel(
     first, count = load_chunk(chunks, chunk)
     q_i = load_rows(q, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
     k_i = load_rows(k, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
-    b_i = load_vector(b, first, count, head, H, C)
-    decay = pair_decay(b_i, C)
+    b_i, r_i, _, _ = load_sums(b, first, count, head, H, C)
+    decay = pair_decay(b_i, r_i, C)
     p_ij = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * (decay * scale)
     store_rows(p, p_ij, first, count, head, 0, H, C, C, C)
 
@@ -72,11 +71,10 @@ def states_pass(
             r += load_rows(u, first + at, left, head, column, H, V, C, BV)
         if KEEP:
             store_rows(r_kept, r, first + at, left, head, column, H, V, C, BV)
-        b_i = load_vector(b, first + at, left, head, H, C)
-        total = load_last(b, first + at, left, head, H)
-        r = (r * tl.exp(total - b_i)[:, None]).to(w_i.dtype)
+        b_i, r_i, total, more = load_sums(b, first + at, left, head, H, C)
+        r = (r * tl.exp((total - b_i) + (more - r_i))[:, None]).to(w_i.dtype)
         k_i = load_rows(k, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
-        s = tl.dot(tl.trans(k_i), r, s * tl.exp(total), input_precision=PRECISION)
+        s = tl.dot(tl.trans(k_i), r, s * tl.exp(total + more), input_precision=PRECISION)
     if not KEEP:
         store_state(end, s, span.to(tl.int64), head, column, H, K, V, BK, BV)
 
@@ -101,18 +99,17 @@ def output_pass(
         r = -tl.dot(w_i, s_in, input_precision=PRECISION)
         if HAS_U:
             r += load_rows(u, first + at, left, head, column, H, V, C, BV)
-        b_i = load_vector(b, first + at, left, head, H, C)
+        b_i, r_i, total, more = load_sums(b, first + at, left, head, H, C)
         q_i = load_rows(q, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
-        o_i = tl.dot(q_i, s_in, input_precision=PRECISION) * (tl.exp(b_i) * scale)[:, None]
+        o_i = tl.dot(q_i, s_in, input_precision=PRECISION) * (tl.exp(b_i + r_i) * scale)[:, None]
         p_i = load_rows(p, first + at, left, head, 0, H, C, C, C)
         o_i = tl.dot(p_i, r.to(w_i.dtype), o_i, input_precision=PRECISION)
         if ADD:
             o_i += load_rows(add, first + at, left, head, column, H, V, C, BV)
         store_rows(o, o_i, first + at, left, head, column, H, V, C, BV)
-        total = load_last(b, first + at, left, head, H)
-        r = (r * tl.exp(total - b_i)[:, None]).to(w_i.dtype)
+        r = (r * tl.exp((total - b_i) + (more - r_i))[:, None]).to(w_i.dtype)
         k_i = load_rows(k, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
-        s = tl.dot(tl.trans(k_i), r, s * tl.exp(total), input_precision=PRECISION)
+        s = tl.dot(tl.trans(k_i), r, s * tl.exp(total + more), input_precision=PRECISION)
 
 
 @triton.jit
@@ -137,16 +134,15 @@ def reverse_pass(
         left = tl.minimum(count - at, C)
         if KEEP:
             store_state(kept, d, chunk + at // C, head, column, H, K, V, BK, BV)
-        b_i = load_vector(b, first + at, left, head, H, C)
-        total = load_last(b, first + at, left, head, H)
+        b_i, r_i, total, more = load_sums(b, first + at, left, head, H, C)
         k_i = load_rows(k, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
-        dr_i = tl.dot(k_i, d.to(k_i.dtype), input_precision=PRECISION) * tl.exp(total - b_i)[:, None]
-        d *= tl.exp(total)
+        dr_i = tl.dot(k_i, d.to(k_i.dtype), input_precision=PRECISION) * tl.exp((total - b_i) + (more - r_i))[:, None]
+        d *= tl.exp(total + more)
         if HAS_DO:
             do_i = load_rows(do, first + at, left, head, column, H, V, C, BV)
             p_i = load_rows(p, first + at, left, head, 0, H, C, C, C)
             dr_i = tl.dot(tl.trans(p_i), do_i, dr_i, input_precision=PRECISION)
-            do_i = (do_i * (scale * tl.exp(b_i))[:, None]).to(k_i.dtype)
+            do_i = (do_i * (scale * tl.exp(b_i + r_i))[:, None]).to(k_i.dtype)
             q_i = load_rows(q, first + at, left, head // GROUP, 0, H // GROUP, K, C, BK)
             d = tl.dot(tl.trans(q_i), do_i, d, input_precision=PRECISION)
         if KEEP:
@@ -158,7 +154,7 @@ def reverse_pass(
 
 
 class Prepared(NamedTuple):
-    """What the passes read of tokens: q, k [T, H_k, K], w [T, H, K], u [T, H, V] (None: zero), b [T, H] in fp32.
+    """What the passes read of tokens: q, k [T, H_k, K], w [T, H, K], u [T, H, V] (None: zero), b [T, H] in fp64.
 
     Without q there are no outputs.
     """
@@ -195,7 +191,7 @@ def scores(x: Prepared, spans: Spans) -> Tensor:
 def span_states(x: Prepared, spans: Spans, width: int, start: int) -> Tensor:
     """The states [m, H, K, width] after the spans, from ZERO with x.u or from ONE without."""
     grid, shape = x.launch(spans, width)
-    end = x.b.new_empty(len(spans), shape["H"], shape["K"], width)
+    end = x.b.new_empty(len(spans), shape["H"], shape["K"], width, dtype=torch.float32)
     if len(spans):
         options = dict(START=start, HAS_U=start == ZERO, KEEP=False, num_warps=4)
         states_pass[grid](x.k, x.w, x.u, x.b, None, None, None, end, spans.table, **shape, **options)
@@ -228,7 +224,7 @@ def outputs(x: Prepared, p: Tensor, spans: Spans, start: Tensor, o: Tensor, add:
 def start_gradients(x: Prepared, p: Tensor, spans: Spans, do: Tensor) -> Tensor:
     """The gradients [m, H, K, V] of the states before the spans, as far as their own outputs make them."""
     grid, shape = x.launch(spans, do.shape[-1])
-    d_start = x.b.new_empty(len(spans), shape["H"], shape["K"], shape["V"])
+    d_start = x.b.new_empty(len(spans), shape["H"], shape["K"], shape["V"], dtype=torch.float32)
     if len(spans):
         options = dict(HAS_END=False, HAS_DO=True, KEEP=False, num_warps=4, num_stages=x.stages)
         arrays = (x.q, x.k, x.w, x.b, p, do, None, None, None, d_start)

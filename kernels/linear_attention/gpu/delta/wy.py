@@ -15,9 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention.gpu.spans import Spans
 from lsys.kernels.linear_attention.gpu.tiles import (
+    apart,
+    at_least,
     grouped_sum,
     load_chunk,
     load_rows,
+    load_sums,
     load_vector,
     pair_decay,
     sizes,
@@ -45,29 +48,30 @@ def inverse(a, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def wy_forward(
-    k, v, beta, g, w, u, b, t, chunks, g_token, g_head,
+    k, v, beta, g, w, u, sums, t, chunks, g_token, g_head,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b, the sums of the log-decays g; t = T; w and u, of one chunk and head."""
+    """b, the sums of the log-decays g, in fp64; t = T; w and u, of one chunk and head."""
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = load_chunk(chunks, chunk)
     i = tl.arange(0, C)
     g_i = tl.load(g + first * g_token + head * g_head + i * g_token, mask=i < count, other=0.0)
-    b_i = tl.cumsum(g_i, 0)
+    b = tl.cumsum(at_least(g_i).to(tl.float64), 0)
+    b_i, r_i = apart(b)
     beta_i = tl.load(beta + first * H + head + i * H, mask=i < count, other=0.0)
     k_i = load_rows(k, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
-    a = tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION) * pair_decay(b_i, C, STRICT=True)
+    a = tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION) * pair_decay(b_i, r_i, C, STRICT=True)
     t_ij = inverse(a * beta_i[:, None], C, PRECISION)
     # The factors of k and v go to the columns of T, which is rounded once.
-    t_k = (t_ij * (beta_i * tl.exp(b_i))[None, :]).to(k_i.dtype)
+    t_k = (t_ij * (beta_i * tl.exp(b_i + r_i))[None, :]).to(k_i.dtype)
     store_rows(w, tl.dot(t_k, k_i, input_precision=PRECISION), first, count, head, 0, H, K, C, BK)
     t_v = (t_ij * beta_i[None, :]).to(k_i.dtype)
     for block in tl.static_range(0, V, BV):
         v_i = load_rows(v, first, count, head, block, H, V, C, BV)
         store_rows(u, tl.dot(t_v, v_i, input_precision=PRECISION), first, count, head, block, H, V, C, BV)
     store_rows(t, t_ij, first, count, head, 0, H, C, C, C)
-    tl.store(b + first * H + head + i * H, b_i, mask=i < count)
+    tl.store(sums + first * H + head + i * H, b, mask=i < count)
 
 
 @triton.jit
@@ -80,7 +84,8 @@ def wy_backward(
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = load_chunk(chunks, chunk)
     i = tl.arange(0, C)
-    b_i, beta_i = load_vector(b, first, count, head, H, C), load_vector(beta, first, count, head, H, C)
+    b_i, r_i, _, _ = load_sums(b, first, count, head, H, C)
+    beta_i = load_vector(beta, first, count, head, H, C)
     t_ji = tl.trans(load_rows(t, first, count, head, 0, H, C, C, C))
     dt = k.dtype.element_ty
     da, dbeta_i = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
@@ -96,30 +101,34 @@ def wy_backward(
     w_i = load_rows(w, first, count, head, 0, H, K, C, BK)
     da = tl.dot(dx.to(dt), tl.trans(w_i), da, input_precision=PRECISION)
     k_i = load_rows(k, first, count, head // GROUP, 0, H // GROUP, K, C, BK)
-    da *= -pair_decay(b_i, C, STRICT=True)
+    da *= -pair_decay(b_i, r_i, C, STRICT=True)
     free = da * tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION)  # dA times A / beta
-    from_start = tl.sum(dx * k_i, 1) * tl.exp(b_i)
+    from_start = tl.sum(dx * k_i, 1) * tl.exp(b_i + r_i)
     tl.store(dbeta + first * H + head + i * H, dbeta_i + tl.sum(free, 1) + from_start, mask=i < count)
     free *= beta_i[:, None]
     db_i = tl.load(db + first * H + head + i * H, mask=i < count, other=0.0)
     db_i += tl.sum(free, 1) - tl.sum(free, 0) + beta_i * from_start
     tl.store(dg + first * H + head + i * H, tl.cumsum(db_i, 0, reverse=True), mask=i < count)
     dkk = (da * beta_i[:, None]).to(dt)
-    dk_i = dx * (beta_i * tl.exp(b_i))[:, None]
+    dk_i = dx * (beta_i * tl.exp(b_i + r_i))[:, None]
     dk_i = tl.dot(dkk, k_i, dk_i, input_precision=PRECISION)
     dk_i = tl.dot(tl.trans(dkk), k_i, dk_i, input_precision=PRECISION)
     store_rows(dk, dk_i, first, count, head, 0, H, K, C, BK)
 
 
 class WY(torch.autograd.Function):
-    """k [T, H_k, K], v [T, H, V], beta, g [T, H] in fp32 -> w [T, H, K], u [T, H, V] in v's dtype, b [T, H] in fp32."""
+    """k [T, H_k, K], v [T, H, V], beta, g [T, H] in fp32 -> w [T, H, K], u [T, H, V] in v's dtype, b [T, H] in fp64."""
 
     @staticmethod
     def forward(
         ctx: Any, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, spans: Spans, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, heads = beta.shape
-        w, u, b = k.new_empty(tokens, heads, k.shape[-1]), torch.empty_like(v), torch.empty_like(beta)
+        w, u, b = (
+            k.new_empty(tokens, heads, k.shape[-1]),
+            torch.empty_like(v),
+            torch.empty_like(beta, dtype=torch.float64),
+        )
         t = k.new_empty(tokens, heads, chunk)
         if len(spans.chunks):
             grid, shape = (len(spans.chunks) * heads,), sizes(k, v.shape[-1], heads, chunk)
@@ -138,6 +147,6 @@ class WY(torch.autograd.Function):
         dv, dbeta, dg = torch.empty_like(v), torch.empty_like(beta), torch.empty_like(beta)
         if len(ctx.spans.chunks):
             grid, shape = (len(ctx.spans.chunks) * heads,), sizes(k, v.shape[-1], heads, ctx.chunk)
-            gradients = (dw.contiguous(), du.contiguous(), db.contiguous(), dk, dv, dbeta, dg)
+            gradients = (dw.contiguous(), du.contiguous(), db.float().contiguous(), dk, dv, dbeta, dg)
             wy_backward[grid](k, v, beta, b, w, u, t, *gradients, ctx.spans.chunks, **shape, num_warps=8)
         return grouped_sum(dk, k), dv, dbeta, dg, None, None
