@@ -23,6 +23,7 @@ def gpu(folder, *words):
     return done.returncode, json.loads((folder / "smoke.json").read_text()), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_reported_and_the_rest_goes_on(tmp_path):
     pytest.importorskip("triton")
     status, sections, said = gpu(tmp_path, "--section", "correct", "speed", "--fault", PLANTED, "--minutes", "12")

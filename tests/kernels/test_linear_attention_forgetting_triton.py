@@ -14,7 +14,10 @@ GATED = [variant for variant in VARIANTS if not variant.endswith("none") and var
 SHORT = (70, 33, 20)
 
 
-@pytest.mark.parametrize("variant", GATED)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[] if name in ("token", "delta token") else pytest.mark.slow) for name in GATED],
+)
 @pytest.mark.parametrize("way", ["whole", pytest.param("two_phases", marks=pytest.mark.slow)])
 def test_in_triton(interpreter: Any, variant: str, way: str) -> None:
     found = interpreter(wrong, way, "triton", variant, SHORT)

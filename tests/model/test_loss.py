@@ -140,7 +140,7 @@ def padded(rank: int, world_size: int, loss: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", ["cross_entropy", "chunked_cross_entropy"])
 def test_the_padding_of_the_vocabulary_is_in_no_loss_and_no_gradient(gloo: Any, loss: str, ranks: int) -> None:
     outcomes = gloo(ranks, padded, loss)

@@ -83,6 +83,7 @@ def resolutions(requirements: Path) -> dict[str, "Future[subprocess.CompletedPro
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_constraints_hold_with_the_public_index_alone(version: str, requirements: Path, resolutions: dict) -> None:
     if version not in resolutions:
@@ -98,6 +99,7 @@ def test_constraints_hold_with_the_public_index_alone(version: str, requirements
     assert not {name: chosen[plain(name)] for name, at in pins if chosen.get(plain(name), at) != at}
 
 
+@pytest.mark.slow
 def test_a_pin_that_excludes_the_cuda_build_is_found(requirements: Path) -> None:
     """What once made every installation end that had no CPU wheel of torch at hand."""
     planted = requirements.parent / "planted.txt"

@@ -24,7 +24,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2 overlap": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "train__overlap": True}),
     "CP2xDP2 plain": (4, {"parallel__context": 2, "optimizer__distributed": False}),
 }
-SLOW = {"own optimizer", "DP2 overlap bf16", "DP2 plain bf16", "CP2xDP2 plain", "TP2xPP2 overlap"}
+SLOW = {
+    "own optimizer",
+    "CP2 overlap",
+    "PP2xVPP2",
+    "DP2 overlap bf16",
+    "DP2 plain bf16",
+    "CP2xDP2 plain",
+    "TP2xPP2 overlap",
+}
 # (what is planted, into which of the rank's parameters, whether only the first passes have it)
 PLANTS = [(math.nan, 3, False), (math.inf, -2, False), (1e30, 0, False), (math.nan, 1, True)]
 
