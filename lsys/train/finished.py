@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from lsys.checkpoint.choice import look
+from lsys.checkpoint.compatible import differences
+from lsys.checkpoint.manifest import CheckpointError
+from lsys.checkpoint.starts import AUTO, FOLDER
 from lsys.config import Config
 from lsys.runtime.environment import Launch
 
@@ -11,17 +15,14 @@ def finished_step(settings: Config, launch: Launch) -> int | None:
 
     Such as on several nodes: a listing of the folder may be older on one of them, and all ranks must go the same way.
     """
-    found = sorted((settings.train.folder / "checkpoints").glob("step-*"))
-    if not found or launch.world_size != launch.local_world_size or settings.checkpoint.resume != "auto":
+    if launch.world_size != launch.local_world_size or settings.checkpoint.resume != AUTO:
         return None
-    from lsys.checkpoint.compatible import differences
-    from lsys.checkpoint.manifest import CheckpointError, Manifest
-
     try:
-        manifests = [Manifest.read(path) for path in found]
-        if any(manifest.incomplete(path) for manifest, path in zip(manifests, found, strict=True)):
-            return None
-    except (OSError, CheckpointError):  # the run that starts says what is wrong
+        found = look(settings.train.folder / FOLDER)
+    except CheckpointError:  # the run that starts says what is wrong
         return None
-    cursor = max(manifests, key=lambda manifest: manifest.serial).cursor
+    if not found.whole or found.passed_over:
+        return None
+    *_, newest = found.whole.values()
+    cursor = newest.cursor
     return cursor.step if cursor.step >= settings.train.steps and not differences(cursor.config, settings) else None

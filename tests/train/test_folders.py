@@ -161,7 +161,18 @@ def test_nothing_to_do_is_known_without_an_engine(tmp_path: Path, monkeypatch: A
 
 
 @pytest.mark.parametrize(
-    "case", ["more steps", "went back", "another model", "cut", "no checkpoint", "two nodes", "a path", "a leftover"]
+    "case",
+    [
+        "more steps",
+        "went back",
+        "another model",
+        "cut",
+        "no checkpoint",
+        "two nodes",
+        "a path",
+        "a leftover",
+        "damaged",
+    ],
 )
 def test_what_has_more_to_do_or_is_unclear_starts(tmp_path: Path, case: str) -> None:
     config = settings(tmp_path, train__steps=4)
@@ -172,6 +183,9 @@ def test_what_has_more_to_do_or_is_unclear_starts(tmp_path: Path, case: str) -> 
         checkpoint(config, 2, 3)
     if case == "a leftover":
         (tmp_path / "checkpoints" / "step-00000004.partial").mkdir()
+    if case == "damaged":  # a start found that its bytes are not what was written
+        checkpoint(config, 3, 1)
+        (tmp_path / "checkpoints" / "step-00000004").rename(tmp_path / "checkpoints" / "step-00000004.damaged")
     changes: dict[str, Any] = {"more steps": {"train__steps": 5}, "another model": {"model__hidden": 128}}.get(case, {})
     now = settings(tmp_path, **{"train__steps": 4, **changes})
     if case == "a path":
