@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lsys.checkpoint.agreement import RankFailure, agree, agree_on_first
 from lsys.checkpoint.choice import NAMES, Plan, look, plan
 from lsys.checkpoint.manifest import NAME, CheckpointError, Manifest, digest
+from lsys.checkpoint.starts import FOLDER
 from lsys.checkpoint.store import others
 from lsys.config import Config
 
@@ -89,7 +90,7 @@ def _tell(text: str) -> str:
 
 
 def _rename_damaged(settings: Config, guard: Callable[[], None]) -> list[str]:
-    found = look(settings.train.folder / "checkpoints").damaged
+    found = look(settings.train.folder / FOLDER).damaged
     named = {path: NAMES.fullmatch(path.name) for path in found}
     fresh = [path for path, match in named.items() if match and not (match[2] or "").startswith(".damaged")]
     return [_rename(path, found[path], guard) for path in fresh]
@@ -165,7 +166,7 @@ def _damage(path: Path, manifest: Manifest) -> str:
 
 def _require_newest(settings: Config) -> None:
     """Refuse to begin where a rank sees a newer checkpoint of the run than the first one (collective): its listing is out of date."""
-    own = settings.train.folder / "checkpoints"
+    own = settings.train.folder / FOLDER
     mine = agree(lambda: {path.name: manifest.serial for path, manifest in look(own).whole.items()})
     seen: list[dict[str, int]] = [{}] * dist.get_world_size()
     dist.all_gather_object(seen, mine)

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from lsys.checkpoint.starts import FOLDER
 from lsys.config import Config
 from lsys.config.messages import FilesError, Mistake
 from lsys.observe.run_dir import tensorboard_folder
@@ -43,7 +44,7 @@ def folders(config: Config) -> dict[str, Path]:
     folder = config.train.folder
     found = {"its record": folder}
     if config.checkpoint.save:
-        found["checkpoints"] = folder / "checkpoints"
+        found["checkpoints"] = folder / FOLDER
     if config.metrics.tensorboard:
         found["curves (metrics.tensorboard)"] = tensorboard_folder(config)
     if config.train.profile.first:
@@ -87,7 +88,7 @@ def without_room(config: Config) -> Iterator[Mistake]:
     """A folder of checkpoints that has no room for one more."""
     if not config.checkpoint.save:
         return
-    folder, needed = config.train.folder / "checkpoints", checkpoint_bytes(config)
+    folder, needed = config.train.folder / FOLDER, checkpoint_bytes(config)
     with contextlib.suppress(OSError):  # it does not tell: the first save will
         if (free := _free(folder, needed)) < needed:
             problem = f"a checkpoint takes {needed:,} bytes, and {folder} has room for {free:,}"

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from lsys.checkpoint import choice
+from lsys.checkpoint.starts import FOLDER
 from lsys.config import Config
 from lsys.config.load import dump
 from lsys.config.rules import check_files, require
@@ -61,9 +62,8 @@ def open_run(settings: Config) -> "Iterator[Run]":
     efficiency = open_baseline(settings, launch)
     if settings.model.mixers.paths or settings.optimizer.kind != ADAMW or is_path(settings.train.loss):
         _require_own(settings)
-    lock = (
-        _lock(settings) if launch.rank == 0 else None
-    )  # the first rank holds the folder for all, and looks at it alone
+    # The first rank holds the folder for all, and looks at it alone.
+    lock = _lock(settings) if launch.rank == 0 else None
     if lock:
         lock.look()
         require_own_folder(settings, choice.keeps_folder(settings))
@@ -129,7 +129,7 @@ class Run:
         self.data = open_data(settings, groups, corpora)
         self.engine: TrainingEngine = (make_engine or Engine)(settings, groups)
         self.lock = lock
-        folder, guard = settings.train.folder / "checkpoints", lock.require if lock else None
+        folder, guard = settings.train.folder / FOLDER, lock.require if lock else None
         self.checkpoints = Checkpoints(folder, settings.checkpoint.keep, guard)
         self.updates = Updates(lambda text: self.reporter.say(text))
         self.begun = begin(settings, self.engine, self.checkpoints.guard)

@@ -11,11 +11,8 @@ from lsys.checkpoint.manifest import CheckpointError
 if TYPE_CHECKING:
     from lsys.train.run import Run
 
-PAUSES = (
-    1.0,
-    3.0,
-    8.0,
-)  # s between the attempts at the last save; together less than the 30 s from torchrun's SIGTERM to SIGKILL
+# Seconds between the attempts at the last save; together less than the 30 from torchrun's SIGTERM to SIGKILL.
+PAUSES = (1.0, 3.0, 8.0)
 
 
 class Saves:

@@ -17,10 +17,9 @@ from lsys.checkpoint.starts import FOLDER, SCRATCH, Start
 from lsys.checkpoint.store import fitting, load_verified
 from lsys.checkpoint.weights import take_weights
 from lsys.config import Config
+from lsys.observe.reporter import RECORD
 from lsys.observe.run_dir import has_other_curves, tensorboard_folder
 from lsys.train.protocol import TrainingEngine
-
-RECORD = "scaling.json"
 
 
 @dataclass(frozen=True)
