@@ -293,4 +293,7 @@ def test_launchers_that_make_no_ranks_are_refused(
 
 
 def test_a_script_of_slurm_is_one_process() -> None:
-    require_launcher({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "3"})
+    batch = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "3"}
+    require_launcher(batch)
+    with pytest.raises(LaunchError, match="SLURM_STEP_NUM_TASKS is 8"):  # srun's
+        require_launcher(batch | {"SLURM_STEP_NUM_TASKS": "8"})
