@@ -28,14 +28,15 @@ class UnreadableError(CheckpointError):
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run goes on. The position in the data is a pure function of the step.
+    """Where a run goes on.
 
     Attributes:
         step: the next step to run; as many are done.
         tokens: consumed so far, over all ranks.
         config: the resolved configuration, YAML.
         extra: what else the loop wants back; JSON values. `start` is how the run was begun (`lsys.checkpoint.choice.record`), `lr` the
-            learning rate of the next step.
+            learning rate of the next step, `data` the position in the data and what data it is (`lsys.train.position`), `skipped_steps` the
+            updates that were left out.
     """
 
     step: int
