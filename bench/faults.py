@@ -7,6 +7,7 @@ Sections (all if none is named); what one found is in --out after it, which keep
   stale    one rank sees an older listing, manifest or other bytes: all refuse, or all have the same checkpoint
   kills    kill -9 of a rank at a drawn moment: start-up, a step, a save, a validation; the run ends exactly as undisturbed
   nan      a NaN or an infinity at a step, a save step or the last: told with step, name and rank, and in no checkpoint
+  flips    a bit of what several ranks hold alike: rank and tensor named, and no checkpoint written from it
   sizes    batch, micro-batch, window and degrees change at resumes: no token is read twice or never
   two      a second run in the folder of one that lives is refused
 
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.common.tree import ROOT
-from bench.fault_parts import damages, kills, nan, sizes, two_runs
+from bench.fault_parts import damages, flips, kills, nan, sizes, two_runs
 
 Section = Callable[[int, int, Path], dict[str, Any]]
 SECTIONS: dict[str, tuple[Section, int, str]] = {
@@ -39,6 +40,7 @@ SECTIONS: dict[str, tuple[Section, int, str]] = {
     "stale": (damages.run_stale, 20, "a rank that sees a checkpoint otherwise"),
     "kills": (kills.run, 40, "kill -9 of a rank"),
     "nan": (nan.run, 100, "a NaN or an infinity"),
+    "flips": (flips.run, 20, "a flipped bit"),
     "sizes": (sizes.run, 20, "sizes and degrees that change"),
     "two": (two_runs.run, 20, "a second run in a folder"),
 }

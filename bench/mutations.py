@@ -6,9 +6,9 @@ Faults are (a) those that were once found to pass every test (bench/mutation_par
 seed from all places where an operator of bench/mutation_parts/operators.py applies, each package in proportion to its lines. A drawn
 fault that does not import, or stops the first step of the quickstart, needs no test and does not count: the next one is taken.
 
-Each runs in a copy of the checkout of its own, in a fork of a process that has torch and Megatron loaded; nearest tests first. What has
-been judged is in --out after each fault; the same command goes on from there. Two runs at a time by default. A fault that survives costs
-the whole of `make test-fast`.
+Each runs in a copy of the checkout of its own, in a fork of a process that has torch and Megatron loaded; nearest tests first, for 150 s.
+Those that pass them are then planted all at once, in one run of all tests for each job; each is judged alone by the tests that failed there.
+What has been judged is in --out after each fault; the same command goes on from there.
 """
 
 import sys
@@ -21,18 +21,19 @@ import json
 import os
 import platform
 import random
-import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from queue import Empty, Queue
 from typing import Any
 
 from bench.common.tree import ROOT
+from bench.mutation_parts.copies import Copy, Outcome
 from bench.mutation_parts.known import KNOWN, Known
 from bench.mutation_parts.near import in_order
 from bench.mutation_parts.operators import Mutant, mutants
@@ -40,12 +41,15 @@ from bench.mutation_parts.page import page
 
 SOURCES = ("lsys", "kernels", "parallel", "launch")
 STEP_SECONDS = 120  # that the first step of the quickstart may take
-TEST_SECONDS = 2400
+NEAR_SECONDS = 150  # of the nearest tests
+TEST_SECONDS = 2400  # that all tests may take
+WHOLE_SECONDS = 1500  # that they take
+Place = tuple[str, int, str, str]  # file, offset in its text, old, new
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a fault: "caught" by a test, "survived", or "no fault" where it needs no test."""
+    """What came of a fault: "caught" by a test, "survived", "no fault" where it needs no test, or "open" if the nearest tests passed."""
 
     name: str
     group: str
@@ -54,67 +58,7 @@ class Verdict:
     outcome: str
     by: str
     seconds: float
-
-
-class Copy:
-    """A copy of the checkout and the server that runs tests in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder / "checkout", folder / "log.txt"
-        subprocess.run(["git", "clone", "-q", str(ROOT), str(self.folder)], check=True)
-        for data in (ROOT / "data").glob("stdlib.*"):
-            (self.folder / "data").mkdir(exist_ok=True)
-            os.symlink(data, self.folder / "data" / data.name)
-        paths = [str(self.folder), str(self.folder / "tests"), str(self.folder / "examples")]
-        temporary = folder / "tmp"
-        temporary.mkdir()
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)
-        }  # fmt: skip
-        words = [sys.executable, "-m", "bench.mutation_parts.server"]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen(words, cwd=self.folder, env=environment, stderr=subprocess.DEVNULL, **pipes)
-        if not self._read().get("ready"):
-            raise SystemExit("the server of forks did not start")
-
-    def ask(self, what: str, limit: float, **more: Any) -> dict[str, Any]:
-        assert self.server.stdin
-        request = {"what": what, "limit": limit, "log": str(self.log), **more}
-        print(json.dumps(request), file=self.server.stdin, flush=True)
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.server.stdout
-        line = self.server.stdout.readline()
-        return json.loads(line) if line else {}
-
-    def judge(self, texts: dict[str, str], nearest: str, *, has_to_run: bool) -> tuple[str, str, float]:
-        """(outcome, by what, seconds) with other texts in the place of files."""
-        before = {file: (self.folder / file).read_text() for file in texts}
-        try:
-            for file, text in texts.items():
-                (self.folder / file).write_text(text)
-            if has_to_run and (first := self.ask("quickstart", STEP_SECONDS))["code"] != 0:
-                return "no fault", "the first step of the quickstart", first["seconds"]
-            found = self.ask("tests", TEST_SECONDS, paths=in_order(self.folder, nearest))
-        finally:
-            for file, text in before.items():
-                (self.folder / file).write_text(text)
-        if found["code"] == 0:
-            return "survived", "", found["seconds"]
-        return "caught", _failure(self.log.read_text(errors="replace"), found["code"]), found["seconds"]
-
-    def end(self) -> None:
-        self.server.kill()
-        self.server.wait()
-
-
-def _failure(log: str, code: int | None) -> str:
-    """The test that failed, from pytest's summary."""
-    if code is None:
-        return f"more than {TEST_SECONDS} s"
-    named = re.findall(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)
-    return named[0] if named else f"exit code {code}"
+    changes: tuple[tuple[str, int, str, str], ...]  # file, offset in its text, old, new
 
 
 class Judged:
@@ -128,7 +72,8 @@ class Judged:
             if tree["about"]["seed"] != about["seed"]:
                 raise SystemExit(f"{out} is of seed {tree['about']['seed']}, not {about['seed']}: take another --out")
             self.about["minutes"] = tree["about"]["minutes"]
-            self.verdicts = {key: Verdict(**verdict) for key, verdict in tree["verdicts"].items()}
+            for key, verdict in tree["verdicts"].items():
+                self.verdicts[key] = Verdict(**verdict | {"changes": tuple(map(tuple, verdict["changes"]))})
 
     def add(self, key: str, verdict: Verdict) -> None:
         with self.lock:
@@ -197,46 +142,98 @@ def tasks(options: argparse.Namespace) -> "Queue[Known | Iterator[Mutant]]":
 
 
 def work(copy: Copy, queue: "Queue[Known | Iterator[Mutant]]", judged: Judged, deadline: float) -> None:
+    """Judge by the nearest tests what the queue has."""
     while time.monotonic() < deadline:
         try:
             task = queue.get_nowait()
         except Empty:
             return
         if isinstance(task, Known):
-            _judge_known(copy, task, judged)
+            key = f"known: {task.name}"
+            if key not in judged.verdicts:
+                judged.add(key, _near(copy, task.name, "known", _places(copy, task), has_to_run=False))
             continue
         while time.monotonic() < deadline:
             with judged.lock:
                 mutant = next(task, None)
-            if mutant is None or _judge_drawn(copy, mutant, judged) != "no fault":
+            if mutant is None:
+                break
+            key = f"{mutant.name} {mutant.start} {mutant.new}"
+            if key not in judged.verdicts:
+                place = (mutant.file, mutant.start, mutant.old, mutant.new)
+                judged.add(key, _near(copy, mutant.name, package_of(mutant.file), (place,), has_to_run=True))
+            if judged.verdicts[key].outcome != "no fault":
                 break
 
 
-def _judge_known(copy: Copy, known: Known, judged: Judged) -> None:
-    key = f"known: {known.name}"
-    if key in judged.verdicts:
-        return
-    texts: dict[str, str] = {}
+def _places(copy: Copy, known: Known) -> tuple[Place, ...]:
+    """Where a known fault's changes are."""
+    found = []
     for change in known.changes:
-        text = texts.get(change.file) or (copy.folder / change.file).read_text()
+        text = copy.text(change.file)
         if text.count(change.old) != 1:
-            raise SystemExit(
-                f"{known.name}: {change.old!r} stands {text.count(change.old)} times in {change.file}; once is wanted"
+            count = text.count(change.old)
+            raise SystemExit(f"{known.name}: {change.old!r} stands {count} times in {change.file}; once is wanted")
+        found.append((change.file, text.index(change.old), change.old, change.new))
+    return tuple(found)
+
+
+def _texts(copy: Copy, places: Iterable[Place]) -> dict[str, str]:
+    """Files with changes in them, which do not overlap."""
+    texts: dict[str, str] = {}
+    for file, start, old, new in sorted(
+        places, key=lambda place: -place[1]
+    ):  # from the end: what is before stays where it is
+        text = texts.get(file) or copy.text(file)
+        if not text.startswith(old, start):
+            raise SystemExit(f"{old!r} is not at {start} of {file} any more: take another --out")
+        texts[file] = text[:start] + new + text[start + len(old) :]
+    return texts
+
+
+def _near(copy: Copy, name: str, group: str, places: tuple[Place, ...], *, has_to_run: bool) -> Verdict:
+    """A fault judged by the tests nearest to it."""
+    old, new = " | ".join(place[2] for place in places), " | ".join(place[3] for place in places)
+    with copy.planted(_texts(copy, places)):
+        if has_to_run and not (first := copy.first_step(STEP_SECONDS)).passed:
+            return Verdict(name, group, old, new, "no fault", "the first step of the quickstart", first.seconds, places)
+        found = copy.tests(in_order(copy.folder, places[0][0]), NEAR_SECONDS)
+    outcome = "caught" if found.failed else "survived" if found.passed else "open"
+    return Verdict(name, group, old, new, outcome, "".join(found.failed[:1]), found.seconds, places)
+
+
+def together(copy: Copy, keys: list[str], judged: Judged, deadline: float) -> None:
+    """Judge what the nearest tests passed, by all: planted at once, tests run to the end. What fails then is what can notice one of them, and
+    each alone is judged by these tests. A fault that another hides counts as a survivor.
+    """
+    while keys and time.monotonic() + WHOLE_SECONDS < deadline:
+        now, later, used = list[str](), list[str](), list[Place]()
+        for key in keys:
+            places = judged.verdicts[key].changes
+            apart = all(not _overlap(place, other) for place in places for other in used)
+            (now if apart else later).append(key)
+            used += places if apart else ()
+        with copy.planted(_texts(copy, used)):
+            whole = copy.tests(["tests"], TEST_SECONDS, to_the_end=True)
+        print(f"{len(now)} at once: {len(whole.failed)} tests fail, {whole.seconds:.0f} s", flush=True)
+        if whole.code is None:
+            raise SystemExit(f"{len(now)} faults at once: {TEST_SECONDS} s did not do: {', '.join(now)}")
+        for key in now:
+            verdict = judged.verdicts[key]
+            with copy.planted(_texts(copy, verdict.changes)):
+                alone = copy.tests(whole.failed, TEST_SECONDS) if whole.failed else Outcome(0, (), 0.0)
+            outcome = "survived" if alone.passed else "caught"
+            judged.add(
+                key,
+                replace(
+                    verdict, outcome=outcome, by="".join(alone.failed[:1]), seconds=verdict.seconds + alone.seconds
+                ),
             )
-        texts[change.file] = text.replace(change.old, change.new)
-    outcome, by, seconds = copy.judge(texts, known.changes[0].file, has_to_run=False)
-    old, new = (" | ".join(getattr(change, side) for change in known.changes) for side in ("old", "new"))
-    judged.add(key, Verdict(known.name, "known", old, new, outcome, by, seconds))
+        keys = later
 
 
-def _judge_drawn(copy: Copy, mutant: Mutant, judged: Judged) -> str:
-    key = f"{mutant.name} {mutant.start} {mutant.new}"
-    if key not in judged.verdicts:
-        text = mutant.of((copy.folder / mutant.file).read_text())
-        outcome, by, seconds = copy.judge({mutant.file: text}, mutant.file, has_to_run=True)
-        group = package_of(mutant.file)
-        judged.add(key, Verdict(mutant.name, group, mutant.old, mutant.new, outcome, by, seconds))
-    return judged.verdicts[key].outcome
+def _overlap(one: Place, other: Place) -> bool:
+    return one[0] == other[0] and one[1] < other[1] + len(other[2]) and other[1] < one[1] + len(one[2])
 
 
 def main() -> int:
@@ -248,6 +245,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=55.0, help="of this part")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutations.json")
     parser.add_argument("--page", type=Path, default=None, help="write the results as a page")
+    parser.add_argument("--again", action="store_true", help="judge survivors anew, by tests that were written since")
     parser.add_argument("--no-control", action="store_true", help="do not run the tests without a fault first")
     options = parser.parse_args()
     commit = subprocess.run(
@@ -265,16 +263,20 @@ def main() -> int:
             (folder / str(index)).mkdir()
             copies.append(Copy(folder / str(index)))
         if not options.no_control and not judged.verdicts:
-            outcome, by, seconds = copies[0].judge({}, "lsys/train/engine.py", has_to_run=True)
-            if outcome != "survived":
-                raise SystemExit(f"without a fault, {outcome} by {by}: {copies[0].log.read_text()[-2000:]}")
-            print(f"without a fault all tests pass, in {seconds:.0f} s", flush=True)
+            if (
+                not copies[0].first_step(STEP_SECONDS).passed
+                or not (whole := copies[0].tests(["tests"], TEST_SECONDS)).passed
+            ):
+                raise SystemExit(f"without a fault: {copies[0].log.read_text()[-2000:]}")
+            print(f"without a fault all tests pass, in {whole.seconds:.0f} s", flush=True)
+        if options.again:
+            judged.verdicts = {key: each for key, each in judged.verdicts.items() if each.outcome != "survived"}
         queue, deadline = tasks(options), begun + 60 * options.minutes
-        threads = [threading.Thread(target=work, args=(copy, queue, judged, deadline)) for copy in copies]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        _in_threads(copies, lambda copy: work(copy, queue, judged, deadline))
+        left = [key for key, verdict in judged.verdicts.items() if verdict.outcome == "open"]
+        if not queue.qsize():
+            parts = {id(copy): left[index :: len(copies)] for index, copy in enumerate(copies)}
+            _in_threads(copies, lambda copy: together(copy, parts[id(copy)], judged, deadline))
     finally:
         for copy in copies:
             copy.end()
@@ -284,8 +286,15 @@ def main() -> int:
     verdicts = list(judged.verdicts.values())
     if options.page:
         options.page.write_text(page(judged.about, verdicts))
-    print(f"{queue.qsize()} not judged yet" if queue.qsize() else "all judged", flush=True)
+    left = [key for key, verdict in judged.verdicts.items() if verdict.outcome == "open"]
+    print(f"{queue.qsize() + len(left)} not judged yet" if queue.qsize() + len(left) else "all judged", flush=True)
     return 0
+
+
+def _in_threads(copies: list[Copy], action: Callable[[Copy], None]) -> None:
+    with ThreadPoolExecutor(len(copies)) as threads:
+        for done in [threads.submit(action, copy) for copy in copies]:
+            done.result()
 
 
 if __name__ == "__main__":

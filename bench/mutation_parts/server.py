@@ -83,13 +83,33 @@ def _forget() -> None:
             del sys.modules[name]
 
 
+class Failures:
+    """A plugin of pytest that keeps the names of tests that fail, in a file, as soon as they do."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.names = file, dict[str, None]()
+        file.write_text("[]")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self._add(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        self._add(report)
+
+    def _add(self, report: Any) -> None:
+        if report.failed:
+            self.names[report.nodeid] = None
+            self.file.write_text(json.dumps(list(self.names)))
+
+
 def _tests(request: dict[str, Any]) -> int:
     import gloo
     import pytest
 
     gloo.START = "fork"
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-W", "ignore", "-m", "not slow"]
-    return int(pytest.main([*options, *request["paths"]]))
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-W", "ignore", "-m", "not slow"]
+    options += [] if request["all"] else ["-x"]
+    return int(pytest.main([*options, *request["paths"]], plugins=[Failures(Path(request["failures"]))]))
 
 
 def _quickstart(request: dict[str, Any]) -> int:

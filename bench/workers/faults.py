@@ -143,6 +143,80 @@ def not_finite(rank: int, world_size: int, folder: Path, case: dict[str, Any]) -
     }
 
 
+# ---- bits that flip
+
+
+def flipped(rank: int, world_size: int, folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """A run in which one rank's memory changes by a bit at a step: the `name` of what it is part of, how the run ended (`error`), and the exit code.
+
+    Args:
+        case: `changes` of the configuration; `step`; `rank`; `what` (see `_flip`), the place of its `tensor` among those that other ranks
+            hold too, of the `word` in it, and the `bit`, modulo how many there are.
+    """
+    from lsys.checkpoint.replicas import ReplicaError
+    from lsys.train.engine import Engine
+    from lsys.train.run import Run
+
+    names: list[str] = []
+
+    def engine_of(config: Any, groups: Any) -> Any:
+        engine = Engine(config, groups)
+        attribute = "forward_backward" if case["what"] == "forward" else "step"
+        original, done = getattr(engine, attribute), 1 if case["what"] == "forward" else 0
+
+        def flipping(*args: Any, **options: Any) -> Any:
+            result = original(*args, **options)
+            if rank == case["rank"] and engine.scheduler.num_steps + done == case["step"] and not names:
+                names.append(_flip(engine, case))
+            return result
+
+        setattr(engine, attribute, flipping)
+        return engine
+
+    config, error = settings(folder, case["changes"]), None
+    with groups_of(rank, world_size, config) as groups, mock.patch("lsys.train.data.open_data", StubData):
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                Run(config, groups, make_engine=engine_of).train()
+            except ReplicaError as raised:
+                error = raised
+    return {"name": "".join(names), "error": str(error or ""), "code": getattr(error, "exit_code", 0)}
+
+
+def _flip(engine: Any, case: dict[str, Any]) -> str:
+    """Flip a bit of a "parameter" that other ranks hold too, of its fp32 "master", of a moment of Adam's, or ("forward") of a parameter that
+    another rank updates; its name in a checkpoint."""
+    from lsys.train.origin import parameters
+
+    what, owned = case["what"], {name: each for _, name, each in parameters(engine.chunks)}
+    if what == "forward":
+        owned = {name: each for name, each in owned.items() if _is_of_others(engine, each)}
+    elif engine.settings.parallel.tensor > 1:
+        owned = {name: each for name, each in owned.items() if not getattr(each, "tensor_model_parallel", False)}
+    name = sorted(owned)[case["tensor"] % len(owned)]
+    tensor, key = owned[name], name
+    if what not in ("parameter", "forward"):
+        master = getattr(tensor, "main_param", tensor)
+        (states,) = [
+            each.optimizer.state for each in engine.optimizer.chained_optimizers if master in each.optimizer.state
+        ]
+        tensor, key = (master, f"fp32_param.{name}") if what == "master" else (states[master][what], f"{what}.{name}")
+    words = tensor.detach().view(-1).view({2: torch.int16, 4: torch.int32}[tensor.itemsize])
+    words[case["word"] % len(words)] ^= 1 << case["bit"]
+    return key
+
+
+def _is_of_others(engine: Any, parameter: torch.Tensor) -> bool:
+    """Whether the distributed optimizer of other ranks updates all of a parameter: each bucket is cut into equal parts, one for each rank."""
+    group = engine.groups.collection.dp_cp
+    (buffer,) = [each for each in engine.chunks[0].buffers if parameter in each.param_index_map]
+    begin, end, number = buffer.param_index_map[parameter]
+    bucket = buffer.buckets[number]
+    size = bucket.grad_data.numel() // group.size()
+    own = bucket.offset + group.rank() * size
+    return bool(end <= own or begin >= own + size)
+
+
 # ---- sizes and degrees that change
 
 

@@ -1,6 +1,9 @@
 """Planted faults: kinds, places that still exist, and what is no fault of the code."""
 
 import ast
+import contextlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:  # bench is no installed package
     path.syspath_prepend(str(ROOT))
+    from bench.mutation_parts.copies import Outcome
     from bench.mutation_parts.known import KNOWN
     from bench.mutation_parts.near import in_order, module_of
     from bench.mutation_parts.operators import Mutant, mutants
     from bench.mutation_parts.page import page
-    from bench.mutations import SOURCES, Verdict, _failure, drawn, package_of
+    from bench.mutations import SOURCES, Judged, Verdict, drawn, package_of, together
 
 TEXT = '''
 """A text with - signs, 3 numbers and max(1, 2) in words."""
@@ -97,10 +101,10 @@ def test_the_nearest_tests_come_first() -> None:
 
 def test_the_page_counts_and_names_what_survived() -> None:
     verdicts = [
-        Verdict("a.py:1 sign", "lsys/data", "-x", "x", "caught", "tests/data/test_x.py::test", 1.0),
-        Verdict("a.py:2 sign", "lsys/data", "-y", "y", "survived", "", 9.0),
-        Verdict("a.py:3 sign", "lsys/data", "-z", "z", "no fault", "", 2.0),
-        Verdict("thirteen at once", "known", "", "", "caught", "", 3.0),
+        Verdict("a.py:1 sign", "lsys/data", "-x", "x", "caught", "tests/data/test_x.py::test", 1.0, ()),
+        Verdict("a.py:2 sign", "lsys/data", "-y", "y", "survived", "", 9.0, ()),
+        Verdict("a.py:3 sign", "lsys/data", "-z", "z", "no fault", "", 2.0, ()),
+        Verdict("thirteen at once", "known", "", "", "caught", "", 3.0, ()),
     ]
     text = page({"seed": 3, "count": 2, "machine": "m", "commit": "c", "minutes": 1.0}, verdicts)
     assert "caught 1 of 2 drawn faults, 50.0%; 1 more" in text
@@ -108,6 +112,42 @@ def test_the_page_counts_and_names_what_survived() -> None:
     assert "- a.py:2 sign: `-y` became `y`." in text and "a.py:3" not in text
 
 
-def test_the_failing_test_is_named() -> None:
-    assert _failure("x\nFAILED tests/a/test_b.py::test_c - boom\n", 1) == "tests/a/test_b.py::test_c"
-    assert _failure("", 3) == "exit code 3" and _failure("", None).startswith("more than")
+class Tests:
+    """A checkout with tests that look at one word of a.py each."""
+
+    def __init__(self, noticed: dict[str, str]) -> None:
+        self.files, self.noticed, self.runs = {"a.py": "one two three"}, noticed, list[int]()
+
+    def text(self, file: str) -> str:
+        return self.files[file]
+
+    @contextlib.contextmanager
+    def planted(self, texts: dict[str, str]) -> Iterator[None]:
+        before = self.files
+        self.files = before | texts
+        yield
+        self.files = before
+
+    def tests(self, paths: list[str], limit: float, *, to_the_end: bool = False) -> Outcome:
+        names = self.noticed if paths == ["tests"] else paths
+        failed = tuple(name for name in names if self.noticed[name] not in self.files["a.py"])
+        self.runs.append(len(names))
+        return Outcome(int(bool(failed)), failed if to_the_end else failed[:1], 1.0)
+
+
+def test_faults_planted_at_once_are_judged_alone_by_the_tests_that_failed(tmp_path: Path) -> None:
+    copy = Tests({"t1": "one", "t2": "two", "t3": " "})
+    judged = Judged(tmp_path / "out.json", {"seed": 1, "minutes": 0.0})
+    for number, (start, old, new) in enumerate(
+        [(0, "one", "ONE"), (8, "three", "THREE"), (4, "two", "TWO"), (4, "two th", "2")]
+    ):
+        judged.add(f"{number}", Verdict(f"{number}", "lsys", old, new, "open", "", 9.0, (("a.py", start, old, new),)))
+    together(copy, ["0", "1", "2", "3"], judged, deadline=math.inf)  # type: ignore[arg-type]
+    verdicts = [judged.verdicts[f"{number}"] for number in range(4)]
+    assert [(each.outcome, each.by) for each in verdicts] == [
+        ("caught", "t1"), ("survived", ""), ("caught", "t2"), ("caught", "t2"),
+    ]  # fmt: skip
+    assert copy.runs == [3, 2, 2, 2, 3, 1]  # the fourth overlaps others: in a run of its own
+    assert copy.files == {"a.py": "one two three"}
+    again = Judged(tmp_path / "out.json", {"seed": 1, "minutes": 0.0})
+    assert again.verdicts == judged.verdicts
