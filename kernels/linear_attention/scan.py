@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.transition import gradient, identity, is_matrix, operator, transposed
 
 
@@ -156,6 +157,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(
         ctx: Any, d_before: Tensor, d_cumulative: Tensor | None, d_total: Tensor, d_total_cumulative: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -8,8 +8,13 @@
 The first three are given by their logarithms, which are at most 0.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lsys.kernels.linear_attention.checks import without_autocast
 
 MATRIX = 4  # dimensions of a transition [n, H, K, K]
 
@@ -28,7 +33,7 @@ def operator(transition: Tensor) -> Tensor:
 
 def act(a: Tensor, state: Tensor) -> Tensor:
     """A S, of A as `operator` gives it: a column is a diagonal."""
-    return a * state if a.shape[-1] == 1 else a @ state
+    return a * state if a.shape[-1] == 1 else _Product.apply(a, state)
 
 
 def transposed(a: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ def then(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """The transition over a segment and the one after it."""
     if first is None or second is None:
         return None
-    return second @ first if is_matrix(first) else first + second
+    return _Product.apply(second, first) if is_matrix(first) else first + second
 
 
 def identity(like: Tensor, rows: int) -> Tensor:
@@ -64,3 +69,20 @@ def identity(like: Tensor, rows: int) -> Tensor:
     if is_matrix(like):
         return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand(rows, *like.shape[1:])
     return like.new_zeros(rows, *like.shape[1:])
+
+
+class _Product(torch.autograd.Function):
+    """A product of matrices whose gradients, too, are made without autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left @ right
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, d_product: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        d_left = (d_product @ right.mT).sum_to_size(left.shape) if ctx.needs_input_grad[0] else None
+        return d_left, (left.mT @ d_product).sum_to_size(right.shape) if ctx.needs_input_grad[1] else None

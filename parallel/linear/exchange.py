@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lsys.kernels.linear_attention import Segments
+from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.transition import carry
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.linear.state_exchange_plan import Composed, ExternalSegments
@@ -117,6 +118,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_rows: Tensor | None, d_through: Tensor | None) -> tuple[Tensor | None, ...]:
         (like,) = ctx.saved_tensors  # recomputes under activation checkpointing: see _Receive
         d_rows = like.new_zeros(ctx.rows) if d_rows is None else d_rows
@@ -157,6 +159,7 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.ends.end(), None, *[None] * ctx.inputs
 
@@ -177,6 +180,7 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_intra: Tensor | None, *d_states: Tensor | None) -> tuple[Tensor | None, ...]:
         # Under activation checkpointing this recomputes the forward pass, on ranks without runs, too: it communicates,
         # so it must be before anything is sent.

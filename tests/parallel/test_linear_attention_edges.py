@@ -133,3 +133,32 @@ def test_gates_that_forget_everything_across_ranks(gloo: Any, method: str) -> No
     variants = [variant for variant in VARIANTS if not variant.endswith("none")]
     for each, variant in zip(gloo(2, forgotten, variants, (25, 18, 35), method, timeout=60)[0], variants, strict=True):
         assert {name: e for name, e in each.items() if not e < forgetting.TOLERANCE} == {}, variant
+
+
+def backward_in_autocast(
+    rank: int, world_size: int, variants: list[str], lengths: Any, methods: list[str]
+) -> list[str]:
+    """Variants and methods of which a backward pass inside autocast has other bits than one outside."""
+    layout, comm = SequenceLayout.contiguous(lengths, world_size), SequenceComm(None)
+    places, wrong = layout.shard(torch.arange(sum(lengths)), rank), []
+    for variant in variants:
+        (q, k, v, g, beta, state), _ = forgetting.leaves_of(variant, lengths)
+        cut = [x if x is None or x.dim() == 1 else x[places] for x in (q, k, v, g, beta)]
+        for method in methods:
+            found = []
+            for enabled in (False, True):
+                leaves: list[Any] = [None if x is None else x.detach().clone().requires_grad_() for x in (*cut, state)]
+                q, k, v, g, beta, initial = leaves
+                named: Any = dict(log_decay=g, beta=beta, initial_state=initial, output_final_state=True, method=method)
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    o, after = linear_attention(q, k, v, layout, comm, **named, backend="chunked")
+                    assert after is not None
+                    (o.square().sum() + after.square().sum() * (rank == 0)).backward()
+                found.append([x.grad for x in leaves if x is not None])
+            if not all(torch.equal(one, other) for one, other in zip(*found, strict=True)):
+                wrong.append(f"{variant} {method}")
+    return wrong
+
+
+def test_autocast_rounds_nothing_in_the_backward_pass(gloo: Any) -> None:
+    assert gloo(3, backward_in_autocast, ["token", "channel", "delta token"], (40, 9, 70), METHODS) == [[]] * 3

@@ -181,6 +181,25 @@ def test_each_way_of_states_equals_one_process(gloo: Any, method: str, case: str
     check(differences(gloo, ranks, changes | {"parallel__linear": method}))
 
 
+# Two heads, of which ranks of the context group have one or none.
+FEW_HEADS = {
+    f"{pattern} {name}": (
+        4,
+        degrees(**axes, model__pattern=pattern, model__linear={"heads": 2, "key_heads": keys, "key_dim": 6}),
+    )
+    for pattern, keys in {"LS": 2, "GS": 2, "MMMS": 2, "DDDS": 2, "NS": 1, "KS": 2}.items()
+    for name, axes in {"TP2xCP2": {"tensor": 2, "context": 2}, "CP4": {"context": 4}}.items()
+    if name == "CP4" or keys > 1
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FEW_HEADS)
+def test_ranks_without_a_head_equal_one_process(gloo: Any, case: str) -> None:
+    ranks, changes = FEW_HEADS[case]
+    check(differences(gloo, ranks, changes | {"parallel__linear": "ulysses"}))
+
+
 @pytest.mark.parametrize("fault", faults.FAULTS)
 def test_planted_fault_is_noticed(gloo: Any, fault: str) -> None:
     ranks, changes = faults.FAULTS[fault].ranks, faults.FAULTS[fault].changes
