@@ -4,14 +4,17 @@ import ast
 from functools import cache
 from pathlib import Path
 
+JUDGE = "bench/test_mutations.py"  # it reads the places of known faults in the sources: what is planted there would be noticed always
 LAST = ("project", "bench")  # they read the tree or start programs: slow, and seldom the first to notice
 
 
 def in_order(root: Path, file: str) -> list[str]:
-    """All test files of the checkout, relative, the nearest to a source first: those that import it, directly or by what
+    """All test files of the checkout that may judge a fault, relative, the nearest to a source first: those that import it, directly or by what
     they share; then those of its package; then the rest."""
     module, package = module_of(file), Path(file).parent.name
-    tests = sorted(path.relative_to(root) for path in (root / "tests").rglob("test_*.py"))
+    tests = sorted(
+        path.relative_to(root) for path in (root / "tests").rglob("test_*.py") if not str(path).endswith(JUDGE)
+    )
 
     def distance(test: Path) -> tuple[int, bool, int]:
         direct = module in _imports(root / test)
