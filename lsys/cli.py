@@ -35,7 +35,7 @@ USAGE = """usage: lsys COMMAND ...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 2 for a mistake of the user, 1 for a file that the system refuses, all without traceback; a run that
-    stopped has one of its own (docs/reliability.md)."""
+    stopped has one of its own (docs/launch.md)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -146,7 +146,7 @@ def segments(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Segments:
-    """The two phases of packed segments, for exchanges of states.
+    """The two phases of packed segments, for exchanges of states. Around all of them autocast has to be off, as `linear_attention` has it.
 
     Args:
         q, k: [T, H_k, K].

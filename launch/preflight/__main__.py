@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsys.launch.network import NetworkError, Place, place
 from lsys.launch.preflight import facts
@@ -18,6 +18,9 @@ from lsys.launch.preflight.judge import judge, missing_nodes, summary
 from lsys.launch.preflight.rendezvous import Host, Job, Meeting, attend
 from lsys.launch.preflight.report import Report
 from lsys.launch.preflight.transport import PeerError
+
+if TYPE_CHECKING:
+    from lsys.config.schema import Config
 
 REFUSED = 2
 
@@ -56,18 +59,18 @@ def main(words: Sequence[str]) -> int:
         problem, _, remedy = str(error).rpartition("; ")
         return _refuse([Finding((name,), problem, remedy)])
     report = Report(name, here.address, here.interface, index=given.node, nodes=given.nodes, ranks=given.ranks)
-    facts.gather(report, given.config, overrides)
+    settings = facts.gather(report, given.config, overrides)
     job = Job(here.host, given.port, given.job or secrets.token_hex(8), given.nodes, given.timeout)
     try:
-        return asyncio.run(_meet(job, here, report, [host for host in given.hosts.split(",") if host]))
+        return asyncio.run(_meet(job, here, report, settings, [host for host in given.hosts.split(",") if host]))
     except KeyboardInterrupt:
         return 130
 
 
-async def _meet(job: Job, here: Place, report: Report, expected: Sequence[str]) -> int:
+async def _meet(job: Job, here: Place, report: Report, settings: "Config | None", expected: Sequence[str]) -> int:
     if not here.is_host:
         try:
-            return _tell_own(await attend(job, report))
+            return _tell_own(await attend(job, report, settings))
         except PeerError as error:
             remedy = "start the same command on the host, or look at the firewalls and routes between them"
             return _refuse([Finding((report.name,), str(error), remedy)])
@@ -93,7 +96,9 @@ async def _meet(job: Job, here: Place, report: Report, expected: Sequence[str]) 
             problem = f"cannot listen on port {job.port} of {job.host}: {error.strerror}"
             return _refuse([Finding((report.name,), problem, "end what holds it (ss -ltnp), or take another --port")])
         leading = asyncio.create_task(host.lead())
-        heard = asyncio.create_task(attend(Job(job.host, host.port, job.token, job.nodes, job.seconds), report))
+        heard = asyncio.create_task(
+            attend(Job(job.host, host.port, job.token, job.nodes, job.seconds), report, settings)
+        )
         await asyncio.wait({leading, heard}, return_when=asyncio.FIRST_EXCEPTION)
         if heard.done() and isinstance(heard.exception(), PeerError):
             leading.cancel()

@@ -11,23 +11,25 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsys.launch.preflight.report import Report
+
+if TYPE_CHECKING:
+    from lsys.config.schema import Config
 
 PACKAGES = ("torch", "megatron-core", "triton", "numpy", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "transformer-engine")
 TREES = ("lsys", "lsys.kernels", "lsys.parallel", "lsys.launch")
 
 
-def gather(report: Report, config: str, words: Sequence[str]) -> None:
-    """Fill in what needs no other node."""
+def gather(report: Report, config: str, words: Sequence[str]) -> "Config | None":
+    """The configuration, if there is one that can be read; fills in what needs no other node."""
     report.versions = versions()
     report.code = code_digest()
     report.gpus, report.driver = gpus()
     report.shm = free_bytes("/dev/shm")
     report.descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if config:
-        _configuration(report, config, words)
+    return _configuration(report, config, words) if config else None
 
 
 def versions() -> dict[str, str]:
@@ -104,9 +106,8 @@ def host_name() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
+def _configuration(report: Report, config: str, words: Sequence[str]) -> "Config | None":
     """The configuration as this node reads it, and the files that it names."""
-    from lsys.checkpoint import choice
     from lsys.config.load import load, resolved
     from lsys.config.messages import ConfigError
     from lsys.config.modules import missing_modules
@@ -118,11 +119,9 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
         settings = load(config, parse_overrides(words))
     except ConfigError as error:
         report.mistakes = [str(mistake) for mistake in error.mistakes]
-        return
+        return None
     mistakes = check(settings, report.nodes * report.ranks) + missing_modules(settings)
-    mistakes += file_mistakes(settings, absent=False) + choice.mistakes(
-        settings
-    )  # `files` says what corpora are missing
+    mistakes += file_mistakes(settings, absent=False)  # `files` says what corpora are missing
     report.mistakes = [str(mistake) for mistake in mistakes]
     report.config = flat(resolved(settings))
     report.folder = str(settings.train.folder)
@@ -132,6 +131,7 @@ def _configuration(report: Report, config: str, words: Sequence[str]) -> None:
         for ending in (".bin", ".idx"):
             path = Path(f"{corpus.path}{ending}")
             report.files[str(path)] = path.stat().st_size if path.is_file() else -1
+    return settings
 
 
 def flat(tree: Any, above: str = "") -> dict[str, Any]:
@@ -161,3 +161,11 @@ def look_at_folder(report: Report, marker: str) -> None:
     report.kept = sum(path.is_dir() for path in checkpoints.iterdir()) if checkpoints.is_dir() else 0
     if not os.access(folder, os.W_OK | os.X_OK):
         report.error = "not writable" if folder.is_dir() else "no such folder"
+
+
+def look_at_checkpoints(report: Report, settings: "Config | None") -> None:
+    """Adds what is wrong with how the run is to begin; of train.folder too, so only behind `look_at_folder`."""
+    if settings is not None:
+        from lsys.checkpoint import choice
+
+        report.mistakes += [str(mistake) for mistake in choice.mistakes(settings)]

@@ -4,11 +4,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsys.launch.preflight import facts, transport
 from lsys.launch.preflight.report import Report
 from lsys.launch.preflight.transport import ANSWER_SECONDS, GREETING, LONGEST_LINE, Line, PeerError, Probes, connect
+
+if TYPE_CHECKING:
+    from lsys.config.schema import Config
 
 MOST_ROUNDS = 7  # each node measures its rate with as many others: all of eight nodes, a sample of more
 
@@ -176,8 +179,8 @@ class Host:
         guest.line.close()
 
 
-async def attend(job: Job, report: Report) -> dict[str, Any]:
-    """A node's side: the host's verdict, and this node's `place` in its list.
+async def attend(job: Job, report: Report, settings: "Config | None" = None) -> dict[str, Any]:
+    """A node's side: the host's verdict, and this node's `place` in its list. With `settings` it looks at the checkpoints that they begin with.
 
     Raises:
         PeerError: the host does not answer, refuses this node, or went away; says why.
@@ -197,7 +200,7 @@ async def attend(job: Job, report: Report) -> dict[str, Any]:
                 raise PeerError(f"{job.host}:{job.port} refuses this node: {message['refused']}")
             if "peers" in message:
                 peers, place = message["peers"], message["place"]
-                await line.send(**await _try_peers(job, report, peers, place, message["marker"]))
+                await line.send(**await _try_peers(job, report, settings, peers, place, message["marker"]))
             else:
                 there, at = peers[message["measure"]]
                 rate = await _or_why(transport.rate(there, at, report.address, job.token))
@@ -231,7 +234,9 @@ async def _knock(job: Job) -> Line:
     return line
 
 
-async def _try_peers(job: Job, report: Report, peers: list[tuple[str, int]], place: int, marker: str) -> dict[str, Any]:
+async def _try_peers(
+    job: Job, report: Report, settings: "Config | None", peers: list[tuple[str, int]], place: int, marker: str
+) -> dict[str, Any]:
     others = [number for number in range(len(peers)) if number != place]
     tried = await asyncio.gather(
         *(
@@ -244,8 +249,9 @@ async def _try_peers(job: Job, report: Report, peers: list[tuple[str, int]], pla
     while not report.marker and time.monotonic() < end:
         await asyncio.sleep(0.25)
         facts.look_at_folder(report, marker)
+    facts.look_at_checkpoints(report, settings)
     reach = {str(number): result for number, result in zip(others, tried, strict=True)}
-    return {"reach": reach} | {name: getattr(report, name) for name in ("free", "kept", "marker", "error")}
+    return {"reach": reach} | {name: getattr(report, name) for name in ("free", "kept", "marker", "error", "mistakes")}
 
 
 async def _or_why(trial: Awaitable[float]) -> float | str:

@@ -21,7 +21,7 @@ from lsys.model.packed import PackedMicroBatch
 
 NEVER = (
     -1e9
-)  # the logit of what is no token: its probability is exactly 0, and products with it are finite in every precision
+)  # the logit of what is no token: its probability is exactly 0, and products with it are finite in bf16 and fp32
 
 
 @dataclass(frozen=True)

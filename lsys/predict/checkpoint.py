@@ -8,7 +8,7 @@ from lsys.observe.flops import parameters
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of a checkpoint's tensors, alike at all degrees: parameters, the optimizer's states and, for bf16, fp32 parameters.
+    """Bytes of a checkpoint's tensors, alike at all degrees: parameters, the optimizer's states and its fp32 copy of parameters, if it has one.
 
     States of modules that are no parameters, random numbers and descriptions are not in it: kilobytes.
     """

@@ -109,7 +109,7 @@ class StepTraffic:
             yield self._issued("tensor", rank, Operation("all_reduce", 4 * held.summed), 1)
         yield from self._data(rank, stage)
         yield self._issued("model", rank, Operation("all_reduce", 4), 1, self.norm_axis)  # the gradients' norm
-        if not self.config.optimizer.distributed:  # whether each replica found it finite
+        if not self.config.optimizer.distributed and deployment.replicas > 1:  # whether each replica found it finite
             yield self._issued("data", rank, Operation("all_reduce", 8), 1, "replicas")
         yield Issued("world", tuple(range(deployment.world_size)), Operation("all_reduce", 8), 1)  # whether to stop
 

@@ -41,25 +41,3 @@ def nan_in_triton(variant: str) -> list[bool]:
 def test_a_gate_that_is_nan_is_not_taken_for_one_that_forgets(interpreter: Any, variant: str) -> None:
     """On a GPU nothing looks at the values before."""
     assert not interpreter(nan_in_triton, variant)[1]
-
-
-def backward_in_autocast(variant: str) -> list[bool]:
-    """Whether each gradient is the same, bit for bit, of a backward pass inside autocast and of one outside."""
-    from lsys.kernels.linear_attention import linear_attention
-
-    found = []
-    for enabled in (False, True):
-        leaves, _ = forgetting.leaves_of(variant, (20,))
-        tokens: list[Any] = [None if each is None else each.detach().requires_grad_() for each in leaves[:5]]
-        inputs: list[Any] = [None if each is None else each[None] for each in tokens]
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            o, state = linear_attention(*inputs, output_final_state=True, backend="triton")
-            assert state is not None
-            (o.square().sum() + state.square().sum()).backward()
-        found.append([each.grad for each in tokens if each is not None])
-    return [torch.equal(one, other) for one, other in zip(*found, strict=True)]
-
-
-@pytest.mark.parametrize("variant", ["channel", "delta token"])
-def test_autocast_rounds_nothing_in_the_backward_pass(interpreter: Any, variant: str) -> None:
-    assert all(interpreter(backward_in_autocast, variant))

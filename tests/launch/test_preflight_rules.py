@@ -284,3 +284,21 @@ def test_a_corpus_that_is_not_what_its_header_says(tmp_path, monkeypatch):
     facts.gather(gone, "run.yaml", [])
     assert (whole.mistakes, gone.mistakes) == ([], []) and gone.files["c.bin"] == -1
     assert [mistake.split(":")[1] for mistake in cut.mistakes] == [" c.bin has 100 bytes, its index says 402"]
+
+
+def test_nobody_looks_for_checkpoints_before_the_host_has_written(tmp_path, monkeypatch):
+    """A network file system would remember for half a minute that the folder was missing."""
+    from lsys.checkpoint import choice
+
+    monkeypatch.chdir(tmp_path)
+    config = "model: {layers: 1, hidden: 8, heads: 1, vocab: 257}\ndata: {corpora: [{path: c}]}\ncheckpoint: {resume: nowhere}\n"
+    write(
+        tmp_path / "run.yaml", f"{config}train: {{folder: run, steps: 9, batch_tokens: 64, micro_batch_tokens: 64}}\n"
+    )
+    report = Report("a", "10.0.0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "plan", lambda *_: pytest.fail("the folder was looked into"))
+        settings = facts.gather(report, "run.yaml", [])
+    assert report.mistakes == []
+    facts.look_at_checkpoints(report, settings)
+    assert [mistake.partition(":")[0] for mistake in report.mistakes] == ["checkpoint.resume"]

@@ -73,7 +73,9 @@ def differences(rank: int, world_size: int, cases: list[Any]) -> list[float]:
         mine = results(rank, layout, comm, given, wanted, **options)
         exact = results(rank, layout, None, given, wanted)
         exact = (layout.shard(exact[0], rank), *exact[1:])
-        found.append(max(float((x - y).abs().max()) if x.numel() else 0.0 for x, y in zip(mine, exact, strict=True)))
+        found.append(
+            largest(float((x - y).abs().max()) if x.numel() else 0.0 for x, y in zip(mine, exact, strict=True))
+        )
     return found
 
 

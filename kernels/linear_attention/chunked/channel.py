@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.chunked.chunks import ChunkDecay, Chunks, matmul, repeat_heads
 
 SMALLEST = 4  # tokens of the smallest span
@@ -63,7 +62,6 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, d_upto: Tensor, d_after: Tensor) -> Tensor:
         d_upto, d_after = (x.clone(memory_format=torch.contiguous_format) for x in (d_upto, d_after))
         for size in reversed(_sizes(1, d_upto.shape[2])):
@@ -97,7 +95,6 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, log_decay, *decays = ctx.saved_tensors
         chunk, smallest = q.shape[2], min(SMALLEST, q.shape[2])

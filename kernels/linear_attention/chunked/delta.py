@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.chunked.channel import ChannelDecay
 from lsys.kernels.linear_attention.chunked.chunks import ChunkDecay, Chunks, Written, matmul
 from lsys.kernels.linear_attention.chunked.scalar import NoDecay, scalar_decay
@@ -55,7 +54,6 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, d_inverse: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         back = inverse.transpose(2, 3)

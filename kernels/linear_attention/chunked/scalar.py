@@ -76,7 +76,7 @@ def scalar_decay(log_decay: Tensor, grid: ChunkGrid) -> ScalarDecay:
 def _of_heads(log_decay: Tensor, grid: ChunkGrid) -> ScalarDecay:
     dtype, g = log_decay.dtype, bounded(log_decay).double()[:, None]  # whose gradient is a sum over all pairs
     place = torch.arange(grid.size, device=log_decay.device)
-    tokens = place.new_tensor([grid.size]) if grid.filled is None else grid.filled  # [1 | n]
+    tokens = place[-1:] + 1 if grid.filled is None else grid.filled  # [1 | n]
     upto = (place + 1).minimum(tokens[:, None])[:, None]  # [1 | n, 1, C]
     after = (tokens[:, None] - 1 - place).clamp(min=0)[:, None]
     distance = (place[:, None] - place).clamp(min=0)

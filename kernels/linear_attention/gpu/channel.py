@@ -18,11 +18,14 @@ def load_decay(
     g, first, left, head, column,
     H: tl.constexpr, D: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """`scalar.load_decay`, all [C, B] but G [B]."""
+    """As `scalar.load_decay`, all [C, B] but G [B]; the second is r itself, which what is left of the state that enters has in it."""
     coarse, fine = apart(at_least(load_rows(g, first, left, head, column, H, D, C, B)))
     b, r, is_last = tl.cumsum(coarse, 0), tl.cumsum(fine, 0), tl.arange(0, C)[:, None] == C - 1
     total, more = tl.sum(tl.where(is_last, b, 0.0), 0), tl.sum(tl.where(is_last, r, 0.0), 0)
-    since, until = tl.exp(b + r), tl.exp(tl.minimum((total[None, :] - b) + (more[None, :] - r), 0.0))
+    since, until = (
+        tl.exp(b + r),
+        tl.exp(tl.minimum((total[None, :] - b) + (more[None, :] - r), 0.0, propagate_nan=tl.PropagateNan.ALL)),
+    )
     return b, r, until if REVERSE else since, since if REVERSE else until, total + more
 
 

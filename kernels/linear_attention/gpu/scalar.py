@@ -55,7 +55,13 @@ def load_decay(g, first, left, head, g_token, g_head, REVERSE: tl.constexpr, C: 
     if REVERSE:
         return b, tl.exp(r), tl.exp((total - b) + more), tl.exp(b + r), total + more
     else:
-        return b, tl.exp(r), tl.exp(b), tl.exp(tl.minimum((total - b) + (more - r), 0.0)), total + more
+        return (
+            b,
+            tl.exp(r),
+            tl.exp(b),
+            tl.exp(tl.minimum((total - b) + (more - r), 0.0, propagate_nan=tl.PropagateNan.ALL)),
+            total + more,
+        )
 
 
 @triton.jit

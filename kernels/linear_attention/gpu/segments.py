@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.chunked import SegmentMap
 from lsys.kernels.linear_attention.chunked.chunks import Tokens
 from lsys.kernels.linear_attention.gpu.handover import Handover
@@ -103,7 +102,6 @@ class _Intra(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, do: Tensor | None, d_end: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, g, *states = ctx.saved_tensors
         passes, scan = ctx.passes, ctx.passes.with_external(Scan(*states), ctx.handover.start)
@@ -134,7 +132,6 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, g, *states = ctx.saved_tensors
         passes, scan = ctx.passes, ctx.passes.with_external(Scan(*states), ctx.handover.start)
@@ -156,7 +153,6 @@ class _Maps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, d_state: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
         k, v, g, *states = ctx.saved_tensors
         after = ctx.passes.carried_gradients(Scan(*states), d_state, d_total)

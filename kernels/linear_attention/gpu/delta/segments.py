@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.chunked import SegmentMap
 from lsys.kernels.linear_attention.chunked.chunks import Tokens
 from lsys.kernels.linear_attention.gpu.delta.gradients import gradients
@@ -138,7 +137,6 @@ class _Intra(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, w, u, b, start, transition = ctx.saved_tensors
         division, handover, x = ctx.division, ctx.handover, Prepared(q, k, w, u, b, ctx.scale, ctx.chunk)
@@ -177,7 +175,6 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, w, b, transition = ctx.saved_tensors
         division, handover, x = ctx.division, ctx.handover, Prepared(q, k, w, None, b, ctx.scale, ctx.chunk)
@@ -203,7 +200,6 @@ class _Maps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, d_state: Tensor | None, d_transition: Tensor | None) -> tuple[Tensor | None, ...]:
         k, w, u, b, before, cumulative, transition = ctx.saved_tensors
         division = ctx.division

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.gpu.spans import Spans
 from lsys.kernels.linear_attention.gpu.tiles import (
     apart,
@@ -140,7 +139,6 @@ class WY(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, dw: Tensor, du: Tensor, db: Tensor) -> tuple[Tensor | None, ...]:
         k, v, beta, b, w, u, t = ctx.saved_tensors
         tokens, heads = beta.shape
