@@ -204,8 +204,8 @@ def _near(copy: Copy, name: str, group: str, places: tuple[Place, ...], *, has_t
     with copy.planted(_texts(copy, places)):
         if has_to_run and not (first := copy.first_step(STEP_SECONDS)).passed:
             return Verdict(name, group, old, new, "no fault", "the first step of the quickstart", first.seconds, places)
-        found = copy.tests(in_order(copy.folder, places[0][0]), NEAR_SECONDS)
-    outcome = "caught" if found.failed else "survived" if found.passed else "open"
+        found = copy.tests(in_order(copy.folder, places[0][0], nearest=True), NEAR_SECONDS)
+    outcome = "caught" if found.failed else "open"
     return Verdict(name, group, old, new, outcome, "".join(found.failed[:1]), found.seconds, places)
 
 

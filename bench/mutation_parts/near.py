@@ -5,25 +5,32 @@ from functools import cache
 from pathlib import Path
 
 JUDGE = "bench/test_mutations.py"  # it reads the places of known faults in the sources: what is planted there would be noticed always
+NEAR = 3
 LAST = ("project", "bench")  # they read the tree or start programs: slow, and seldom the first to notice
 
 
-def in_order(root: Path, file: str) -> list[str]:
+def in_order(root: Path, file: str, nearest: bool = False) -> list[str]:
     """All test files of the checkout that may judge a fault, relative, the nearest to a source first: those that import it, directly or by what
-    they share; then those of its package; then the rest."""
-    module, package = module_of(file), Path(file).parent.name
+    they share; then those of its package; then, but for the `nearest`, the rest."""
+    module, parts = module_of(file), Path(file).parts
+    package = parts[1] if parts[0] == "lsys" and len(parts) > 2 else parts[0]
     tests = sorted(
         path.relative_to(root) for path in (root / "tests").rglob("test_*.py") if not str(path).endswith(JUDGE)
     )
 
-    def distance(test: Path) -> tuple[int, bool, int]:
+    other = ("triton",) if "gpu" in file else ()
+
+    def distance(test: Path) -> tuple[int, bool, bool, int]:
         direct = module in _imports(root / test)
         shared = any(module in _imports(path) for path in _support(root, root / test))
-        here = test.parent.name == package or test.parts[1] == Path(file).parts[-2 if len(Path(file).parts) > 1 else -1]
+        here = test.parts[1] == package
         step = 0 if direct and here else 1 if direct else 2 if shared and here else 3 if here else 4 if shared else 5
-        return step, test.parts[1] in LAST, (root / test).stat().st_size
+        named = any(name in test.stem for name in (Path(file).stem, Path(file).parent.name, *other))
+        slow = test.parts[1] in LAST or ("triton" in test.stem and "gpu" not in file)  # in Triton's interpreter
+        return step, slow, not named, (root / test).stat().st_size
 
-    return [str(test) for test in sorted(tests, key=distance)]
+    ordered = sorted(tests, key=distance)
+    return [str(test) for test in ordered if not nearest or distance(test)[0] <= NEAR] or in_order(root, file)
 
 
 def module_of(file: str) -> str:
