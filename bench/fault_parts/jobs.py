@@ -99,6 +99,13 @@ class Job:
             time.sleep(0.01)
         return False
 
+    def wait_for_rank(self, rank: int, limit: float = 60.0) -> bool:
+        """Whether the process of a rank came within so many seconds."""
+        end = time.time() + limit
+        while time.time() < end and len(self.workers()) <= rank:
+            time.sleep(0.01)
+        return len(self.workers()) > rank
+
     def wait(self, limit: float = 240.0) -> int | None:
         assert self.process
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from bench.fault_parts.cases import drawn, outcome
 from bench.fault_parts.jobs import Job, checkpoints, fresh, tensors
 
-# What is waited for before the kill, and steps of it; start-up is a time after the start instead.
+# What is waited for before the kill, and steps of it; of start-up, that the rank is there.
 MOMENTS = ("start-up", "ready", "step", "step", "checkpoint", "checkpoint", "checkpoint ended", "validation")
 STEPS = {"checkpoint": (4, 8, 12, 16, 20), "checkpoint ended": (4, 8, 12, 16, 20), "validation": (8, 16)}
 
@@ -36,21 +36,23 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
 def _case(generator: random.Random, job: Job, wanted: dict[int, Any], state: dict[str, str]) -> dict[str, Any]:
     moment, rank = generator.choice(MOMENTS), generator.randrange(job.ranks)
     step = generator.choice(STEPS.get(moment, tuple(range(1, 23))))
-    wait = generator.uniform(0.0, 6.0 if moment == "start-up" else 0.15)
+    wait = generator.uniform(0.0, 4.0 if moment == "start-up" else 0.15)
     job.start()
     try:
-        if moment != "start-up" and not job.wait_for(moment, 0 if moment == "ready" else step):
+        came = (
+            job.wait_for_rank(rank) if moment == "start-up" else job.wait_for(moment, 0 if moment == "ready" else step)
+        )
+        if not came:
             return {"moment": moment, "step": step, "good": False, "seconds": None, "text": job.last_words()}
         time.sleep(wait)
         killed = time.time()
-        if len(workers := job.workers()) > rank:
-            os.kill(workers[rank], signal.SIGKILL)
+        os.kill(job.workers()[rank], signal.SIGKILL)
         code, wrong = job.wait(), ""
         ready = [event["time"] for event in job.events() if event["event"] == "ready" and event["time"] > killed]
         steps = [e["time"] for e in job.events() if e["event"] == "step" and ready and e["time"] > ready[0]]
         if code != 0:
             wrong = f"it ended with {code}"
-        elif not ready and moment != "start-up":
+        elif not ready:
             wrong = "no rank was started anew"
         elif differing := {step: seen for step, seen in job.losses().items() if seen != wanted.get(step)}:
             wrong = f"losses: {differing}"

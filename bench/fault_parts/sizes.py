@@ -63,7 +63,7 @@ def _run(generator: random.Random, pool: Any, folder: Path, changes: int) -> lis
             steps = max(steps, -(-left // leg["batch"]))
         left += leg["window"] * leg["micro"]  # the most that its window may leave behind
         step, total = step + steps, total + steps * leg["batch"]
-        wrong, tokens = _start(pool, folder, step, leg)
+        wrong, tokens = _start(pool, folder, step, leg, total)
         wrong = wrong or _twice(found, tokens)
         found += tokens
         if number:
@@ -78,8 +78,8 @@ def _run(generator: random.Random, pool: Any, folder: Path, changes: int) -> lis
     return cases
 
 
-def _start(pool: Any, folder: Path, steps: int, leg: dict[str, Any]) -> tuple[str, list[int]]:
-    """("", the tokens of all ranks) of one start of the run; or what is wrong with it."""
+def _start(pool: Any, folder: Path, steps: int, leg: dict[str, Any], total: int) -> tuple[str, list[int]]:
+    """("", the tokens of all ranks) of one start of the run, after which `total` are to have been counted; or what is wrong with it."""
     sizes = {
         "train__batch_tokens": leg["batch"],
         "train__micro_batch_tokens": leg["micro"],
@@ -88,7 +88,9 @@ def _start(pool: Any, folder: Path, steps: int, leg: dict[str, Any]) -> tuple[st
     degrees = {f"parallel__{axis}": degree for axis, degree in leg["degrees"].items()}
     changes = sizes | degrees | {"model__vocab": TOKENS}
     seen, failure = everywhere(pool, leg["ranks"], workers.read, folder, steps, changes)
-    return failure, [token for rank in seen for token in rank["tokens"]]
+    counted = max((rank["seen"] for rank in seen), default=0)
+    wrong = failure or (f"n_tokens_seen is {counted} after {total} tokens" if counted != total else "")
+    return wrong, [token for rank in seen for token in rank["tokens"]]
 
 
 def _twice(before: list[int], tokens: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""A second run in the folder of one that lives is refused and leaves it alone; after kill -9 the next one has it at once."""
+"""A second run in the folder of one that lives is refused and does not end it; after kill -9 the next one has it at once."""
 
 import re
 import time

@@ -204,15 +204,14 @@ class FolderLock:
         self.tell(
             f"train.folder {self.run} was taken by {who}: waiting up to {self.quiet:g} s for a sign that it is alive"
         )
-        end = time.monotonic() + self.quiet
-        while time.monotonic() < end:
+        end, is_over = time.monotonic() + self.quiet, False
+        while not is_over:
             time.sleep(min(1.0, self.quiet / 10))
-            now = self._newest()
+            now, is_over = self._newest(), time.monotonic() >= end
             if (now is not None and now.number == seen.number and now.released) or (holder and holder.has_ended()):
                 return
-            if now is not None and now.number == seen.number and follows and time.monotonic() < end:
-                continue
-            if now != seen:
+            waits = follows and not is_over and now is not None and now.number == seen.number
+            if now != seen and not waits:
                 who = str((now and Holder.read(self._path(now.number))) or who)
                 raise LockError(
                     f"train.folder {self.run} is in use by {who}; stop that run, or give this one another train.folder"

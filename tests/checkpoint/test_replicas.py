@@ -82,6 +82,7 @@ CASES: dict[str, tuple[int, dict[str, Any], int, str, str, str]] = {
 }
 
 
+@pytest.mark.fault("flipped bit in memory")
 @pytest.mark.parametrize("case", CASES)
 def test_a_flipped_bit_is_named_and_nothing_is_written(gloo: Any, tmp_path: Path, case: str) -> None:
     ranks, changes, at, what, name, told = CASES[case]

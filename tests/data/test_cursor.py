@@ -162,10 +162,10 @@ def test_a_cursor_counts_tokens_of_other_data_too() -> None:
 
 def test_planning_does_not_take_longer_with_the_steps() -> None:
     def seconds(step: int) -> float:
-        began = time.perf_counter()
+        began = time.process_time()
         for each in range(50):
             cursor.micro_batch(step + each, 0)
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     cursor = DataCursor((Span(0, 0, 4096, 64, 8192),)).changed(10**6 + 1, 2048, 64, 8192)
     assert len(read(cursor, 10**6 + 1)) == 2048

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,17 @@ def test_tensorboard_reads_scalars_and_pictures(tmp_path: Path) -> None:
     assert (np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) == picture).all()
 
 
-def test_a_full_disk_costs_no_point_wherever_it_cuts(tmp_path: Path) -> None:
+@pytest.fixture
+def limited() -> Iterator[Callable[[int], None]]:
+    """`limited(size)`: files grow to that size at most, which fails as a full disk does; -1: no limit."""
+    most, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, most[1]) if size >= 0 else most)
+    resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_no_point_wherever_it_cuts(tmp_path: Path, limited: Callable[[int], None]) -> None:
     """A limit on the file's size stands for the disk, so that a record is written in part."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for room in (0, 1, 20, 41, 60, 100):
         folder = tmp_path / str(room)
         file = EventFile(folder, 1)
@@ -59,19 +68,16 @@ def test_a_full_disk_costs_no_point_wherever_it_cuts(tmp_path: Path) -> None:
         (path,) = folder.iterdir()
         size = path.stat().st_size
         add(file, range(3, 8))
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, before[0][1]))
-            for _ in range(2):
-                with pytest.raises(OSError, match="File too large"):
-                    file.flush()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        limited(size + room)
+        for _ in range(2):
+            with pytest.raises(OSError, match="File too large"):
+                file.flush()
+        limited(-1)
         assert path.stat().st_size == size + room and file.is_waiting  # it was cut there
         add(file, range(8, 10))
         file.flush()
         assert points(folder) == expected(range(1, 10)), room
         assert list(folder.iterdir()) == [path]
-    signal.signal(signal.SIGXFSZ, before[1])
 
 
 @pytest.mark.parametrize("how", ["folder", "file", "cut"])

@@ -130,7 +130,7 @@ def test_of_many_newcomers_one_gets_it(tmp_path: Path, hold: Callable[..., subpr
     process = hold()
     process.kill()
     process.wait()
-    held, refused, all_in = [], [], threading.Barrier(8)
+    held, refused, all_in = [], [], threading.Barrier(8, timeout=60)
 
     def come() -> None:
         all_in.wait()

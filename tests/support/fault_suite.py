@@ -7,6 +7,7 @@ from pathlib import Path
 KINDS = (
     "kill in a save",
     "flipped bit and kill",
+    "flipped bit in memory",
     "damaged checkpoint",
     "stale listing",
     "full disk in a save",
