@@ -120,6 +120,18 @@ def test_a_corpus_that_is_not_here_wants_the_tokenizer_named() -> None:
     assert run_tokenizer(settings, "bytes").vocab == 257
 
 
+def test_a_corpus_that_names_no_tokenizer_wants_it_named(tmp_path: Path) -> None:
+    from support import corpora, parity
+
+    from lsys.generate import GenerateError, run_tokenizer
+
+    prefix = corpora.write_corpus(tmp_path / "c", [[1, 2]])
+    with pytest.raises(
+        GenerateError, match=r"c\.json does not say which tokenizer made the corpus; name it with --tokenizer$"
+    ):
+        run_tokenizer(parity.settings(data__corpora=[{"path": str(prefix)}]), None)
+
+
 def test_wrong_options_are_refused_together(tmp_path: Path) -> None:
     from lsys.checkpoint import CheckpointError
     from lsys.checkpoint.choice import find_checkpoint

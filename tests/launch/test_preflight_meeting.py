@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lsys.launch import network
 from lsys.launch.network import NetworkError, place, resolve
+from lsys.launch.preflight import rendezvous
 from lsys.launch.preflight.rendezvous import Host, Job, Meeting, attend
 from lsys.launch.preflight.report import Report
 from lsys.launch.preflight.transport import GREETING, LONGEST_LINE, Line, PeerError
@@ -109,6 +111,37 @@ def test_a_node_that_leaves_is_told():
     meeting, _ = meet(2, leaver, came=1)
     assert [address for address, _ in meeting.lost] == ["127.0.0.7"]
     assert isinstance(meeting.reports[0].reach["1"], str)
+
+
+@pytest.mark.parametrize(
+    "sent, told", [(b"", "the connection ended"), (b"[]\n", "is no preflight of lsys"), (b"", "no answer in 0 s")]
+)
+def test_what_comes_instead_of_an_answer_is_told(sent: bytes, told: str):
+    async def read() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(sent)
+        if "no answer" not in told:
+            reader.feed_eof()
+        await Line(reader, None).receive(0.01)  # type: ignore[arg-type]
+
+    with pytest.raises(PeerError, match=told):
+        asyncio.run(read())
+
+
+@pytest.mark.parametrize("late, seen", [(0.4, True), (60.0, False)])
+def test_a_file_that_a_network_file_system_shows_late_is_waited_for(
+    tmp_path: Path, monkeypatch, late: float, seen: bool
+):
+    """For 5 s, of a clock that goes faster here."""
+    report, job = Report("a", "127.0.0.1", folder=str(tmp_path)), Job("127.0.0.1", 0, "secret", 1, 1.0)
+    clock = iter(range(0, 100, 2))
+    monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    async def look() -> dict[str, Any]:
+        asyncio.get_running_loop().call_later(late, (tmp_path / "marker").touch)
+        return await rendezvous._try_peers(job, report, None, [], 0, "marker")
+
+    assert asyncio.run(look())["marker"] is seen
 
 
 def test_a_report_of_another_version_is_refused_and_told():
