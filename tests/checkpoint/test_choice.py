@@ -74,6 +74,15 @@ def test_what_is_not_whole_is_passed_over(run: Path) -> None:
     assert {path.name for path in found.leftovers} == {"step-00000003.deleted", "step-00000012.partial"}
 
 
+def test_a_folder_that_nobody_may_read_is_not_an_empty_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("lsys.checkpoint.choice.os.listdir", refuse)
+    with pytest.raises(CheckpointError, match="checkpoints cannot be read: Permission denied; let this user read it"):
+        look(run / "checkpoints")
+
+
 @pytest.mark.parametrize("how", ["sizes", "manifests", "names"])
 def test_where_none_is_whole_no_run_starts_anew(run: Path, tmp_path: Path, how: str) -> None:
     for path in sorted((run / "checkpoints").iterdir()):

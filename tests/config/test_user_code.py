@@ -223,7 +223,8 @@ def test_a_module_that_imports_what_it_must_not(module: Any, tmp_path: Path, tex
         f"--{key}",
         f"{name}:{'Base' if 'mixers' in key else 'f'}",
     ]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "modules")}
+    path = [str(tmp_path / "modules"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     found = subprocess.run([sys.executable, "-m", "lsys", *words], capture_output=True, text=True, env=environment)
     assert found.returncode == 2 and key in found.stderr and said in found.stderr, found.stderr
 

@@ -191,3 +191,24 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_an_unreadable_file_is_blamed_itself(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"gone\.txt cannot be read: No such file"):
         list(Reader().read(tmp_path / "gone.txt"))
+
+
+def test_a_document_that_an_index_cannot_count_is_refused(tmp_path: Path) -> None:
+    from lsys.data.prepare import PrepareArgs, _Files
+    from lsys.data.tokenizer import load_tokenizer
+
+    with _Files(PrepareArgs([], tmp_path / "c"), load_tokenizer("bytes")) as files:
+        with pytest.raises(PrepareError, match="a document of 2,147,483,648 tokens is longer than 2,147,483,647; cut"):
+            files.add(np.broadcast_to(np.zeros(1, np.uint16), 1 << 31), None)  # takes no memory
+    assert not [*tmp_path.iterdir()]
+
+
+def test_numbers_are_called_as_megatron_calls_them() -> None:
+    from lsys.config.corpora import HEAD, TYPES
+    from lsys.runtime import install_megatron
+
+    install_megatron()
+    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
+
+    assert TYPES == {code.value: (code.name, np.dtype(code.name).itemsize) for code in DType}
+    assert HEAD == len(_INDEX_HEADER) + 8 + 1 + 8 + 8

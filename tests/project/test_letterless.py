@@ -59,7 +59,10 @@ def told() -> dict[str, Any]:
 
 def test_it_is_described_checked_and_planned_by_its_name() -> None:
     code = "import json; from project.test_letterless import told; print(json.dumps(told()))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -275,7 +275,8 @@ def test_an_observer_that_cannot_be_made() -> None:
 
 
 def lsys(*words: str, launch: tuple[str, ...] = (), path: str = str(ROOT / "examples")) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])}
     command = [sys.executable, *launch, "-m", "lsys", *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
 
