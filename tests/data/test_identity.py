@@ -143,3 +143,21 @@ def test_a_checkpoint_of_before_tells_what_its_configuration_has(folder: Path) -
     for name in "ab":  # the remedy
         os.symlink(moved / f"{name}.bin", folder / f"{name}.bin")
     assert differences(was, now(make(moved)), "x")[0] == []
+
+
+def test_a_sample_is_spread_evenly_from_the_first_byte_to_the_last(tmp_path: Path) -> None:
+    """64 pieces of 4 KiB."""
+    from lsys.data.corpus import _sample
+
+    path, size = tmp_path / "a.bin", 3 << 20
+    path.write_bytes(bytes(size))
+    plain = _sample(path)
+    for n in range(64):
+        begin = (size - 4096) * n // 63
+        for place, is_seen in ((begin, True), (begin + 4095, True), (begin + 4096, False)):
+            with path.open("r+b") as file:
+                file.seek(place)
+                if place < size:
+                    file.write(b"\1")
+            assert (_sample(path) != plain) is (is_seen and place < size), (n, place)
+            path.write_bytes(bytes(size))

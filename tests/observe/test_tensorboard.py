@@ -386,6 +386,11 @@ def test_a_straggler_among_many_is_the_reddest_cell():
     assert (red[0].min() - 58) // side == 77 // 8 and (red[1].min() - 96) // side == 77 % 8
 
 
+def test_ranks_without_work_have_a_picture_too() -> None:
+    with np.errstate(all="raise"):
+        assert ranks_picture([rank(0.0)] * 128, [n // 8 for n in range(128)], "step 3").std() > 0
+
+
 def test_every_axis_and_part_has_a_colour_of_its_own() -> None:
     assert len(set(COLOURS.values())) == len(COLOURS)
     assert {f"exposed_{axis}" for axis in (*AXES, *GROUPS.values(), WORLD, OTHER)} <= set(COLOURS)

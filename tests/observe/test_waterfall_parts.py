@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -243,3 +244,33 @@ def test_time_waited_for_a_core_grows() -> None:
     readings = [queue() for _ in range(1000)]
     queue.close()
     assert readings[0] >= 0 and all(a <= b for a, b in itertools.pairwise(readings))
+
+
+def test_a_gpus_marks_have_the_hosts_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CUDA's events as they are: passed when the stream comes there, known to the host when it has waited for them."""
+    stream, host = [10.0], [100.0]  # ms of the device, s of the host
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at, self.is_known = math.nan, False
+
+        def record(self) -> None:
+            self.at = stream[0]
+
+        def synchronize(self) -> None:
+            self.is_known, host[0] = True, host[0] + 1.0  # that takes a while
+
+        def elapsed_time(self, later: "Event") -> float:
+            assert self.is_known and later.is_known
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr("lsys.observe.clocks.time", SimpleNamespace(perf_counter=lambda: host[0]))
+    timer = Timer(torch.device("cuda"))
+    stream[0] += 250.0
+    mark = timer.mark()
+    assert timer.seconds(mark) == 101.25  # the reference was passed when it had been waited for
+    timer.anchor()
+    stream[0] += 500.0
+    assert timer.seconds(timer.mark()) == 103.5
