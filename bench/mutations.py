@@ -6,7 +6,7 @@ Faults are (a) those that were once found to pass every test (bench/mutation_par
 seed from all places where an operator of bench/mutation_parts/operators.py applies, each package in proportion to its lines. A drawn
 fault that does not import, or stops the first step of the quickstart, needs no test and does not count: the next one is taken.
 
-Each runs in a copy of the checkout of its own, in a fork of a process that has torch and Megatron loaded; nearest tests first, for 150 s.
+Each runs in a copy of the checkout of its own, in a fork of a process that has torch and Megatron loaded; nearest tests first, for 60 s.
 Those that pass them are then planted all at once, in one run of all tests for each job; each is judged alone by the tests that failed there.
 What has been judged is in --out after each fault; the same command goes on from there.
 """
@@ -41,7 +41,7 @@ from bench.mutation_parts.page import page
 
 SOURCES = ("lsys", "kernels", "parallel", "launch")
 STEP_SECONDS = 120  # that the first step of the quickstart may take
-NEAR_SECONDS = 150  # of the nearest tests
+NEAR_SECONDS = 60  # of the nearest tests
 TEST_SECONDS = 2400  # that all tests may take
 WHOLE_SECONDS = 1500  # that they take
 Place = tuple[str, int, str, str]  # file, offset in its text, old, new
