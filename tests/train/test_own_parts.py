@@ -322,3 +322,18 @@ def test_the_example_trains_on_two_ranks_resumes_and_generates(config: Path, tmp
     assert without.returncode == 2 and "there is no module my_parts.cards" in without.stderr
     plain = lsys("train", str(config), "--train.steps", "8", "--model.pattern", "LS", "--model.mixers", "{}")
     assert plain.returncode == 2 and "would run code that your own YAML or command line does not name" in plain.stderr
+
+
+def test_states_are_made_before_loading_and_nothing_else_changes() -> None:
+    from lsys.train.own import allocate
+
+    parameters = [torch.nn.Parameter(torch.full((3,), 2.0)), torch.nn.Parameter(torch.ones(2, 2))]
+    groups: list[dict[str, Any]] = [{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.25, weight_decay=0.1)
+    allocate(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    assert all(not optimizer.state[each]["exp_avg"].any() and each.grad is None for each in parameters)
+    assert torch.equal(parameters[0], torch.full((3,), 2.0)) and torch.equal(parameters[1], torch.ones(2, 2))
+    before = {each: optimizer.state[each]["step"].clone() for each in parameters}
+    allocate(optimizer)  # there are states already
+    assert all(optimizer.state[each]["step"] == before[each] for each in parameters)

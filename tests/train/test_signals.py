@@ -56,6 +56,13 @@ def asked(rank: int, world_size: int, lost: bool) -> list[object]:
     return heard
 
 
+def all_asked(rank: int, world_size: int) -> bool:
+    """As a scheduler has it, which sends SIGTERM to all."""
+    with StopRequest(torch.device("cpu")) as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return request.agreed()
+
+
 def loses(rank: int, world_size: int) -> str:
     try:
         asked(rank, world_size, True)
@@ -66,6 +73,7 @@ def loses(rank: int, world_size: int) -> str:
 
 def test_all_ranks_hear_the_same(gloo: Any) -> None:
     assert gloo(2, asked, False) == [[False, True]] * 2
+    assert gloo(3, all_asked) == [True] * 3
     first, second = gloo(2, loses)
     assert first == second and "another run has taken it over" in first
 
