@@ -229,6 +229,23 @@ def test_damage_is_named(gloo: Any, tmp_path: Path) -> None:
     assert "other whole checkpoints in" in texts[0][-1] and "step-00000005, step-00000010" in texts[0][-1]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {"../elsewhere": {"size": 1, "sha256": "00"}}}, "it names files outside the checkpoint"),
+        ({"format": "one"}, "it has no format number"),
+        ({"world": 3}, "its content does not match its own SHA-256"),
+    ],
+)
+def test_a_manifest_that_says_what_it_may_not(change: dict[str, Any], said: str) -> None:
+    tree = json.loads(Manifest(Cursor(10, 1, ""), 1, 2, {}, {}, {"__1_0.distcp": FileRecord(1, "00")}).to_text())
+    tree |= change
+    if "world" not in change:
+        tree["sha256"] = _digest({key: value for key, value in tree.items() if key != "sha256"})
+    with pytest.raises(ValueError, match=said):
+        Manifest.from_text(json.dumps(tree))
+
+
 def test_other_models_are_refused_field_by_field(gloo: Any, tmp_path: Path) -> None:
     gloo(1, saves, tmp_path, 1, [10])
     changes = {

@@ -264,5 +264,9 @@ def test_nan_is_refused():
             softmax_attention(q, k, v, layout, None)
         x[3, 1, 2], x[5, 0, 0] = torch.inf, -torch.inf
     softmax_attention(q, k, v, layout, None)  # infinities are no business of ours
-    with pytest.raises(ValueError, match="q, k and v must share dtype"):
-        softmax_attention(q, k, v.float(), layout, None)
+    for wrong in ((q, k, v.float()), (q.float(), k, v), (q, k.float(), v)):
+        with pytest.raises(ValueError, match="q, k and v must share dtype and device; got torch"):
+            softmax_attention(*wrong, layout, None)
+    for wrong in ((q[0], k, v), (q, k[0], v[0]), (q, k, v[..., :3]), (q[..., :3], k, v)):
+        with pytest.raises(ValueError, match=r"attention takes q \[T_r, H, D\] and k, v \[T_r, H_kv, D\]; got \["):
+            softmax_attention(*wrong, layout, None)

@@ -9,6 +9,7 @@ from lsys.cli import main
 from lsys.config.load import load
 from lsys.config.messages import ConfigError
 from lsys.mixers.registry import MIXERS
+from lsys.observe.flops import training_flops
 from lsys.predict.hardware import Hardware, hardware
 from lsys.predict.hardware import load as load_calibration
 from lsys.predict.plan import Plan
@@ -27,6 +28,32 @@ def test_memory_bytes_and_time(capsys: pytest.CaptureFixture) -> None:
     for words in ("GiB of a rank, recompute full", "across nodes", "exposed_tensor", "bubble", "MFU", "GPU-hours"):
         assert words in text
     assert "does not fit" not in text
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The other cells of the only row of a table that begins so."""
+    (row,) = [line for line in text.splitlines() if line.startswith(f"│ {first} ")]
+    return [cell.strip() for cell in row.strip("│").split("│")[1:]]
+
+
+def test_figures_of_the_run_follow_from_the_seconds_of_a_step(capsys: pytest.CaptureFixture) -> None:
+    """By the definitions of MFU, tokens per second and hours, from data sheets: 989 TFLOP/s of an H100 in bf16."""
+    text, config = printed(capsys, "--hardware", "h100x8"), load(LARGE)
+    (shown,) = cells(text, "step")[:1]
+    plan = Plan(config, 512, hardware("h100x8", "bf16", 8, config.model.cards.values()))
+    seconds, train = plan.prediction.seconds, config.train
+    assert shown == f"{1e3 * seconds:,.2f}"
+    flops = sum(training_flops(config.model, [train.micro_batch_tokens]) for _ in range(config.micro_batches))
+    assert cells(text, "MFU") == [f"{100 * flops / seconds / 512 / 989.4e12:.1f}%"]
+    tokens, hours = train.batch_tokens / seconds / 512, train.steps * seconds / 3600
+    assert cells(text, "tokens per second and GPU") == [f"{tokens:,.0f}"]
+    assert cells(text, f"hours for {train.steps * train.batch_tokens:,} tokens") == [f"{hours:,.1f}"]
+    assert cells(text, "GPU-hours") == [f"{512 * hours:,.0f}"]
+    shares = [cells(text, name) for name, value in plan.prediction.parts.items() if value >= 1e-6]
+    assert sum(float(share.rstrip("%")) for _, share in shares) == pytest.approx(100.0, abs=0.1 * len(shares))
+    assert sum(float(each.replace(",", "")) for each, _ in shares) == pytest.approx(
+        1e3 * seconds, abs=0.01 * len(shares)
+    )
 
 
 def test_without_hardware_memory_is_printed_and_no_time(capsys: pytest.CaptureFixture) -> None:
