@@ -235,3 +235,35 @@ def test_each_file_is_one_ranks_to_verify_and_its_writers_where_there_are_as_man
         shares = [manifest.share(rank, world) for rank in range(world)]
         assert Counter(name for share in shares for name in share) == Counter(names)
     assert all(f"__{rank}_0.distcp" in manifest.share(rank, 12) for rank in range(12))
+
+
+def test_what_is_in_a_file_has_to_be_what_is_asked_for(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+    from lsys.checkpoint import CheckpointError
+    from lsys.checkpoint.files import Reader
+
+    def read(saved: Any, offsets: tuple[int, ...], lengths: tuple[int, ...], target: torch.Tensor) -> torch.Tensor:
+        with open(tmp_path / "file", "wb") as file:
+            file.write(b"8 before")
+            torch.save(saved, file)
+        info = _StorageInfo("file", 8, (tmp_path / "file").stat().st_size - 8)
+        index, sizes = MetadataIndex("w"), (torch.Size(offsets), torch.Size(lengths))
+        item = ReadItem(LoadItemType.TENSOR, index, torch.Size([0] * len(lengths)), index, *sizes)
+        with open(tmp_path / "file", "rb") as file:
+            Reader(tmp_path, Metadata({}))._fill(target, file, info, item)
+        return target
+
+    whole = torch.arange(12.0).view(3, 4)
+    assert torch.equal(read(whole, (1, 1), (2, 2), torch.zeros(2, 2)), whole[1:, 1:3])
+    assert torch.equal(
+        read(whole[1:], (0, 2), (2, 2), torch.zeros(2, 2)), whole[1:, 2:]
+    )  # a view has a storage before it
+    for saved in (whole.t(), {"w": whole}):
+        with pytest.raises(CheckpointError, match="w in file is no contiguous tensor"):
+            read(saved, (0, 0), (2, 2), torch.zeros(2, 2))
+    for offsets, lengths, shape in (((2, 0), (2, 2), (2, 2)), ((0, 0), (2, 2), (2, 3)), ((-1, 0), (2, 2), (2, 2))):
+        with pytest.raises(CheckpointError, match=r"w in file has shape \[3, 4\]"):
+            read(whole, offsets, lengths, torch.zeros(shape))
