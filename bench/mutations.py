@@ -67,13 +67,20 @@ class Judged:
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
         self.out, self.about, self.lock = out, about, threading.Lock()
         self.verdicts: dict[str, Verdict] = {}
-        if out.exists():
-            tree = json.loads(out.read_text())
-            if tree["about"]["seed"] != about["seed"]:
-                raise SystemExit(f"{out} is of seed {tree['about']['seed']}, not {about['seed']}: take another --out")
-            self.about["minutes"] = tree["about"]["minutes"]
-            for key, verdict in tree["verdicts"].items():
-                self.verdicts[key] = Verdict(**verdict | {"changes": tuple(map(tuple, verdict["changes"]))})
+        if out.is_file():
+            found = self.read(out)
+            if found.about["seed"] != about["seed"]:
+                raise SystemExit(f"{out} is of seed {found.about['seed']}, not {about['seed']}: take another --out")
+            self.about["minutes"], self.verdicts = found.about["minutes"], found.verdicts
+
+    @classmethod
+    def read(cls, path: Path) -> "Judged":
+        """What a file has."""
+        tree = json.loads(path.read_text())
+        found = cls(Path(os.devnull), tree["about"])
+        for key, verdict in tree["verdicts"].items():
+            found.verdicts[key] = Verdict(**verdict | {"changes": tuple(map(tuple, verdict["changes"]))})
+        return found
 
     def add(self, key: str, verdict: Verdict) -> None:
         with self.lock:
@@ -252,6 +259,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=55.0, help="of this part")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutations.json")
     parser.add_argument("--page", type=Path, default=None, help="write the results as a page")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="results of other seeds, for the page")
     parser.add_argument("--again", action="store_true", help="judge survivors anew, by tests that were written since")
     parser.add_argument("--no-control", action="store_true", help="do not run the tests without a fault first")
     options = parser.parse_args()
@@ -294,7 +302,10 @@ def main() -> int:
         judged.write()
     verdicts = list(judged.verdicts.values())
     if options.page:
-        options.page.write_text(page(judged.about, verdicts))
+        others = [Judged.read(path) for path in options.also]
+        options.page.write_text(
+            page([(judged.about, verdicts), *((each.about, [*each.verdicts.values()]) for each in others)])
+        )
     left = [key for key, verdict in judged.verdicts.items() if verdict.outcome == "open"]
     print(f"{queue.qsize() + len(left)} not judged yet" if queue.qsize() + len(left) else "all judged", flush=True)
     return 0

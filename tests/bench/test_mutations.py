@@ -15,7 +15,7 @@ with pytest.MonkeyPatch.context() as path:  # bench is no installed package
     from bench.mutation_parts.known import KNOWN
     from bench.mutation_parts.near import in_order, module_of
     from bench.mutation_parts.operators import Mutant, mutants
-    from bench.mutation_parts.page import page
+    from bench.mutation_parts.page import REASONS, page
     from bench.mutations import SOURCES, Judged, Verdict, drawn, package_of, together
 
 TEXT = '''
@@ -100,17 +100,21 @@ def test_the_nearest_tests_come_first() -> None:
     assert module_of("parallel/attention/__init__.py") == "lsys.parallel.attention"
 
 
-def test_the_page_counts_and_names_what_survived() -> None:
+def test_the_page_counts_and_names_what_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REASONS, "a.py: -w -> w", "Nothing changes: w is 0")
     verdicts = [
         Verdict("a.py:1 sign", "lsys/data", "-x", "x", "caught", "tests/data/test_x.py::test", 1.0, ()),
         Verdict("a.py:2 sign", "lsys/data", "-y", "y", "survived", "", 9.0, ()),
         Verdict("a.py:3 sign", "lsys/data", "-z", "z", "no fault", "", 2.0, ()),
+        Verdict("a.py:4 sign", "lsys/data", "-w", "w", "survived", "", 9.0, ()),
         Verdict("thirteen at once", "known", "", "", "caught", "", 3.0, ()),
     ]
-    text = page({"seed": 3, "count": 2, "machine": "m", "commit": "c", "minutes": 1.0}, verdicts)
-    assert "caught 1 of 2 drawn faults, 50.0%; 1 more" in text
-    assert "| known | 1 | 1 |\n| lsys/data | 1 | 2 |" in text
-    assert "- a.py:2 sign: `-y` became `y`." in text and "a.py:3" not in text
+    text = page([({"seed": 3, "count": 2, "machine": "m", "commit": "c", "minutes": 1.0}, verdicts)])
+    assert "1 of 1 are caught" in text and "## Drawn with seed 3" in text
+    assert "caught 1 of 3, 33.3%; without the 1 that change nothing, 1 of 2, 50.0%. 1 more" in text
+    assert "| lsys/data | 1 | 3 |" in text and "a.py:3" not in text
+    assert "- a.py:2 sign: `-y` became `y`. no reason known: a test is missing." in text
+    assert "- a.py:4 sign: `-w` became `w`. Nothing changes: w is 0." in text
 
 
 class Tests:
