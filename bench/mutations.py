@@ -7,7 +7,7 @@ seed from all places where an operator of bench/mutation_parts/operators.py appl
 fault that does not import, or stops the first step of the quickstart, needs no test and does not count: the next one is taken.
 
 Each runs in a copy of the checkout of its own, in a fork of a process that has torch and Megatron loaded; nearest tests first, for 60 s.
-Those that pass them are then planted all at once, in one run of all tests for each job; each is judged alone by the tests that failed there.
+Those that pass them are then planted all at once, in one run of all tests for each job; halves are judged by tests that failed there.
 What has been judged is in --out after each fault; the same command goes on from there.
 """
 
@@ -21,19 +21,20 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from queue import Empty, Queue
 from typing import Any
 
 from bench.common.tree import ROOT
-from bench.mutation_parts.copies import Copy, Outcome
+from bench.mutation_parts.copies import Copy
 from bench.mutation_parts.known import KNOWN, Known
 from bench.mutation_parts.near import in_order
 from bench.mutation_parts.operators import Mutant, mutants
@@ -44,6 +45,7 @@ STEP_SECONDS = 120  # that the first step of the quickstart may take
 NEAR_SECONDS = 60  # of the nearest tests
 TEST_SECONDS = 2400  # that all tests may take
 WHOLE_SECONDS = 1500  # that they take
+OF_A_FILE = 4  # tests that failed with many faults planted, by which fewer are judged
 Place = tuple[str, int, str, str]  # file, offset in its text, old, new
 
 
@@ -134,9 +136,18 @@ def _mixed(found: list[Mutant], seed: str) -> list[Mutant]:
     return order
 
 
-def tasks(options: argparse.Namespace) -> "Queue[Known | Iterator[Mutant]]":
-    """What is to be judged: known faults, and for each drawn one the faults of its package, of which the next that counts is taken."""
-    queue: Queue[Known | Iterator[Mutant]] = Queue()
+Task = Known | Iterator[Mutant] | str
+
+
+def tasks(options: argparse.Namespace, judged: Judged) -> "Queue[Task]":
+    """What is to be judged: known faults, and for each drawn one the faults of its package, of which the next that counts is taken; or keys of
+    survivors, again."""
+    queue: Queue[Task] = Queue()
+    if options.again:
+        for key, verdict in judged.verdicts.items():
+            if verdict.outcome == "survived":
+                queue.put(key)
+        return queue
     if options.only != "drawn":
         for known in KNOWN:
             queue.put(known)
@@ -148,13 +159,16 @@ def tasks(options: argparse.Namespace) -> "Queue[Known | Iterator[Mutant]]":
     return queue
 
 
-def work(copy: Copy, queue: "Queue[Known | Iterator[Mutant]]", judged: Judged, deadline: float) -> None:
+def work(copy: Copy, queue: "Queue[Task]", judged: Judged, deadline: float) -> None:
     """Judge by the nearest tests what the queue has."""
     while time.monotonic() < deadline:
         try:
             task = queue.get_nowait()
         except Empty:
             return
+        if isinstance(task, str):
+            _judge_again(copy, task, judged)
+            continue
         if isinstance(task, Known):
             key = f"known: {task.name}"
             if key not in judged.verdicts:
@@ -178,6 +192,20 @@ def _judge_next(copy: Copy, source: Iterator[Mutant], judged: Judged, deadline: 
         if judged.verdicts[key].outcome != "no fault":
             return True
     return False
+
+
+def _judge_again(copy: Copy, key: str, judged: Judged) -> None:
+    """Judge a survivor by the nearest tests as they are now; what it changes may have moved since."""
+    was = judged.verdicts[key]
+    moved = []
+    for file, start, old, new in was.changes:
+        text = copy.text(file)
+        starts = [match.start() for match in re.finditer(re.escape(old), text)]
+        if not starts:
+            raise SystemExit(f"{key}: {old!r} is not in {file} any more")
+        moved.append((file, min(starts, key=lambda place: abs(place - start)), old, new))
+    now = _near(copy, was.name, was.group, tuple(moved), has_to_run=False)
+    judged.add(key, now if now.outcome == "caught" else replace(was, seconds=now.seconds))
 
 
 def _places(copy: Copy, known: Known) -> tuple[Place, ...]:
@@ -217,8 +245,8 @@ def _near(copy: Copy, name: str, group: str, places: tuple[Place, ...], *, has_t
 
 
 def together(copy: Copy, keys: list[str], judged: Judged, deadline: float) -> None:
-    """Judge what the nearest tests passed, by all: planted at once, tests run to the end. What fails then is what can notice one of them, and
-    each alone is judged by these tests. A fault that another hides counts as a survivor.
+    """Judge what the nearest tests passed, by all, run to the end with all faults planted at once. What fails then is what can notice one of them:
+    by these tests halves are judged, and halves of those in which one fails. A fault that another hides counts as a survivor.
     """
     while keys and time.monotonic() + WHOLE_SECONDS < deadline:
         now, later, used = list[str](), list[str](), list[Place]()
@@ -227,23 +255,38 @@ def together(copy: Copy, keys: list[str], judged: Judged, deadline: float) -> No
             apart = all(not _overlap(place, other) for place in places for other in used)
             (now if apart else later).append(key)
             used += places if apart else ()
-        with copy.planted(_texts(copy, used)):
-            whole = copy.tests(in_order(copy.folder, used[0][0]), TEST_SECONDS, to_the_end=True)
-        print(f"{len(now)} at once: {len(whole.failed)} tests fail, {whole.seconds:.0f} s", flush=True)
-        if whole.code not in (0, 1):  # too long, or pytest itself failed: nothing is known
-            raise SystemExit(f"{len(now)} faults at once ended with {whole.code}: {', '.join(now)}")
-        for key in now:
-            verdict = judged.verdicts[key]
-            with copy.planted(_texts(copy, verdict.changes)):
-                alone = copy.tests(whole.failed, TEST_SECONDS) if whole.failed else Outcome(0, (), 0.0)
-            outcome = "caught" if alone.failed else "survived"
-            judged.add(
-                key,
-                replace(
-                    verdict, outcome=outcome, by="".join(alone.failed[:1]), seconds=verdict.seconds + alone.seconds
-                ),
-            )
+        _split(copy, now, in_order(copy.folder, used[0][0]), judged)
         keys = later
+
+
+def _split(copy: Copy, keys: list[str], tests: Sequence[str], judged: Judged) -> None:
+    """Judge faults by tests, all at once, then halves of them by those that failed."""
+    with copy.planted(_texts(copy, (place for key in keys for place in judged.verdicts[key].changes))):
+        found = copy.tests(tests, TEST_SECONDS, to_the_end=len(keys) > 1)
+    print(f"{len(keys)} at once: {len(found.failed)} of {len(tests)} fail, {found.seconds:.0f} s", flush=True)
+    is_known = found.code in (0, 1)  # else it took too long, or pytest itself failed
+    if len(keys) > 1 and (found.failed or not is_known):
+        for half in (keys[::2], keys[1::2]):
+            _split(copy, half, _few(found.failed) if is_known else tests, judged)
+        return
+    for key in keys:
+        outcome = "caught" if found.failed else "survived"
+        seconds = judged.verdicts[key].seconds + found.seconds / len(keys)
+        judged.add(
+            key, replace(judged.verdicts[key], outcome=outcome, by="".join(found.failed[:1]), seconds=round(seconds, 1))
+        )
+
+
+def _few(tests: Sequence[str]) -> list[str]:
+    """Some of each file: faults that stop everything would make hundreds of tests the judges of others."""
+    count: dict[str, int] = {}
+    found = []
+    for test in tests:
+        file = test.partition("::")[0]
+        count[file] = count.get(file, 0) + 1
+        if count[file] <= OF_A_FILE:
+            found.append(test)
+    return found
 
 
 def _overlap(one: Place, other: Place) -> bool:
@@ -286,9 +329,7 @@ def main() -> int:
             ):
                 raise SystemExit(f"without a fault: {copies[0].log.read_text()[-2000:]}")
             print(f"without a fault all tests pass, in {whole.seconds:.0f} s", flush=True)
-        if options.again:
-            judged.verdicts = {key: each for key, each in judged.verdicts.items() if each.outcome != "survived"}
-        queue, deadline = tasks(options), begun + 60 * options.minutes
+        queue, deadline = tasks(options, judged), begun + 60 * options.minutes
         _in_threads(copies, lambda copy: work(copy, queue, judged, deadline))
         left = [key for key, verdict in judged.verdicts.items() if verdict.outcome == "open"]
         if not queue.qsize():

@@ -16,7 +16,7 @@ with pytest.MonkeyPatch.context() as path:  # bench is no installed package
     from bench.mutation_parts.near import in_order, module_of
     from bench.mutation_parts.operators import Mutant, mutants
     from bench.mutation_parts.page import REASONS, page
-    from bench.mutations import SOURCES, Judged, Verdict, drawn, package_of, together
+    from bench.mutations import SOURCES, Judged, Verdict, _judge_again, drawn, package_of, together
 
 TEXT = '''
 """A text with - signs, 3 numbers and max(1, 2) in words."""
@@ -153,7 +153,22 @@ def test_faults_planted_at_once_are_judged_alone_by_the_tests_that_failed(tmp_pa
     assert [(each.outcome, each.by) for each in verdicts] == [
         ("caught", "t1"), ("survived", ""), ("caught", "t2"), ("caught", "t2"),
     ]  # fmt: skip
-    assert copy.runs == [3, 2, 2, 2, 3, 1]  # the fourth overlaps others: in a run of its own
+    # All tests with the first three; by the two that failed the first and third, and then each of these; the second alone; then the fourth,
+    # which overlaps others.
+    assert copy.runs == [3, 2, 2, 2, 2, 3]
     assert copy.files == {"a.py": "one two three"}
     again = Judged(tmp_path / "out.json", {"seed": 1, "minutes": 0.0})
     assert again.verdicts == judged.verdicts
+
+
+def test_survivors_are_judged_again_where_they_have_moved(tmp_path: Path) -> None:
+    copy, judged = Tests({"t1": "two"}), Judged(tmp_path / "out.json", {"seed": 1, "minutes": 0.0})
+    copy.files = {"a.py": "two one and then two"}
+    for name, old in (("x", "two"), ("y", "one")):
+        judged.add(name, Verdict(name, "lsys", old, "-", "survived", "", 9.0, (("a.py", 12, old, "-"),)))
+        _judge_again(copy, name, judged)  # type: ignore[arg-type]
+    assert judged.verdicts["x"].changes == (("a.py", 12, "two", "-"),)  # of two places the one nearest to where it was
+    assert judged.verdicts["x"].outcome == judged.verdicts["y"].outcome == "survived"
+    copy.files = {"a.py": "now here is two"}
+    _judge_again(copy, "x", judged)  # type: ignore[arg-type]
+    assert judged.verdicts["x"].outcome == "caught" and judged.verdicts["x"].changes == (("a.py", 12, "two", "-"),)
