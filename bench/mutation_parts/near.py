@@ -4,7 +4,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-JUDGE = "bench/test_mutations.py"  # it reads the places of known faults in the sources: what is planted there would be noticed always
+JUDGE = "test_mutations.py"  # it reads the places of known faults in the sources: what is planted there would be noticed always
 NEAR = 3
 LAST = ("project", "bench")  # they read the tree or start programs: slow, and seldom the first to notice
 

@@ -17,8 +17,8 @@ def page(runs: Sequence[tuple[dict[str, Any], Sequence[Any]]]) -> str:
     lines = ["# Do the tests notice faults?"]
     known = [verdict for _, verdicts in runs for verdict in verdicts if verdict.group == "known"]
     if known:
-        told = f"Of faults that once passed every test, single and many at once, {_caught(known)} of {len(known)} are caught."
-        lines += ["", told, *(["", *_survivors(known)] if _caught(known) < len(known) else [])]
+        told = f"Of faults that once passed every test, single and many at once, {_caught(known)} of {len(known)} were caught."
+        lines += ["", told, *_survivors(known)]
     for about, verdicts in runs:
         drawn = [verdict for verdict in verdicts if verdict.group != "known"]
         lines += ["", *_drawn(about, drawn)] if drawn else []
@@ -27,10 +27,11 @@ def page(runs: Sequence[tuple[dict[str, Any], Sequence[Any]]]) -> str:
 
 def _drawn(about: dict[str, Any], verdicts: Sequence[Any]) -> list[str]:
     counted = [verdict for verdict in verdicts if verdict.outcome != "no fault"]
-    left = [verdict for verdict in counted if verdict.outcome != "caught"]
-    same = [verdict for verdict in left if _reason(verdict).startswith(SAME)]
+    same = [each for each in counted if each.outcome == "survived" and _reason(each).startswith(SAME)]
     rest = len(counted) - len(same)
     shares = f"{_caught(counted)} of {len(counted)}, {100 * _caught(counted) / max(1, len(counted)):.1f}%"
+    is_whole = all(each.outcome != "open" for each in counted)
+    who = "What `make test-fast` runs" if is_whole else "The tests nearest to each, a minute or two of them,"
     rows = ["| package | caught | of |", "| --- | ---: | ---: |"]
     for group in sorted({verdict.group for verdict in counted}):
         these = [verdict for verdict in counted if verdict.group == group]
@@ -41,28 +42,34 @@ def _drawn(about: dict[str, Any], verdicts: Sequence[Any]) -> list[str]:
         f"`python bench/mutations.py --seed {about['seed']} --count {about['count']}`; {about['machine']}; commit {about['commit']}; "
         f"{about['minutes']:.0f} minutes.",
         "",
-        f"What `make test-fast` runs caught {shares}; without the {len(same)} that change nothing, {_caught(counted)} of {rest}, "
+        f"{who} caught {shares}; without the {len(same)} that change nothing, {_caught(counted)} of {rest}, "
         f"{100 * _caught(counted) / max(1, rest):.1f}%. {len(verdicts) - len(counted)} more were drawn that do not import or stop the "
         "quickstart's first step.",
         "",
         *rows,
-        "",
-        "Survivors:" if left else "None survived.",
-        "",
-        *_survivors(left),
+        *_survivors(counted),
     ]
-
-
-def _survivors(verdicts: Sequence[Any]) -> list[str]:
-    return [_survivor(verdict) for verdict in verdicts if verdict.outcome != "caught"]
 
 
 def _caught(verdicts: Sequence[Any]) -> int:
     return sum(verdict.outcome == "caught" for verdict in verdicts)
 
 
+def _survivors(verdicts: Sequence[Any]) -> list[str]:
+    """Those that no test caught, and those that only the nearest tests have judged."""
+    survived = [_survivor(verdict) for verdict in verdicts if verdict.outcome == "survived"]
+    unjudged = [_survivor(verdict) for verdict in verdicts if verdict.outcome == "open"]
+    lines = ["", "Survivors:", "", *survived] if survived else []
+    return lines + (
+        ["", "The nearest tests passed with these, all others have not judged them yet:", "", *unjudged]
+        if unjudged
+        else []
+    )
+
+
 def _survivor(verdict: Any) -> str:
-    return f"- {verdict.name}: `{' '.join(verdict.old.split())}` became `{' '.join(verdict.new.split())}`. {_reason(verdict)}."
+    became = f"- {verdict.name}: `{' '.join(verdict.old.split())}` became `{' '.join(verdict.new.split())}`"
+    return f"{became}. {_reason(verdict)}." if verdict.outcome == "survived" else became
 
 
 def _reason(verdict: Any) -> str:

@@ -106,14 +106,16 @@ def test_the_page_counts_and_names_what_survived(monkeypatch: pytest.MonkeyPatch
         Verdict("a.py:1 sign", "lsys/data", "-x", "x", "caught", "tests/data/test_x.py::test", 1.0, ()),
         Verdict("a.py:2 sign", "lsys/data", "-y", "y", "survived", "", 9.0, ()),
         Verdict("a.py:3 sign", "lsys/data", "-z", "z", "no fault", "", 2.0, ()),
+        Verdict("a.py:5 sign", "lsys/data", "-v", "v", "open", "", 9.0, ()),
         Verdict("a.py:4 sign", "lsys/data", "-w", "w", "survived", "", 9.0, ()),
         Verdict("thirteen at once", "known", "", "", "caught", "", 3.0, ()),
     ]
     text = page([({"seed": 3, "count": 2, "machine": "m", "commit": "c", "minutes": 1.0}, verdicts)])
-    assert "1 of 1 are caught" in text and "## Drawn with seed 3" in text
-    assert "caught 1 of 3, 33.3%; without the 1 that change nothing, 1 of 2, 50.0%. 1 more" in text
-    assert "| lsys/data | 1 | 3 |" in text and "a.py:3" not in text
+    assert "1 of 1 were caught" in text and "## Drawn with seed 3" in text
+    assert "caught 1 of 4, 25.0%; without the 1 that change nothing, 1 of 3, 33.3%. 1 more" in text
+    assert "| lsys/data | 1 | 4 |" in text and "a.py:3" not in text
     assert "- a.py:2 sign: `-y` became `y`. no reason known: a test is missing." in text
+    assert "have not judged them yet:\n\n- a.py:5 sign: `-v` became `v`\n" in text
     assert "- a.py:4 sign: `-w` became `w`. Nothing changes: w is 0." in text
 
 
