@@ -11,10 +11,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lsys.launch.worker import end_with_parent
 
@@ -29,7 +31,6 @@ def main() -> None:
     sys.dont_write_bytecode = True
     import gloo_worker  # noqa: F401
     import hypothesis.strategies  # noqa: F401
-    import pytest  # noqa: F401
     import torch
     import torch.utils.tensorboard  # noqa: F401
 
@@ -83,12 +84,25 @@ def _forget() -> None:
             del sys.modules[name]
 
 
+LONGEST = 180  # s that a test may take, well above all of them; with a fault it may go on for ever
+
+
 class Failures:
-    """A plugin of pytest that keeps the names of tests that fail, in a file, as soon as they do."""
+    """A plugin of pytest that keeps the names of tests that fail, or do not end, in a file, as soon as they do."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.names = file, dict[str, None]()
         file.write_text("[]")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
+        before = signal.signal(signal.SIGALRM, _give_up)
+        signal.alarm(LONGEST)
+        try:
+            return (yield)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self._add(report)
@@ -102,9 +116,12 @@ class Failures:
             self.file.write_text(json.dumps(list(self.names)))
 
 
+def _give_up(*_: Any) -> None:
+    raise TimeoutError(f"more than {LONGEST} s")
+
+
 def _tests(request: dict[str, Any]) -> int:
     import gloo
-    import pytest
 
     gloo.START = "fork"
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-W", "ignore", "-m", "not slow"]
