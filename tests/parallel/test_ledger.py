@@ -258,8 +258,6 @@ def _labels(rank: int, ranks: int) -> None:
         ledger.bytes(link="nvlink")
     with pytest.raises(ValueError, match="sent or received"):
         ledger.bytes(direction="up")
-    for direction in ("sent", "received"):
-        assert ledger.bytes(direction=direction) >= 0
     with pytest.raises(ValueError, match="names 3 ranks"):
         label(tensor, "tensor", [0, 0, 0])
 
