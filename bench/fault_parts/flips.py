@@ -1,13 +1,12 @@
 """One bit that flips where a comparison can see it: rank and tensor are named, and no checkpoint is written from it."""
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 from bench.fault_parts.cases import drawn, outcome
 from bench.fault_parts.jobs import checkpoints
-from bench.fault_parts.ranks import everywhere, ranks
+from bench.fault_parts.ranks import judged
 from bench.workers import faults as workers
 
 PLAIN: dict[str, Any] = {"optimizer__distributed": False}
@@ -28,27 +27,20 @@ DEGREES: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
 
 def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     """Runs of six steps, saved every second, with one bit flipped in each."""
-    generator, cases = drawn(seed, "flips"), list[dict[str, Any]]()
-    with ranks() as pool:
-        for number in range(count):
-            case, path = _drawn(generator), folder / f"{number}"
-            seen, failure = everywhere(pool, DEGREES[case["degrees"]][0], workers.flipped, path, case)
-            wrong = failure or _wrong(path, case, seen)
-            shown = {key: value for key, value in case.items() if key != "changes"}
-            cases.append(shown | {"good": not wrong} | ({"text": wrong} if wrong else {}))
-            shutil.rmtree(path, ignore_errors=True)
+    generator = drawn(seed, "flips")
+    cases = judged((_drawn(generator) for _ in range(count)), workers.flipped, _wrong, folder)
     kinds = sorted({case["what"] for case in cases})
     places = ", ".join(f"{sum(case['what'] == kind for case in cases)} in {kind}" for kind in kinds)
     return outcome(cases, f"rank and tensor named, and in no checkpoint ({places})")
 
 
-def _drawn(generator: random.Random) -> dict[str, Any]:
+def _drawn(generator: random.Random) -> tuple[int, dict[str, Any]]:
     degrees = generator.choice(list(DEGREES))
     count, changes, kinds = DEGREES[degrees]
     precision = generator.choice(("fp32", "bf16"))
     if precision == "bf16" and "plain" in degrees:
         kinds = (*kinds, "master")
-    return {
+    return count, {
         "degrees": degrees, "precision": precision, "what": generator.choice(kinds), "rank": generator.randrange(count),
         "step": generator.choice(range(workers.EVERY, workers.STEPS + 1, workers.EVERY)), "tensor": generator.randrange(1000),
         "word": generator.randrange(1 << 20), "bit": generator.randrange(7), "changes": changes | {"train__precision": precision},
@@ -68,8 +60,5 @@ def _wrong(folder: Path, case: dict[str, Any], seen: list[dict[str, Any]]) -> st
             return f"not told: {who} {name}; said: {text[-2000:]!r}"
     if len(said) > 1 or {each["code"] for each in seen} != {1}:
         return f"exit codes {[each['code'] for each in seen]}, said: {said}"
-    saved, due = (
-        [int(path.name[5:]) for path in checkpoints(folder)],
-        list(range(workers.EVERY, case["step"], workers.EVERY)),
-    )
-    return f"checkpoints of steps {saved}" if saved != due else ""
+    saved = [int(path.name[5:]) for path in checkpoints(folder)]
+    return f"checkpoints of steps {saved}" if saved != [*range(workers.EVERY, case["step"], workers.EVERY)] else ""

@@ -39,9 +39,10 @@ def _case(generator: random.Random, job: Job, wanted: dict[int, Any], state: dic
     wait = generator.uniform(0.0, 4.0 if moment == "start-up" else 0.15)
     job.start()
     try:
-        came = (
-            job.wait_for_rank(rank) if moment == "start-up" else job.wait_for(moment, 0 if moment == "ready" else step)
-        )
+        if moment == "start-up":
+            came = job.wait_for_rank(rank)
+        else:
+            came = job.wait_for(moment, 0 if moment == "ready" else step)
         if not came:
             return {"moment": moment, "step": step, "good": False, "seconds": None, "text": job.last_words()}
         time.sleep(wait)

@@ -2,7 +2,6 @@
 
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from bench.fault_parts.cases import drawn, outcome
 from bench.fault_parts.jobs import checkpoints, stored
-from bench.fault_parts.ranks import everywhere, ranks
+from bench.fault_parts.ranks import judged
 from bench.workers import faults as workers
 
 DEGREES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -36,26 +35,19 @@ MODULES = (
 
 def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     """Runs of six steps, saved every second, with one number planted in each."""
-    generator, cases = drawn(seed, "nan"), list[dict[str, Any]]()
-    with ranks() as pool:
-        for number in range(count):
-            case, path = _drawn(generator), folder / f"{number}"
-            seen, failure = everywhere(pool, DEGREES[case["degrees"]][0], workers.not_finite, path, case)
-            wrong = failure or _wrong(path, case, seen)
-            shown = {key: value for key, value in case.items() if key != "changes"} | {"value": str(case["value"])}
-            cases.append(shown | {"good": not wrong} | ({"text": wrong} if wrong else {}))
-            shutil.rmtree(path, ignore_errors=True)
+    generator = drawn(seed, "nan")
+    cases = judged((_drawn(generator) for _ in range(count)), workers.not_finite, _wrong, folder)
     places = ", ".join(f"{sum(case['place'] == place for case in cases)} at {place}" for place in PLACES)
     return outcome(cases, f"told with step, name and rank, and in no checkpoint ({places})")
 
 
-def _drawn(generator: random.Random) -> dict[str, Any]:
+def _drawn(generator: random.Random) -> tuple[int, dict[str, Any]]:
     degrees, place = generator.choice(list(DEGREES)), generator.choice(list(PLACES))
     count, changes = DEGREES[degrees]
     precision = generator.choice(("fp32", "bf16"))
     # with stages the rank may have neither module
     module = generator.choice(MODULES) if generator.random() < 0.25 and "PP" not in degrees else ""
-    return {
+    return count, {
         "degrees": degrees, "precision": precision, "place": place, "step": generator.choice(PLACES[place]),
         "rank": generator.randrange(count), "value": generator.choice((math.nan, math.inf, -math.inf)), "module": module,
         "parameter": generator.randrange(1000), "changes": changes | {"train__precision": precision},

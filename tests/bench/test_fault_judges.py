@@ -35,15 +35,15 @@ def flipped(text: str = DIFFERS, ranks: int = 3, **changes: Any) -> list[dict[st
         (flipped(DIFFERS.replace("exp_avg.", "exp_avg_sq.")), [2], "not told: rank 2"),
         ([*flipped()[:2], flipped("another text: " + DIFFERS)[2]], [2], "exit codes"),
         (flipped(code=0), [2], "exit codes"),
-        (flipped(), [2, 4], r"checkpoints of steps \[2, 4\]"),
-        (flipped(), [], r"checkpoints of steps \[\]"),
+        (flipped(), [2, 4], "checkpoints of steps [2, 4]"),
+        (flipped(), [], "checkpoints of steps []"),
         (flipped(name=""), [2], "nothing was flipped"),
     ],
 )
 def test_a_flipped_bit(tmp_path: Path, seen: list[dict[str, Any]], steps: list[int], wrong: str) -> None:
     case = {"rank": len(seen) - 1, "step": 4}
     found = flips._wrong(a_run(tmp_path, steps), case, seen)
-    assert found.startswith(wrong.replace("\\", "")) if wrong else found == ""
+    assert found.startswith(wrong) if wrong else found == ""
 
 
 def planted(step: int, rank: int = 1, code: int = 0, name: str = NAME) -> list[dict[str, Any]]:
