@@ -131,7 +131,7 @@ def _arithmetic(node: ast.BinOp) -> Iterator[tuple[str, ast.AST | str]]:
 
 def _other_axis(node: ast.Attribute) -> Iterator[tuple[str, ast.AST | str]]:
     for names in (AXES, DEGREES) if isinstance(node.ctx, ast.Load) else ():
-        if node.attr in names:
+        if node.attr in names and ast.unparse(node.value) != "torch":
             other = names[(names.index(node.attr) + 1) % len(names)]
             yield "wrong group", ast.Attribute(node.value, other, node.ctx)
 

@@ -30,6 +30,7 @@ def _drawn(about: dict[str, Any], verdicts: Sequence[Any]) -> list[str]:
     same = [each for each in counted if each.outcome == "survived" and _reason(each).startswith(SAME)]
     rest = len(counted) - len(same)
     shares = f"{_caught(counted)} of {len(counted)}, {100 * _caught(counted) / max(1, len(counted)):.1f}%"
+    again = f", what no test had caught again on {', '.join(about['again'])}" if about.get("again") else ""
     is_whole = all(each.outcome != "open" for each in counted)
     who = "What `make test-fast` runs" if is_whole else "The tests nearest to each, a minute or two of them,"
     rows = ["| package | caught | of |", "| --- | ---: | ---: |"]
@@ -39,7 +40,7 @@ def _drawn(about: dict[str, Any], verdicts: Sequence[Any]) -> list[str]:
     return [
         f"## Drawn with seed {about['seed']}",
         "",
-        f"`python bench/mutations.py --seed {about['seed']} --count {about['count']}`; {about['machine']}; commit {about['commit']}; "
+        f"`python bench/mutations.py --seed {about['seed']} --count {about['count']}`; {about['machine']}; commit {about['commit']}{again}; "
         f"{about['minutes']:.0f} minutes.",
         "",
         f"{who} caught {shares}; without the {len(same)} that change nothing, {_caught(counted)} of {rest}, "

@@ -21,6 +21,8 @@ import pytest
 from lsys.launch.worker import end_with_parent
 
 PRELOADED = ("lsys", "gloo", "gloo_worker", "support", "conftest")
+LONGEST = 180.0  # s that a test of unknown length may take, well above all of them; with a fault it may go on for ever
+SPARE, TIMES = 30.0, 5.0  # s, and times its usual length, that another may take
 KEPT = "lsys.runtime.megatron"  # its import hook stands in front of Megatron, which is loaded
 
 
@@ -84,40 +86,65 @@ def _forget() -> None:
             del sys.modules[name]
 
 
-LONGEST = 180  # s that a test may take, well above all of them; with a fault it may go on for ever
+class Found:
+    """A plugin of pytest that keeps in a file the names of tests that fail, or do not end, as soon as they do, and what all of them took."""
 
-
-class Failures:
-    """A plugin of pytest that keeps the names of tests that fail, or do not end, in a file, as soon as they do."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.names = file, dict[str, None]()
-        file.write_text("[]")
+    def __init__(self, file: Path, usual: dict[str, float]) -> None:
+        self.file, self.usual = file, usual
+        self.failed, self.seconds = dict[str, None](), dict[str, float]()
+        self._write()
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
-        before = signal.signal(signal.SIGALRM, _give_up)
-        signal.alarm(LONGEST)
-        try:
-            return (yield)
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+    def pytest_runtest_setup(self, item: Any) -> Generator[None, Any, Any]:
+        return (yield from self._limited(item.nodeid))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: Any) -> Generator[None, Any, Any]:
+        return (yield from self._limited(item.nodeid))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = round(self.seconds.get(report.nodeid, 0.0) + report.duration, 2)
         self._add(report)
 
     def pytest_collectreport(self, report: Any) -> None:
         self._add(report)
 
+    def pytest_sessionfinish(self) -> None:
+        self._write()
+
+    def _limited(self, name: str) -> Generator[None, Any, Any]:
+        limit = SPARE + TIMES * self.usual[name] if name in self.usual else LONGEST
+        before = signal.signal(signal.SIGALRM, partial(_give_up, limit))
+        signal.setitimer(signal.ITIMER_REAL, limit, SPARE)  # again, should a test not let itself be ended
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
     def _add(self, report: Any) -> None:
         if report.failed:
-            self.names[report.nodeid] = None
-            self.file.write_text(json.dumps(list(self.names)))
+            self.failed[report.nodeid] = None
+            self._write()
+
+    def _write(self) -> None:
+        self.file.write_text(json.dumps({"failed": list(self.failed), "seconds": self.seconds}))
 
 
-def _give_up(*_: Any) -> None:
-    raise TimeoutError(f"more than {LONGEST} s")
+def _give_up(limit: float, *_: Any) -> None:
+    """End a test that does not end, and the processes that it waits for: the next would get them from the pool."""
+    for process in _descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
+    pytest.fail(f"it took more than {limit:.0f} s")  # no Exception, which the code under test may handle
+
+
+def _descendants(process: int) -> list[int]:
+    try:
+        children = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*children, *(each for child in children for each in _descendants(child))]
 
 
 def _tests(request: dict[str, Any]) -> int:
@@ -126,7 +153,7 @@ def _tests(request: dict[str, Any]) -> int:
     gloo.START = "fork"
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-W", "ignore", "-m", "not slow"]
     options += [] if request["all"] else ["-x"]
-    return int(pytest.main([*options, *request["paths"]], plugins=[Failures(Path(request["failures"]))]))
+    return int(pytest.main([*options, *request["paths"]], plugins=[Found(Path(request["found"]), request["usual"])]))
 
 
 def _quickstart(request: dict[str, Any]) -> int:

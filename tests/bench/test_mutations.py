@@ -2,8 +2,11 @@
 
 import ast
 import contextlib
-import math
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as path:  # bench is no installed package
     path.syspath_prepend(str(ROOT))
-    from bench.mutation_parts.copies import Outcome
+    from bench.mutation_parts.copies import Outcome, Place, changed
     from bench.mutation_parts.known import KNOWN
     from bench.mutation_parts.near import in_order, module_of
     from bench.mutation_parts.operators import Mutant, mutants
     from bench.mutation_parts.page import REASONS, page
-    from bench.mutations import SOURCES, Judged, Verdict, _judge_again, drawn, package_of, together
+    from bench.mutation_parts.together import together
+    from bench.mutation_parts.verdicts import Judged, Verdict
+    from bench.mutations import SOURCES, _judge_again, drawn, package_of
 
 TEXT = '''
 """A text with - signs, 3 numbers and max(1, 2) in words."""
@@ -34,7 +39,7 @@ def mean(x: "list[1]", *, least: int = 3, group: Any = None) -> float:
 '''
 
 
-def changed() -> dict[str, set[str]]:
+def faults() -> dict[str, set[str]]:
     """By kind, the lines that faults make of TEXT's."""
     found: dict[str, set[str]] = {}
     for mutant in mutants("x.py", TEXT):
@@ -46,7 +51,7 @@ def changed() -> dict[str, set[str]]:
 
 
 def test_faults_are_those_that_programmers_make() -> None:
-    found = changed()
+    found = faults()
     assert {"return cached if x in kept else (total)", "kept[x] = (0.5 * x.sum(dim=1) - bias)"} == found["sign"]
     assert "kept[x] = (0.5 * x.sum(dim=1)) + bias" not in found["dropped term"]
     assert {"kept[x] = (0.5 * x.sum(dim=1))", "kept[x] = (0.5) + bias"} <= found["dropped term"]
@@ -62,6 +67,7 @@ def test_faults_are_those_that_programmers_make() -> None:
 def test_text_and_types_are_no_code() -> None:
     lines = {mutant.line for mutant in mutants("x.py", TEXT)}
     assert not lines & {2, 3, 7} and all('"""' not in mutant.old for mutant in mutants("x.py", TEXT))
+    assert "torch.context" not in str([*mutants("x.py", "torch.tensor(1) + mesh.tensor")])
     assert all(mutant.kind == "swallowed error" for mutant in mutants("x.py", TEXT) if "raise" in mutant.old)
 
 
@@ -119,6 +125,9 @@ def test_the_page_counts_and_names_what_survived(monkeypatch: pytest.MonkeyPatch
     assert "- a.py:4 sign: `-w` became `w`. Nothing changes: w is 0." in text
 
 
+ABOUT = {"seed": 1, "minutes": 0.0, "commit": "c"}
+
+
 class Tests:
     """A checkout with tests that look at one word of a.py each."""
 
@@ -130,9 +139,9 @@ class Tests:
         return self.files[file]
 
     @contextlib.contextmanager
-    def planted(self, texts: dict[str, str]) -> Iterator[None]:
+    def planted(self, places: Iterable[Place]) -> Iterator[None]:
         before = self.files
-        self.files = before | texts
+        self.files = before | changed(self.text, places)
         yield
         self.files = before
 
@@ -145,32 +154,78 @@ class Tests:
 
 def test_faults_planted_at_once_are_judged_alone_by_the_tests_that_failed(tmp_path: Path) -> None:
     copy = Tests({"t1": "one", "t2": "two", "t3": " "})
-    judged = Judged(tmp_path / "out.json", {"seed": 1, "minutes": 0.0})
+    judged = Judged(tmp_path / "out.json", ABOUT)
     for number, (start, old, new) in enumerate(
         [(0, "one", "ONE"), (8, "three", "THREE"), (4, "two", "TWO"), (4, "two th", "2")]
     ):
         judged.add(f"{number}", Verdict(f"{number}", "lsys", old, new, "open", "", 9.0, (("a.py", start, old, new),)))
-    together(copy, ["0", "1", "2", "3"], judged, deadline=math.inf)  # type: ignore[arg-type]
+    together([copy], ["0", "1", "2", "3"], judged)  # type: ignore[list-item]
     verdicts = [judged.verdicts[f"{number}"] for number in range(4)]
     assert [(each.outcome, each.by) for each in verdicts] == [
         ("caught", "t1"), ("survived", ""), ("caught", "t2"), ("caught", "t2"),
     ]  # fmt: skip
-    # All tests with the first three; by the two that failed the first and third, and then each of these; the second alone; then the fourth,
-    # which overlaps others.
-    assert copy.runs == [3, 2, 2, 2, 2, 3]
+    # All tests with the first three; by the two that failed the first and third, the second alone, and then each of those; then the fourth,
+    # which overlaps others, by all, and by what failed.
+    assert copy.runs == [3, 2, 2, 2, 2, 3, 1]
     assert copy.files == {"a.py": "one two three"}
-    again = Judged(tmp_path / "out.json", {"seed": 1, "minutes": 0.0})
-    assert again.verdicts == judged.verdicts
+    again = Judged(tmp_path / "out.json", ABOUT)
+    assert again.verdicts == judged.verdicts and again.about == ABOUT | {"again": []}
+    assert Judged(tmp_path / "out.json", ABOUT | {"commit": "d"}).about == ABOUT | {"again": ["d"]}
 
 
 def test_survivors_are_judged_again_where_they_have_moved(tmp_path: Path) -> None:
-    copy, judged = Tests({"t1": "two"}), Judged(tmp_path / "out.json", {"seed": 1, "minutes": 0.0})
-    copy.files = {"a.py": "two one and then two"}
+    copy, judged = Tests({"t1": "two"}), Judged(tmp_path / "out.json", ABOUT)
+    copy.files = {"a.py": "two one and then a two"}
     for name, old in (("x", "two"), ("y", "one")):
         judged.add(name, Verdict(name, "lsys", old, "-", "survived", "", 9.0, (("a.py", 12, old, "-"),)))
         _judge_again(copy, name, judged)  # type: ignore[arg-type]
-    assert judged.verdicts["x"].changes == (("a.py", 12, "two", "-"),)  # of two places the one nearest to where it was
-    assert judged.verdicts["x"].outcome == judged.verdicts["y"].outcome == "survived"
+    assert judged.verdicts["x"].changes == (("a.py", 19, "two", "-"),)  # of two places the one nearest to where it was
+    assert judged.of("open") == ["x", "y"]
     copy.files = {"a.py": "now here is two"}
     _judge_again(copy, "x", judged)  # type: ignore[arg-type]
     assert judged.verdicts["x"].outcome == "caught" and judged.verdicts["x"].changes == (("a.py", 12, "two", "-"),)
+    assert judged.verdicts["x"].by == "t1"
+
+
+HANGS = """
+import os, subprocess, sys, time
+
+def test_hangs():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with open("child", "w") as file:
+        print(child.pid, file=file)
+    try:
+        time.sleep(600)
+    except Exception:
+        time.sleep(600)
+
+def test_passes():
+    assert os.getcwd()
+
+def test_fails():
+    assert not os.getcwd()
+"""
+
+
+RUN = """
+import sys
+from pathlib import Path
+import pytest
+from bench.mutation_parts import server
+
+server.SPARE = 2.0
+found = server.Found(Path("found.json"), {"test_some.py::test_hangs": 0.1})
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", ".", "test_some.py"], plugins=[found]))
+"""
+
+
+def test_a_test_that_does_not_end_is_ended_with_its_processes(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(HANGS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1, run.stdout + run.stderr
+    told = json.loads((tmp_path / "found.json").read_text())
+    assert told["failed"] == ["test_some.py::test_hangs", "test_some.py::test_fails"]
+    assert list(told["seconds"]) == [f"test_some.py::test_{name}" for name in ("hangs", "passes", "fails")]
+    state = Path("/proc") / (tmp_path / "child").read_text().strip() / "stat"
+    assert not state.exists() or ") Z " in state.read_text()
