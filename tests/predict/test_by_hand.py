@@ -27,13 +27,19 @@ PAIRS = 16 * 17 // 2
 
 
 def deployed(
-    ranks: int = 1, pattern: str = "SL", groups: int = 1, recompute: str = "none", **parallel: Any
+    ranks: int = 1,
+    pattern: str = "SL",
+    groups: int = 1,
+    recompute: str = "none",
+    optimizer: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> Deployment:
     model = dict(
         pattern=pattern, layers=2, hidden=8, heads=2, groups=groups, head_dim=4, ffn=12, vocab=32, vocab_multiple=32
     )
     train = dict(folder="x", steps=5, batch_tokens=2 * T, micro_batch_tokens=T, recompute=recompute)
     tree = {"model": model, "parallel": parallel, "data": {"corpora": [{"path": "a"}]}, "train": train}
+    tree["optimizer"] = optimizer or {}
     return Deployment(Config.model_validate(tree), ranks, ranks_per_node=2, gpu=True)
 
 
@@ -154,6 +160,14 @@ def moved(ranks: int, axis: str, groups: int = 1, **parallel: Any) -> dict[str, 
 def test_data_ranks_move_gradients_and_parameters() -> None:
     """Of 1,920 elements half of the gradients' fp32 sums and half of the parameters; sums of 4 bytes, and three of 8."""
     assert moved(2, "data") == dict.fromkeys("01", 4 * 1920 // 2 + 2 * 1920 // 2 + 4 + 3 * 8)
+
+
+def test_replicas_ask_each_other_whether_gradients_are_finite() -> None:
+    """With the plain optimizer, once a step, in 8 bytes; a rank without a replica asks nobody."""
+    for distributed, ranks, asks in ((False, 1, 0), (False, 2, 1), (True, 2, 0)):
+        deployment = deployed(ranks, optimizer={"distributed": distributed})
+        found = [each for each in StepTraffic(deployment).operations(0) if each.axis == "data"]
+        assert [each.operation.bytes for each in found].count(8) == asks
 
 
 def test_context_ranks_move_keys_values_and_states() -> None:

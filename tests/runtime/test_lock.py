@@ -169,3 +169,23 @@ def test_a_sleeper_that_lost_the_folder_finds_out(tmp_path: Path) -> None:
 def test_a_lock_that_says_nothing_has_no_holder(tmp_path: Path, damage: str) -> None:
     (path := tmp_path / "00000001.json").write_text(damage)
     assert Holder.read(path) is None
+
+
+def test_a_sign_of_life_at_the_last_moment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes between the last look and the end: what is found then is compared, too, also for the holder's own job."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-a")
+    (tmp_path / "lock").mkdir()
+    holder = tmp_path / "lock" / "00000001.json"
+    holder.write_text(Holder.here().to_text())
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.2
+        os.utime(holder, ns=(0, int(1e9 * (1 + now[0]))))  # it is alive
+        return now[0]
+
+    monkeypatch.setattr(Holder, "has_ended", lambda self: False)
+    monkeypatch.setattr("lsys.runtime.lock.time.monotonic", clock)
+    monkeypatch.setattr("lsys.runtime.lock.time.sleep", lambda seconds: None)
+    with pytest.raises(LockError, match=f"in use by process {os.getpid()}"):
+        lock(tmp_path, quiet=0.5).__enter__()
