@@ -19,9 +19,6 @@ from typing import Any
 
 TESTS = Path(__file__).parent
 
-# How workers are made. A process that has loaded torch and Megatron but no lsys may set "fork": its workers then begin with what it has.
-START = "forkserver"
-
 # Groups that something still refers to keep gloo's threads, which wake many times a second: thousands of them would
 # take all cores. A worker that has collected so many is replaced.
 MOST_THREADS = 64
@@ -39,9 +36,8 @@ class Worker:
     def __init__(self) -> None:
         import gloo_worker
 
-        context: Any = multiprocessing.get_context(START)
-        if START == "forkserver":
-            _start_server(context)
+        context: Any = multiprocessing.get_context("forkserver")
+        start_server(context)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=gloo_worker.serve, args=(theirs,))  # a daemon could have no children
         self.process.start()
@@ -132,7 +128,7 @@ def _end_groups(workers: list[Worker], timeout: float) -> list[str]:
     return failures
 
 
-def _start_server(context: Any) -> None:
+def start_server(context: Any) -> None:
     """Start the server that workers are forked from, unless it runs. It imports gloo_worker, and so the slow packages."""
     context.set_forkserver_preload(["gloo_worker"])
     before = os.environ.get("PYTHONPATH")

@@ -6,6 +6,7 @@ changes between requests; lsys is imported anew in each fork.
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -23,6 +25,7 @@ from lsys.launch.worker import end_with_parent
 PRELOADED = ("lsys", "gloo", "gloo_worker", "support", "conftest")
 LONGEST = 180.0  # s that a test of unknown length may take, well above all of them; with a fault it may go on for ever
 SPARE, TIMES = 30.0, 5.0  # s, and times its usual length, that another may take
+POOLS = set[int]()  # the process that the ranks of tests are forked from, once there is one
 KEPT = "lsys.runtime.megatron"  # its import hook stands in front of Megatron, which is loaded
 
 
@@ -133,7 +136,7 @@ class Found:
 
 def _give_up(limit: float, *_: Any) -> None:
     """End a test that does not end, and the processes that it waits for: the next would get them from the pool."""
-    for process in _descendants(os.getpid()):
+    for process in {*_descendants(os.getpid())} - POOLS:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
     pytest.fail(f"it took more than {limit:.0f} s")  # no Exception, which the code under test may handle
@@ -147,10 +150,30 @@ def _descendants(process: int) -> list[int]:
     return [*children, *(each for child in children for each in _descendants(child))]
 
 
-def _tests(request: dict[str, Any]) -> int:
+def _fork_the_pool() -> None:
+    """Start the pool's server of forks as a fork of this process: what it imports is there already. Later, when tests have run, threads of
+    theirs would be missing in forks, and backward passes wait for these for ever."""
     import gloo
 
-    gloo.START = "fork"
+    def fork(path: str, arguments: list[str], passed: list[int]) -> int:
+        child = os.fork()
+        if not child:
+            try:
+                for handle in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
+                    with contextlib.suppress(OSError):
+                        os.close(handle)
+                exec(arguments[-1], {})  # what `python -c` would be given
+            finally:
+                os._exit(1)
+        POOLS.add(child)
+        return child
+
+    with mock.patch("multiprocessing.util.spawnv_passfds", fork):
+        gloo.start_server(multiprocessing.get_context("forkserver"))
+
+
+def _tests(request: dict[str, Any]) -> int:
+    _fork_the_pool()
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-W", "ignore", "-m", "not slow"]
     options += [] if request["all"] else ["-x"]
     return int(pytest.main([*options, *request["paths"]], plugins=[Found(Path(request["found"]), request["usual"])]))
