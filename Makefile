@@ -21,7 +21,7 @@ $(CORPUS).json: | $(BIN)/.installed
 train: $(BIN)/.installed $(CORPUS).json
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m lsys train configs/quickstart.yaml
 
-# Of the tests that take many ranks or long, test takes a sixth of the cases, the next one at each commit, so that six take all; test-all takes all, test-fast none.
+# Of the tests that take many ranks or long, test takes a quarter of the cases, the next one at each commit, so that four take all; test-all takes all, test-fast none.
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest --slow sample
 

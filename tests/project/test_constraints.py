@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,27 +71,17 @@ def requirements(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def resolutions(requirements: Path) -> dict[str, "Future[subprocess.CompletedProcess[str]]"]:
-    """By version of the interpreters that are found, pip's answers, asked for at the same time."""
-    found = {version: path for version in VERSIONS if (path := interpreter(version))}
-    with ThreadPoolExecutor() as pool:
-        constraints, folder = ROOT / "constraints.txt", requirements.parent
-        return {
-            v: pool.submit(resolve, path, requirements, constraints, folder / f"{v}.json") for v, path in found.items()
-        }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_constraints_hold_with_the_public_index_alone(version: str, requirements: Path, resolutions: dict) -> None:
-    if version not in resolutions:
+def test_constraints_hold_with_the_public_index_alone(version: str, requirements: Path) -> None:
+    if (python := interpreter(version)) is None:
         pytest.skip(f"no Python {version} is found")
-    done = resolutions[version].result()
+    report = requirements.parent / f"{version}.json"
+    done = resolve(python, requirements, ROOT / "constraints.txt", report)
     if done.returncode and UNREACHABLE.search(done.stdout + done.stderr):
         pytest.skip("no package index can be reached")
     assert not done.returncode, done.stderr[-3000:]
-    installed = json.loads((requirements.parent / f"{version}.json").read_text())["install"]
+    installed = json.loads(report.read_text())["install"]
     chosen = {plain(each["metadata"]["name"]): each["metadata"]["version"] for each in installed}
     assert {"torch", "megatron-core", "triton"} <= chosen.keys()
     pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
