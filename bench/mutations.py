@@ -43,10 +43,9 @@ from bench.mutation_parts.verdicts import Judged, Verdict
 SOURCES = ("lsys", "kernels", "parallel", "launch")
 STEP_SECONDS = 120  # that the first step of the quickstart may take
 NEAR_SECONDS = 60  # of the nearest tests
-WHOLE_SECONDS = 1500  # that all tests take, on two cores
-Task = (
-    Known | Iterator[Mutant] | str
-)  # a known fault, those of a package in their order, or the key of one that was judged before
+WHOLE_SECONDS = 1500  # that all tests and halves of faults take, on two cores
+# A known fault, those of a package in their order, or the key of one that was judged before.
+Task = Known | Iterator[Mutant] | str
 
 
 def package_of(file: str) -> str:
@@ -176,10 +175,10 @@ def _near(copy: Copy, name: str, group: str, places: tuple[Place, ...], *, has_t
     return Verdict(name, group, old, new, "caught" if found.notices else "open", found.by, found.seconds, places)
 
 
-def usual(copies: Sequence[Copy], file: Path) -> dict[str, float]:
-    """Seconds of each test without a fault, by name, kept in a file; SystemExit where one fails."""
-    if file.is_file():
-        return dict(json.loads(file.read_text()))
+def usual(copies: Sequence[Copy], file: Path, commit: str) -> dict[str, float]:
+    """Seconds of each test without a fault, by name, kept in a file for the commit; SystemExit where one fails."""
+    if file.is_file() and (tree := json.loads(file.read_text()))["commit"] == commit:
+        return dict(tree["seconds"])
     tests, seconds = in_order(copies[0].folder, "lsys/train/engine.py"), dict[str, float]()
     if not copies[0].first_step(STEP_SECONDS).passed:
         raise SystemExit(f"without a fault: {copies[0].log.read_text()[-2000:]}")
@@ -192,7 +191,7 @@ def usual(copies: Sequence[Copy], file: Path) -> dict[str, float]:
 
     _in_threads(copies, run)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(seconds))
+    file.write_text(json.dumps({"commit": commit, "seconds": seconds}))
     print(f"without a fault all {len(seconds)} tests pass, in {sum(seconds.values()):.0f} s", flush=True)
     return seconds
 
@@ -217,7 +216,7 @@ def main() -> int:
     if subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip():
         print("what is not committed is not in the copies", file=sys.stderr)
     about = {"seed": options.seed, "count": options.count, "commit": commit.stdout.strip(), "minutes": 0.0}
-    judged = Judged(options.out, about | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"})
+    judged = Judged(options.out, about | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}, options.again)
     begun = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="mutations-"))
     copies: list[Copy] = []
@@ -225,7 +224,7 @@ def main() -> int:
         for index in range(options.jobs):
             (folder / str(index)).mkdir()
             copies.append(Copy(folder / str(index)))
-        seconds = usual(copies, options.out.with_suffix(".seconds.json"))
+        seconds = usual(copies, options.out.with_suffix(".seconds.json"), about["commit"])
         for copy in copies:
             copy.usual = seconds
         queue, deadline = tasks(options, judged), begun + 60 * options.minutes

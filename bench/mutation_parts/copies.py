@@ -14,6 +14,7 @@ from bench.common.tree import ROOT
 
 Place = tuple[str, int, str, str]  # of a fault: file, offset in its text, old, new
 NO_TESTS = 5  # pytest's exit code where it selected none
+UNKNOWN = 4  # where there is no test of a name, say because a fault had named it
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ class Copy:
 
     def tests(self, paths: Sequence[str], limit: float, *, to_the_end: bool = False) -> Outcome:
         """Test files, or single tests, up to the first that fails, or all of them `to_the_end`."""
+        found = self._tests(paths, limit, to_the_end)
+        if found.code == UNKNOWN:
+            found = self._tests([*dict.fromkeys(path.partition("::")[0] for path in paths)], limit, to_the_end)
+        return found
+
+    def _tests(self, paths: Sequence[str], limit: float, to_the_end: bool) -> Outcome:
         self.found.unlink(missing_ok=True)
         about = {"paths": list(paths), "all": to_the_end, "found": str(self.found), "usual": self.usual}
         answer = self._ask("tests", limit, **about)

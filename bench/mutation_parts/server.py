@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from functools import partial
+from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,8 +25,11 @@ from lsys.launch.worker import end_with_parent
 
 PRELOADED = ("lsys", "gloo", "gloo_worker", "support", "conftest")
 LONGEST = 180.0  # s that a test of unknown length may take, well above all of them; with a fault it may go on for ever
-SPARE, TIMES = 30.0, 5.0  # s, and times its usual length, that another may take
-POOLS = set[int]()  # the process that the ranks of tests are forked from, once there is one
+# s, and times its usual length, that another may take: it may be the first now to make what tests share.
+SPARE, TIMES = 60.0, 5.0
+POOLS = set[
+    int
+]()  # the process that the ranks of tests are forked from and its tracker of resources, once they are there
 KEPT = "lsys.runtime.megatron"  # its import hook stands in front of Megatron, which is loaded
 
 
@@ -105,6 +109,10 @@ class Found:
     def pytest_runtest_call(self, item: Any) -> Generator[None, Any, Any]:
         return (yield from self._limited(item.nodeid))
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: Any) -> Generator[None, Any, Any]:
+        return (yield from self._limited(item.nodeid))
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] = round(self.seconds.get(report.nodeid, 0.0) + report.duration, 2)
         self._add(report)
@@ -135,7 +143,7 @@ class Found:
 
 
 def _give_up(limit: float, *_: Any) -> None:
-    """End a test that does not end, and the processes that it waits for: the next would get them from the pool."""
+    """End a test that does not end, and all processes that tests started: the next would get those that hang."""
     for process in {*_descendants(os.getpid())} - POOLS:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
@@ -144,7 +152,8 @@ def _give_up(limit: float, *_: Any) -> None:
 
 def _descendants(process: int) -> list[int]:
     try:
-        children = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        tasks = Path(f"/proc/{process}/task").glob("*/children")  # of each thread
+        children = [int(word) for task in tasks for word in task.read_text().split()]
     except OSError:
         return []
     return [*children, *(each for child in children for each in _descendants(child))]
@@ -155,10 +164,15 @@ def _fork_the_pool() -> None:
     theirs would be missing in forks, and backward passes wait for these for ever."""
     import gloo
 
+    spawn = util.spawnv_passfds
+
     def fork(path: str, arguments: list[str], passed: list[int]) -> int:
         child = os.fork()
         if not child:
             try:
+                # As in a process that was started: a server of forks of its own may be wanted, and is not being made.
+                util.spawnv_passfds = spawn  # type: ignore[attr-defined]
+                forkserver._forkserver.__init__()  # type: ignore[misc]
                 for handle in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
                     with contextlib.suppress(OSError):
                         os.close(handle)
@@ -175,7 +189,7 @@ def _fork_the_pool() -> None:
 def _tests(request: dict[str, Any]) -> int:
     _fork_the_pool()
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-W", "ignore", "-m", "not slow"]
-    options += [] if request["all"] else ["-x"]
+    options += ["--continue-on-collection-errors"] if request["all"] else ["-x"]
     return int(pytest.main([*options, *request["paths"]], plugins=[Found(Path(request["found"]), request["usual"])]))
 
 

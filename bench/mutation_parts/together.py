@@ -16,8 +16,16 @@ Part = tuple[list[str], Sequence[str]]  # keys of faults, and the tests to judge
 
 def together(copies: Sequence[Copy], keys: list[str], judged: Judged) -> None:
     """Judge what the nearest tests passed, by all, run to the end with all faults planted at once. What fails then is what can notice one of them:
-    by these tests halves are judged, and halves of those in which one fails. A fault that another hides counts as a survivor.
+    by these tests halves are judged, and halves of those in which one fails. Another fault may have hidden one that survives, or have made more tests
+    of a file fail than are judges: survivors are planted at once again, until of a round nothing is caught.
     """
+    while keys:
+        _round(copies, keys, judged)
+        left = [key for key in keys if judged.verdicts[key].outcome == "survived"]
+        keys = left if len(left) < len(keys) else []
+
+
+def _round(copies: Sequence[Copy], keys: list[str], judged: Judged) -> None:
     while keys:
         now, later, used = list[str](), list[str](), list[Place]()
         for key in keys:
@@ -30,7 +38,7 @@ def together(copies: Sequence[Copy], keys: list[str], judged: Judged) -> None:
 
 
 def _by_all(copies: Sequence[Copy], keys: list[str], judged: Judged) -> list[Part]:
-    """Run all tests, divided over the copies, with all these faults planted."""
+    """The parts to judge, by a run of all tests, divided over the copies, with all these faults planted."""
     places = [place for key in keys for place in judged.verdicts[key].changes]
     tests = in_order(copies[0].folder, places[0][0])
     parts = [tests[index :: len(copies)] for index in range(len(copies))]
@@ -63,7 +71,8 @@ def _halve(copies: Sequence[Copy], todo: list[Part], judged: Judged) -> None:
         if len(keys) > 1:
             print(f"{len(keys)} at once: {len(found.failed)} of {len(tests)} fail, {found.seconds:.0f} s", flush=True)
             return _parts(keys, found.failed if found.has_ended else tests, judged)
-        _tell(keys[0], "caught" if found.notices else "survived", found.by, found.seconds, judged)
+        outcome = "caught" if found.notices else "survived" if found.has_ended else "open"
+        _tell(keys[0], outcome, found.by, found.seconds, judged)
         return []
 
     with ThreadPoolExecutor(len(copies)) as threads:

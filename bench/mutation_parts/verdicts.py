@@ -25,19 +25,22 @@ class Verdict:
 
 
 class Judged:
-    """Verdicts by key, on disk after each."""
+    """Verdicts by key, on disk after each.
 
-    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+    Args:
+        about: seed, commit and more, for the page; of verdicts that are there already what is said of them stays.
+        again: whether what no test caught is judged anew, at the commit of `about`.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any], again: bool = False) -> None:
         self.out, self.about, self.lock = out, about, threading.Lock()
         self.verdicts: dict[str, Verdict] = {}
         if out.is_file():
             found = self.read(out)
             if found.about["seed"] != about["seed"]:
                 raise SystemExit(f"{out} is of seed {found.about['seed']}, not {about['seed']}: take another --out")
-            again = [*found.about.get("again", []), about["commit"]]
-            self.about = found.about | {
-                "again": [each for each in dict.fromkeys(again) if each != found.about["commit"]]
-            }
+            commits = [*found.about.get("again", []), *([about["commit"]] if again else [])]
+            self.about = found.about | {"again": list(dict.fromkeys(commits))}
             self.verdicts = found.verdicts
 
     @classmethod

@@ -26,13 +26,18 @@ class Interpreter:
     """
 
     def __init__(self) -> None:
+        self.process = self._started()
+
+    def _started(self) -> "subprocess.Popen[bytes]":
         path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", "from support.interpreter import serve; serve()"]
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
         source = sys.modules[fn.__module__].__file__
+        if self.process.poll() is not None:  # it ended in another test
+            self.process = self._started()
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             pickle.dump((source, fn.__module__, fn.__qualname__, pickle.dumps(args)), self.process.stdin)
