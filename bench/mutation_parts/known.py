@@ -48,14 +48,14 @@ TOGETHER = (
     _one("the CPU's peak halved", "lsys/observe/hardware.py", "return 2 * size**3 / best", "return size**3 / best"),
     _one("no clipping", ENGINE, "clip_grad=options.clip,", "clip_grad=0.0,"),
     _one("beta2 is beta1", ENGINE, "adam_beta2=options.beta2,", "adam_beta2=options.beta1,"),
-    _one("no weight decay", ENGINE, "weight_decay=options.weight_decay,", "weight_decay=0.0,"),
+    _one("no weight decay", ENGINE, "end_wd=options.weight_decay,", "end_wd=0.0,"),
     _one("no warm-up", ENGINE, "lr_warmup_steps=options.warmup_steps,", "lr_warmup_steps=0,"),
     _one("the decay twice as long", ENGINE, "lr_decay_steps=steps,", "lr_decay_steps=2 * steps,"),
     _one(
         "no least learning rate",
         ENGINE,
-        "max_lr=options.lr,\n        min_lr=options.min_lr,",
-        "max_lr=options.lr,\n        min_lr=0.0,",
+        "min_lr=options.min_lr,\n        weight_decay",
+        "min_lr=0.0,\n        weight_decay",
     ),
 )
 
@@ -89,8 +89,8 @@ KNOWN: tuple[Known, ...] = (
     _one(
         "the ring sends one token too far",
         "parallel/attention/ring.py",
-        "parts.begin, keys.end + reach)",
-        "parts.begin, keys.end + reach + 1)",
+        "mask.reach(), layout.ranks",
+        "mask.reach() and mask.reach() + 1, layout.ranks",
     ),
     _one(
         "gradients summed in bf16",
