@@ -141,5 +141,6 @@ def test_wrong_options_are_refused_together(tmp_path: Path) -> None:
         check(GenerateOptions(tmp_path, "", tokens=0, temperature=-1.0, top_p=0.0))
     for part in ("--prompt is empty", "--tokens is 0", "--temperature is -1.0", "--top-p is 0.0"):
         assert part in str(caught.value)
+    check(GenerateOptions(tmp_path, "a", tokens=1, temperature=0.0, top_p=1.0))  # the least and the most that will do
     with pytest.raises(CheckpointError, match="is no checkpoint, and no run's folder with a whole one"):
         find_checkpoint(tmp_path)

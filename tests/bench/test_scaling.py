@@ -40,6 +40,13 @@ def test_the_schedule_of_a_long_run_does_not_stand_in_the_way():
     assert load(LARGE, point.overrides, lambda each: check(each, 512)).optimizer.decay_steps is None
 
 
+def test_warm_up_ends_within_the_steps_of_a_point():
+    config = load(QUICKSTART, [Override(("optimizer", "warmup_steps"), "4")])
+    for steps, warm_up in ((12, "4"), (3, "2")):
+        (point,) = points(config, ScalingOptions(QUICKSTART, ranks="1", steps=steps))
+        assert changed(point)["optimizer.warmup_steps"] == warm_up
+
+
 def test_strong_scaling_leaves_the_step_as_it_is():
     config = load(QUICKSTART)
     _, second = points(config, ScalingOptions(QUICKSTART, ranks="1,2", axis="data", scaling="strong"))
@@ -94,7 +101,8 @@ def test_the_picture_of_a_sweep_shows_all_of_it_in_the_colours_of_a_run(tmp_path
     plots: list[Any] = stack.canvas(8, 4, plots=2)[1]
     left, right = plots
     scaling_report._efficiency(left, summary)
-    assert left.get_ylim()[1] > 136
+    assert left.get_ylim()[1] == pytest.approx(1.1 * 136)
+    assert left.get_xlabel() == "ranks" and left.get_ylabel() == "FLOP/s of a rank, % of the first point's"
     scaling_report._waterfalls(right, summary["points"])
     pieces = [(bar.get_x(), bar.get_y(), bar.get_height(), to_hex(bar.get_facecolor())) for bar in right.patches]
     assert [(y, height, paint) for x, y, height, paint in pieces if x > 0 and height] == [

@@ -1,5 +1,6 @@
 """What is on the disk: whole checkpoints only, as many as asked, and what was there before when writing fails."""
 
+import errno
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import yaml
 from support import resuming
 
 from lsys.checkpoint import CheckpointError, Checkpoints, Cursor, Manifest
-from lsys.checkpoint.manifest import FileRecord, _digest
+from lsys.checkpoint.manifest import FileRecord, UnreadableError, _digest
 from lsys.runtime.lock import LockError, LostError
 
 
@@ -304,3 +305,31 @@ def loses_its_folder(rank: int, world_size: int, folder: Path, when: str) -> lis
 def test_a_run_that_lost_its_folder_commits_and_removes_nothing(gloo: Any, tmp_path: Path, when: str) -> None:
     left = gloo(2, loses_its_folder, tmp_path, when)[0]
     assert left == (["step-00000010"] if when == "before" else ["step-00000010", "step-00000020.partial"])
+
+
+def test_a_manifest_is_on_the_disk_before_its_folder_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power failure would leave out is asked for by fsync, after the last byte."""
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((handle, os.fstat(handle).st_size)))
+    manifest = Manifest(Cursor(10, 1, ""), 1, 2, {}, {}, {"__1_0.distcp": FileRecord(1, "00")})
+    manifest.write(tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert [size for _, size in synced] == [file.stat().st_size]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.EIO, CheckpointError), (errno.EACCES, UnreadableError)])
+def test_a_bad_sector_is_damage_and_a_file_that_may_not_be_read_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
+) -> None:
+    """The first makes the checkpoint a damaged one, whose predecessor is used; the second ends the run: nothing is known of the bytes."""
+
+    def hashed(path: Path) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr("lsys.checkpoint.manifest._hashed", hashed)
+    manifest = Manifest(Cursor(10, 1, ""), 1, 2, {}, {}, {"__1_0.distcp": FileRecord(1, "00")})
+    with pytest.raises(kind, match=os.strerror(code)) as caught:
+        manifest.verify(tmp_path, manifest.files)
+    assert type(caught.value) is kind

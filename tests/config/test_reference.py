@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from lsys.config.load import load
 from lsys.config.notices import notices
-from lsys.config.reference import reference
+from lsys.config.reference import main, reference
 from lsys.config.rules import check
 from lsys.config.schema import Config
 
@@ -17,6 +17,13 @@ ROOT = Path(__file__).parents[2]
 def test_the_reference_is_up_to_date() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert text == reference(), "run: python -m lsys.config.reference docs/configuration.md"
+
+
+def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(tmp_path / "configuration.md")])
+    assert (tmp_path / "configuration.md").read_text() == reference() and not capsys.readouterr().out
+    main([])
+    assert capsys.readouterr().out == reference()
 
 
 def test_the_reference_has_every_key() -> None:

@@ -131,7 +131,11 @@ def test_what_is_left_out_or_replaced_is_counted(tmp_path: Path, capsys: pytest.
     sources = tmp_path / "a.jsonl", tmp_path / "b.txt"
     skipped = make(tmp_path / "skip", *sources, empty="skip", invalid_utf8="skip").skipped
     assert texts(tmp_path / "skip") == ["a"] and skipped == {"empty": 1, "not UTF-8": 3}
-    assert "left out: 1 empty; left out: 3 not UTF-8" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "left out: 1 empty; left out: 3 not UTF-8" in told
+    assert f"{tmp_path / 'a.jsonl'}: 1 documents, 2 tokens" in told  # of each, where there are several
+    make(tmp_path / "one", tmp_path / "a.jsonl", empty="skip", invalid_utf8="skip")
+    assert "a.jsonl: " not in capsys.readouterr().out
     make(tmp_path / "replace", *sources, empty="skip", invalid_utf8="replace")
     assert texts(tmp_path / "replace") == ["a", "b\ufffd", "c\ufffd", "d\ufffde"]
 

@@ -165,6 +165,13 @@ def test_a_slow_link_is_a_warning():
         assert len(judge(Meeting(reports), 3)) == told, rate
 
 
+def test_a_node_that_sent_to_nobody_is_not_called_slow():
+    reports = nodes()
+    reports[2].rates = {"0": "no answer in 30 s", "1": "no answer in 30 s"}
+    assert not [text for text in found(reports) if "MB/s at best" in text]
+    assert len([text for text in found(reports) if "could not send to" in text]) == 2
+
+
 def test_missing_nodes_are_named_where_that_can_be_known():
     reports = nodes(4)[:3]
     assert missing_nodes(reports, 4) == ["node 3"]

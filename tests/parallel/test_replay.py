@@ -202,6 +202,7 @@ def test_mismatches_are_told():
     assert "twice" in stuck([collective("barrier", 1)] * 2)
     assert "unknown" in stuck([message("recv", 0, 10, -1)], [])
     assert "over ranks (0, 5)" in stuck([collective("barrier", [0, 5])])
+    assert "over ranks (0, 1)" in stuck([collective("barrier", 2)])  # one more than there are
     assert "rank 1 computes for -1.0 s" in stuck([], [Compute(-1.0)])
     with pytest.raises(ReplayError, match="nodes names 1 ranks; there are 2 programs"):
         simulate(programs([], []), LINKS, nodes=[0])

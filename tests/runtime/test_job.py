@@ -26,6 +26,11 @@ def test_who_started_it(now: dict[str, str], before: dict[str, str], expected: b
     assert job_from_environment(now).is_restart_of(job_from_environment(before)) is expected
 
 
+def test_a_job_has_an_id_by_either_launcher() -> None:
+    found = [job_from_environment(variables).has_id for variables in (ONE, STEP, {}, {"TORCHELASTIC_RUN_ID": "none"})]
+    assert found == [True, True, False, False]
+
+
 def test_a_job_goes_through_json() -> None:
     job = Job("a", "7.0", 1, 2)
     assert Job.from_tree(job.to_tree()) == job
