@@ -131,7 +131,7 @@ class Found:
             return (yield)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.signal(signal.SIGALRM, before or signal.SIG_DFL)  # None: not set by Python
 
     def _add(self, report: Any) -> None:
         if report.failed:

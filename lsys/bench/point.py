@@ -28,8 +28,8 @@ class PointOptions:
     """How often the step is recorded for replay; the least time of each computation counts."""
 
 
-def main(words: list[str] | None = None) -> None:
-    options, overrides = parse(PointOptions, sys.argv[1:] if words is None else words, prog="lsys.bench.point")
+def main() -> None:
+    options, overrides = parse(PointOptions, sys.argv[1:], prog="lsys.bench.point")
     with open_run(load(options.config, overrides)) as run:
         run.train()
         if run.groups.device.type == "cpu" and options.replays:

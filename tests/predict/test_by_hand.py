@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lsys.config import Config
+from lsys.config.losses import LOSSES
 from lsys.mixers.card import Layer
 from lsys.parallel.links import NETWORK, NODE, Link
 from lsys.predict.activations import Activations
@@ -90,6 +91,13 @@ def test_the_peak_of_two_softmax_layers_is_at_the_logits() -> None:
     logits = T * (2 * 8 + 4) + 6 * T * 32  # the last norm; logits in bf16 and fp32
     peak = Activations(deployed(pattern="S")).peak(0)
     assert peak.held == {SOFTMAX: 2 * held} and peak.rest == first + tables + logits
+
+
+def test_a_loss_in_chunks_keeps_the_hidden_stream_twice_and_a_gradient_of_the_output_layer() -> None:
+    """Logits of 1,024 tokens, or of all that there are, in bf16 and fp32; a chunk's product in bf16 and the sum of all in fp32."""
+    for slots in (100, 5000):
+        found = LOSSES["chunked_cross_entropy"].workspace(slots, 8, 32, 2, 0.0)
+        assert found == 6 * min(slots, 1024) * 32 + (4 + 2) * 32 * 8 + 2 * 2 * slots * 8
 
 
 def test_weights_gradients_and_states() -> None:
