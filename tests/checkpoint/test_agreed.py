@@ -151,3 +151,21 @@ def test_a_rename_that_fails_is_told(tmp_path: Path) -> None:
         match="step-00000004 is damaged .it is short. and could not be renamed to step-00000004.damaged",
     ):
         _rename(tmp_path / "step-00000004", "it is short", lambda: None)
+
+
+def comes_back(rank: int, world_size: int, run: Path) -> str:
+    """What is chosen where the newest checkpoint is damaged and its name is taken by the same bytes again, as by a copy that goes on."""
+    from lsys.checkpoint import agreed
+
+    fresh(rank, run)
+    newest = run / "checkpoints" / "step-00000012"
+    if rank == 0:
+        folders.damage(newest, folders.FILES[0], "flip", random.Random(1), newest)
+    dist.barrier()
+    with mock.patch.object(agreed, "_rename", lambda path, damage, guard: f"{path} is renamed"):
+        return chosen(folders.settings(run))
+
+
+def test_a_damaged_checkpoint_that_comes_back_is_not_tried_for_ever(gloo: Any, tmp_path: Path) -> None:
+    for said in gloo(2, comes_back, tmp_path / "run", timeout=30):
+        assert "was found damaged and is there again under this name: " in said and said.endswith("; move it away")

@@ -321,3 +321,32 @@ def test_weights_are_the_stored_fp32_ones_bit_for_bit(gloo: Any, tmp_path: Path,
     numbers = sum(each.numel() for each in masters.values())
     if after.get("train__precision") == "bf16":
         assert sum(each["copies"] for each in found) >= numbers
+
+
+def unfit(rank: int, world_size: int) -> tuple[str, bool]:
+    """What beginning raises, where rank 1 alone finds that the checkpoint does not fit; and whether anything is loaded."""
+    from lsys.checkpoint import CheckpointError
+    from lsys.checkpoint.agreed import Chosen
+    from lsys.checkpoint.choice import Plan
+    from lsys.train import start
+
+    def fitting(*_: Any, **__: Any) -> None:
+        if rank == 1:
+            raise CheckpointError("it has 3 layers, this model 2")
+
+    chosen, loaded = Chosen(Plan(Path("runs/a/step-00000007")), mock.Mock()), mock.Mock()
+    changed: dict[str, Any] = {
+        "choose": lambda *_: chosen,
+        "fitting": fitting,
+        "load_verified": loaded,
+        "_resume_line": mock.Mock(),
+    }
+    with mock.patch.multiple(start, **changed), pytest.raises(CheckpointError) as caught:
+        start.begin(mock.Mock(), mock.Mock())
+    return str(caught.value), loaded.called
+
+
+def test_a_checkpoint_that_does_not_fit_is_loaded_by_no_rank(gloo: Any) -> None:
+    for said, is_loaded in gloo(2, unfit):
+        assert "checkpoint runs/a/step-00000007 not loaded: " in said and "it has 3 layers, this model 2" in said
+        assert not is_loaded
