@@ -133,9 +133,11 @@ def test_what_is_left_out_or_replaced_is_counted(tmp_path: Path, capsys: pytest.
     assert texts(tmp_path / "skip") == ["a"] and skipped == {"empty": 1, "not UTF-8": 3}
     told = " ".join(capsys.readouterr().out.split())
     assert "left out: 1 empty; left out: 3 not UTF-8" in told
-    assert f"{tmp_path / 'a.jsonl'}: 1 documents, 2 tokens" in told  # of each, where there are several
+    assert "a.jsonl:1documents,2tokens" in "".join(
+        told.split()
+    )  # of each, where there are several; long lines are broken
     make(tmp_path / "one", tmp_path / "a.jsonl", empty="skip", invalid_utf8="skip")
-    assert "a.jsonl: " not in capsys.readouterr().out
+    assert "a.jsonl:" not in "".join(capsys.readouterr().out.split())
     make(tmp_path / "replace", *sources, empty="skip", invalid_utf8="replace")
     assert texts(tmp_path / "replace") == ["a", "b\ufffd", "c\ufffd", "d\ufffde"]
 

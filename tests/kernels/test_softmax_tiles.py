@@ -376,11 +376,9 @@ def test_wrong_uses_are_refused(change, message):
         attend(**(call | change), scale=1.0)
 
 
-@pytest.mark.parametrize(("tile", "message"), [((5, 6), "need 5 rows of q, which has 4"), ((4, 7), "need 7 rows of k")])
-def test_whole_sequences_that_reach_beyond_the_rows_are_refused(tile, message):
-    q, k = torch.zeros(4, 2, 8), torch.zeros(6, 2, 8)
-    with pytest.raises(ValueError, match=message):
-        attend_sequences(q, k, k, Tiles.of([Tile(slice(0, tile[0]), slice(0, tile[1]))]), scale=1.0)
+def test_whole_sequences_that_reach_beyond_the_rows_are_refused():
+    with pytest.raises(ValueError, match="need 5 rows of q, which has 4"):
+        attend_sequences(*torch.zeros(3, 4, 2, 8), Tiles.of([Tile(slice(0, 5), slice(0, 4))]), scale=1.0)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])

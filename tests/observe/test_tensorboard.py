@@ -387,14 +387,6 @@ def test_a_straggler_among_many_is_the_reddest_cell():
     assert (red[0].min() - 58) // side == 77 // 8 and (red[1].min() - 96) // side == 77 % 8
 
 
-def test_the_legend_has_each_part_in_its_column() -> None:
-    parts = ["compute", "exposed_tensor", "imbalance", "bubble", "data", "other"]
-    picture = ranks_picture([dict.fromkeys(parts, 0.1)], [0], "step 3")
-    for number, part in enumerate(parts):  # four columns of 140 pixels; half a square from its corner
-        row, column = 10 + 16 * (1 + number // 4) + 4 + 5, 10 + 140 * (number % 4) + 5
-        assert tuple(picture[row, column]) == COLOURS[part], part
-
-
 def test_ranks_without_work_have_a_picture_too() -> None:
     with np.errstate(all="raise"):
         assert ranks_picture([rank(0.0)] * 128, [n // 8 for n in range(128)], "step 3").std() > 0
