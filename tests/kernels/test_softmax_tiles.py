@@ -377,16 +377,15 @@ def test_wrong_uses_are_refused(change, message):
 
 
 def test_whole_sequences_that_reach_beyond_the_rows_are_refused():
-    with pytest.raises(ValueError, match="need 5 rows of q, which has 4"):
-        attend_sequences(*torch.zeros(3, 4, 2, 8), Tiles.of([Tile(slice(0, 5), slice(0, 4))]), scale=1.0)
+    q, tiles = torch.zeros(4, 2, 8), Tiles.of([Tile(slice(0, 5), slice(0, 4))])
+    pytest.raises(ValueError, attend_sequences, q, q, q, tiles, scale=1.0).match("need 5 rows of q, which has 4")
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_integers_are_refused(backend):
     x, wide = torch.zeros(4, 2, 8, dtype=torch.int32), torch.zeros(4, 2, 8)
-    with pytest.raises(
-        ValueError, match="cannot run here: torch.int32|no attention backend can run here; not flash_attn:"
-    ):
+    refusals = "cannot run here: torch.int32|no attention backend can run here; not flash_attn:"
+    with pytest.raises(ValueError, match=refusals):
         attend(x, x, x, [], wide, wide[..., 0], scale=1.0, backend=backend)
 
 
