@@ -40,30 +40,7 @@ REASONS: dict[str, str] = {
     "the gradient of a resumed segment's state: fresh = slice(int(self.resumes), None) -> fresh = slice(0, None)": (
         f"{SAME}: the block in which the segment begins comes later, and writes the gradient that counts"
     ),
-} | dict.fromkeys(
-    (
-        "kernels/softmax_attention/__init__.py: tiles.check(len(q), len(k)) -> pass",
-        "lsys/checkpoint/agreed.py: raise CheckpointError(\n                    "
-        'f"{path} was found damaged and is there again under this name: {passed[path]}; move it away"'
-        "\n                ) -> pass",
-        'lsys/train/start.py: raise CheckpointError(f"checkpoint {path} not loaded: {failure.messages}") from failure -> pass',
-        "lsys/config/losses.py: 2 * itemsize * slots -> (2 * (2 * itemsize * slots))",
-        'lsys/bench/scaling_report.py: axes.set_ylabel("FLOP/s of a rank, % of the first point\'s") -> pass',
-        "lsys/bench/scaling_report.py: 100 * value -> (2 * (100 * value))",
-        "lsys/checkpoint/manifest.py: error.errno != errno.EIO -> (error.errno == errno.EIO)",
-        "lsys/checkpoint/manifest.py: os.fsync(file.fileno()) -> pass",
-        'lsys/config/reference.py: Path(arguments[0]).write_text(text, encoding="utf-8") -> pass',
-        "lsys/data/entropy.py: self._count() -> pass",
-        "lsys/data/prepare.py: len(counts.sources) > 1 -> (len(counts.sources) >= 1)",
-        "lsys/generate.py: options.tokens < 1 -> (options.tokens <= 1)",
-        "lsys/observe/rank_heatmap.py: number % COLUMNS * (WIDTH // COLUMNS) -> (2 * (number % COLUMNS * (WIDTH // COLUMNS)))",
-        "lsys/runtime/job.py: self.run or self.slurm -> (self.run)",
-        "lsys/bench/scaling.py: min(config.optimizer.warmup_steps, options.steps - 1) -> (options.steps - 1)",
-        "launch/preflight/rules.py: 0.0 -> 1.0",
-        "parallel/replay/simulate.py: max(step.ranks) >= len(self.programs) -> (max(step.ranks) > len(self.programs))",
-    ),
-    "A test was written since, and fails",
-)  # fmt: skip
+}
 
 
 def page(runs: Sequence[tuple[dict[str, Any], Sequence[Any]]]) -> str:
