@@ -27,9 +27,8 @@ PRELOADED = ("lsys", "gloo", "gloo_worker", "support", "conftest")
 LONGEST = 180.0  # s that a test of unknown length may take, well above all of them; with a fault it may go on for ever
 # s, and times its usual length, that another may take: it may be the first now to make what tests share.
 SPARE, TIMES = 60.0, 5.0
-POOLS = set[
-    int
-]()  # the process that the ranks of tests are forked from and its tracker of resources, once they are there
+# The process that the ranks of tests are forked from and its tracker of resources, once they are there.
+POOLS = set[int]()
 KEPT = "lsys.runtime.megatron"  # its import hook stands in front of Megatron, which is loaded
 
 
