@@ -126,7 +126,7 @@ class Split:
         self._blocked.append(BlockedInterval(since, length, core, operations, axis))
 
     def settle(self) -> None:
-        """Split the blocked intervals, now that it is known when the other ranks came."""
+        """Split the blocked intervals, now that it is known when the other ranks came. Once before `restart`."""
         for interval in self._blocked:
             last = near = interval.begin
             for issues, number, _ in interval.operations:
@@ -141,4 +141,3 @@ class Split:
             self.seconds[exposed(interval.axis)] += transfer - of_transfer
             self.seconds[IMBALANCE] += max(0.0, imbalance - of_late)
             self.seconds[BUBBLE] += late - imbalance - max(0.0, of_late - imbalance)
-        self._blocked.clear()

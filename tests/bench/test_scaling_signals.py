@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.processes import is_alive, number
 
-from lsys.bench.signals import Signals
+from lsys.bench.signals import STOPPING, Signals
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -74,3 +74,10 @@ def test_what_was_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_are_as_they_were_afterwards() -> None:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    with Signals() as signals:
+        assert signal.getsignal(signal.SIGTERM) == signals._receive
+    assert {number: signal.getsignal(number) for number in STOPPING} == before

@@ -7,8 +7,10 @@ import pytest
 from support import softmax_traffic, state_traffic
 from support.masks import SHARES, mask_of
 
+from lsys.kernels.mask import Mask
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.messages import Placement, attention, linear
+from lsys.parallel.messages.attention import Shape
 from lsys.parallel.methods import SOFTMAX, STATE
 
 PACKS = [(64,), (20000,), (1, 41, 7, 130, 0, 3, 1, 59, 2), (13, 5, 1, 1, 1, 90), (3, 2, 1)]
@@ -81,3 +83,15 @@ def test_states_are_counted_alike(kind, method):
                 found = STATE[method].phases(place, linear.Shape(*shape))
                 assert counted(found, ranks) == sums(told, [0] * ranks), (lengths, ranks, shape)
                 assert [len(way) for way in found] == [len(told.forward), len(told.backward)]
+
+
+def test_a_gather_on_nccl_goes_around_the_ring_both_ways() -> None:
+    """Two ranks that need all of each other's 8 tokens: keys and values in bf16 come once, and once more backward; their gradients go in fp32."""
+    place, shape = Placement.of("contiguous", [16], 2), Shape(heads=1, kv_heads=1, width=2, itemsize=2)
+    forward, backward = SOFTMAX["gather"].phases(place, shape, (0, 0), Mask(causal=False), "nccl")
+    values = 8 * 2 * 2  # of a rank: tokens x (a key and a value) x width
+    assert [sorted(phase) for phase in forward] == [[(0, 1, 2 * values), (1, 0, 2 * values)]]
+    assert [sorted(phase) for phase in backward] == [
+        [(0, 1, 2 * values), (1, 0, 2 * values)],
+        [(0, 1, 4 * values), (1, 0, 4 * values)],
+    ]

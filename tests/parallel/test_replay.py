@@ -259,6 +259,15 @@ def _recorded(rank: int, ranks: int):
     return gather_programs(recorded_program(ledger))
 
 
+def _gathered(rank, world_size):
+    groups = [dist.new_group([0, 2]), dist.new_group([1])]
+    return [each.rank for each in gather_programs(Program(rank, 0, ()), groups[rank % 2])]
+
+
+def test_programs_are_of_the_ranks_of_a_group(gloo):
+    assert gloo(3, _gathered) == [[0, 2], [1], [0, 2]]
+
+
 def test_computation_is_cpu_time_between_operations(gloo):
     found = gloo(2, _recorded)
     assert found[0] == found[1] and [program.node for program in found[0]] == [0, 1]

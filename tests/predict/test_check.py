@@ -123,6 +123,17 @@ def test_parts_sum_to_the_step_and_a_calibration_reads_back(tmp_path) -> None:
     assert load_calibration(path) == machine == hardware(str(path), "fp32")
 
 
+def test_a_calibration_of_links_that_there_are_not_is_refused(tmp_path) -> None:
+    import json
+
+    tree = hardware("h100x8", "bf16").to_json()
+    tree["links"]["beside"] = tree["links"].pop("node")
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="is no calibration"):
+        load_calibration(path)
+
+
 def test_ranks_that_outnumber_cores_wait_for_them() -> None:
     config = changed(load(LARGE), {"parallel.pipeline": 1, "parallel.virtual_pipeline": 1})
     machine = hardware("h100x8", "bf16")

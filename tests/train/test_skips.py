@@ -200,6 +200,14 @@ def test_a_spike_is_told_with_its_step() -> None:
     assert said == ["step 21: a spike: the gradient norm is 20.1, 10.1 times the median of the last 20 steps (2)"]
 
 
+@pytest.mark.parametrize(("before", "told"), [(15, False), (16, True)])
+def test_a_spike_is_one_beside_sixteen_norms_at_least(before: int, told: bool) -> None:
+    found, said = updates()
+    for step in range(1, before + 2):
+        found.note(step, losses(), Update(1.0 if step <= before else 50.0, True), "")
+    assert bool(said) == told, said
+
+
 def test_a_step_without_targets_is_told() -> None:
     found, said = updates()
     found.note(7, losses(tokens=0), Update(0.0, True), "")
