@@ -6,8 +6,9 @@ A, a transition, are in `transition.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -17,23 +18,55 @@ from torch.autograd.function import once_differentiable
 from lsys.kernels.linear_attention.checks import without_autocast
 from lsys.kernels.linear_attention.transition import gradient, identity, is_matrix, operator, transposed
 
+WIDEST_MATRIX = 128  # K of a transition [K, K] that a program has in fp32, whole
+
 
 @dataclass(frozen=True)
 class ScanPlan:
     """In which order to go through maps that are concatenated sequence after sequence.
 
     Step p composes map p of every sequence that has one. With the sequences in falling order of their counts, those
-    still active are the first ones.
+    still active are the first ones. A kernel that goes through a sequence by itself needs the counts alone.
 
     Attributes:
         counts: maps of each sequence, zero allowed.
-        order: sequences by falling count, int64; None if they are in that order already.
-        steps: of step p, the rows of its maps, a view where possible, and how many sequences are active.
+        device: of the maps.
     """
 
     counts: tuple[int, ...]
-    order: Tensor | None
-    steps: tuple[tuple[slice | Tensor, int], ...]
+    device: torch.device
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """Sequences by falling count, int64; None if they are in that order already."""
+        with torch.inference_mode(False):  # a plan outlives the call that made it
+            return None if self._are_equal else self._sorted.indices.to(self.device)
+
+    @cached_property
+    def steps(self) -> tuple[tuple[slice | Tensor, int], ...]:
+        """Of step p, the rows of its maps, a view where possible, and how many sequences are active."""
+        longest = max(self.counts, default=0)
+        if self._are_equal:  # step p takes each longest-th row
+            return tuple((slice(p, None, longest), len(self.counts)) for p in range(longest))
+        with torch.inference_mode(False):
+            count, order = self._sorted
+            lengths = torch.tensor(self.counts, dtype=torch.int64)
+            first = (lengths.cumsum(0) - lengths)[order]
+            active = torch.searchsorted(-count, -torch.arange(longest)).tolist()  # sequences with more than p maps
+            first_on_device, single = first.to(self.device), int(first[0])
+            return tuple(
+                (slice(single + p, single + p + 1) if n == 1 else first_on_device[:n] + p, n)
+                for p, n in enumerate(active)
+            )
+
+    @property
+    def _are_equal(self) -> bool:
+        return max(self.counts, default=0) * len(self.counts) == sum(self.counts)
+
+    @cached_property
+    def _sorted(self) -> torch.return_types.sort:
+        """The counts that fall, and whose they are."""
+        return torch.tensor(self.counts, dtype=torch.int64).sort(descending=True, stable=True)
 
     def sorted(self, x: Tensor) -> Tensor:
         """One row a sequence -> the same by falling count; always a copy."""
@@ -42,23 +75,6 @@ class ScanPlan:
     def restored(self, x: Tensor) -> Tensor:
         """The inverse of `sorted`, without the copy where it can."""
         return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
-
-
-def scan_plan(counts: Sequence[int], device: torch.device) -> ScanPlan:
-    """The plan for sequences of `counts` maps each."""
-    count = torch.tensor(counts, dtype=torch.int64)
-    longest = int(count.max()) if len(counts) else 0
-    if longest * len(counts) == int(count.sum()):  # equal counts: step p takes each longest-th row
-        return ScanPlan(tuple(counts), None, tuple((slice(p, None, longest), len(counts)) for p in range(longest)))
-    count, order = count.sort(descending=True, stable=True)
-    lengths = torch.tensor(counts, dtype=torch.int64)
-    first = (lengths.cumsum(0) - lengths)[order]
-    active = torch.searchsorted(-count, -torch.arange(longest)).tolist()  # sequences with more than p maps
-    first_on_device, single = first.to(device), int(first[0])
-    steps: list[tuple[slice | Tensor, int]] = []
-    for p, n in enumerate(active):
-        steps.append((slice(single + p, single + p + 1) if n == 1 else first_on_device[:n] + p, n))
-    return ScanPlan(tuple(counts), order.to(device), tuple(steps))
 
 
 class Scanned(NamedTuple):
@@ -78,9 +94,13 @@ def compose(
 ) -> Scanned:
     """Compose the maps S -> A S + update of each sequence, from `initial` (default zero). No autograd.
 
-    update [n, H, K, V], transition [n, H ...], initial [sequences, H, K, V]. `cumulative` only if asked for, and not of
-    matrices: see `scan`.
+    update [n, H, K, V], transition [n, H ...], initial [sequences, H, K, V]. `cumulative` only if asked for (a kernel makes
+    it in passing), and not of matrices: see `scan`.
     """
+    if takes_triton(update, transition):
+        from lsys.kernels.linear_attention.gpu.compose import forwards
+
+        return Scanned(*forwards(update, transition, plan.counts, initial))
     sequences = len(plan.counts)
     running = update.new_zeros(sequences, *update.shape[1:]) if initial is None else plan.sorted(initial)
     before = torch.empty_like(update, memory_format=torch.contiguous_format)
@@ -98,6 +118,13 @@ def compose(
         passed[rows] = running[:active]
         running[:active] += transition[rows]
     return Scanned(before, passed, total, plan.restored(running))
+
+
+def takes_triton(states: Tensor, transition: Tensor | None) -> bool:
+    """Whether a kernel goes through all maps at once, instead of one after the other: on CUDA, of states [n, H, K, V] in fp32."""
+    fits = states.dtype == torch.float32 and (transition is None or transition.dtype == torch.float32)
+    narrow = not is_matrix(transition) or states.shape[2] <= WIDEST_MATRIX
+    return states.is_cuda and fits and narrow and find_spec("triton") is not None
 
 
 def last(
@@ -132,6 +159,10 @@ def adjoint(
 
     That of a map's update is that of the state after it, of which `transition.gradient` makes that of its transition.
     """
+    if takes_triton(d_before, transition):
+        from lsys.kernels.linear_attention.gpu.compose import backwards
+
+        return backwards(d_before, d_total, transition, plan.counts)
     sequences = len(plan.counts)
     running = d_before.new_zeros(sequences, *d_before.shape[1:]) if d_total is None else plan.sorted(d_total)
     d_update = torch.empty_like(d_before, memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.scan import ScanPlan, adjoint, compose, scan_plan
+from lsys.kernels.linear_attention.scan import ScanPlan, adjoint, compose
 from lsys.kernels.linear_attention.transition import gradient
 from lsys.parallel.comm import SequenceComm
 from lsys.parallel.layout import SequenceLayout
@@ -66,7 +66,7 @@ def _gather_plan(layout: SequenceLayout, external: ExternalSegments) -> GatherPl
         own=own.to(device),
         order=sent.rank.argsort(stable=True).argsort().to(device),
         length=sent.length.to(device),
-        plan=scan_plan(counts.tolist(), device),
+        plan=ScanPlan(tuple(counts.tolist()), device),
     )
 
 
@@ -108,7 +108,7 @@ class Gather:
             transitions = None if form is None else others.unflatten(-1, form) if form else others.squeeze(-1)
             if self.log_decay is not None:
                 transitions = self.log_decay.to(states.dtype) * plan.length[:, None]  # [rows, H]
-            composed = compose(states.unflatten(-1, shape), transitions, plan.plan)
+            composed = compose(states.unflatten(-1, shape), transitions, plan.plan, cumulative=False)
             before = composed.before.index_select(0, plan.own)
             return self._spread(before, runs), composed.total if self.final else None, (transitions, before)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lsys.kernels.linear_attention import SegmentMap
-from lsys.kernels.linear_attention.scan import ScanPlan, scan, scan_plan
+from lsys.kernels.linear_attention.scan import ScanPlan, scan
 from lsys.kernels.linear_attention.transition import carry
 from lsys.parallel.layout import SequenceLayout
 from lsys.parallel.segments import SegmentTable, offsets
@@ -228,7 +228,7 @@ def _external_segments(
         order=None if is_ordered else composed.to(device),
         back=None if is_ordered else composed.argsort().to(device),
         run=of_run.to(device),
-        plan=scan_plan(counts.tolist(), device) if bool((counts > 1).any()) else None,
+        plan=ScanPlan(tuple(counts.tolist()), device) if bool((counts > 1).any()) else None,
         numbers=numbers,
         crosses=bool((runs.places > 1).any()),
         first=first.to(device),

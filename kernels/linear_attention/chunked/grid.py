@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.scan import ScanPlan, scan_plan
+from lsys.kernels.linear_attention.scan import ScanPlan
 
 SIZES = (16, 32, 64, 128, 256)
 
@@ -110,6 +110,6 @@ def chunk_grid(lengths: Sequence[int], external: Sequence[int], size: int, devic
         slots=place(slots),
         filled=place(filled),
         scanned=None if chunk_scanned.all() else place(chunk_scanned.nonzero()[:, 0]),
-        plan=scan_plan(counts[is_scanned].tolist(), device),
+        plan=ScanPlan(tuple(counts[is_scanned].tolist()), device),
         external=None if identity else place(external_rows),
     )

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lsys.kernels.linear_attention.scan import ScanPlan, scan_plan
+from lsys.kernels.linear_attention.scan import ScanPlan
 
 SPAN_CHUNKS = 16  # the least: a span's state is K x V elements, so few tokens a span would make many bytes of states
 PROGRAMS = 512  # spans x heads that keep a GPU busy: beyond, longer spans make the scan over them shorter
@@ -98,13 +98,13 @@ def divide(
 
     alike = bool((is_external == is_scanned).all())
     scanned = spans(scanned_span)
-    plan = scan_plan(counts[is_scanned].tolist(), device)
+    plan = ScanPlan(tuple(counts[is_scanned].tolist()), device)
     return Division(
         every=spans(torch.ones_like(scanned_span), row),
         scanned=scanned,
         plan=plan,
         external=scanned if alike else spans(external_span),
-        external_plan=plan if alike else scan_plan(counts[is_external].tolist(), device),
+        external_plan=plan if alike else ScanPlan(tuple(counts[is_external].tolist()), device),
         external_rows=None if alike else row[external_span].to(device),
         external_segments=None if alike else (is_scanned.cumsum(0) - 1)[is_external].to(device),
         entry=number[segment[external_span]].to(device),
