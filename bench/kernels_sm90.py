@@ -67,16 +67,48 @@ def linear_attention_calls(variant: str) -> Iterator[Call]:
         yield Call(f"K = V = {width}", run)
 
 
+def compose_calls() -> Iterator[Call]:
+    """Forward and backward over the maps of states with matrices, fp32, as ranks compose them: in one launch, and in blocks."""
+    from lsys.kernels.linear_attention.gpu.compose import BLOCK, compose_matrices
+
+    for width in WIDTHS:
+
+        def run(width: int = width) -> None:
+            for maps in (BLOCK, BLOCK + 1):
+                update, transition = torch.randn(maps, 1, width, width), torch.randn(maps, 1, width, width)
+                for reverse in (False, True):
+                    compose_matrices(update, transition, [maps], update[:1], reverse=reverse)
+                    compose_matrices(update, transition, [maps], reverse=reverse)
+
+        yield Call(f"K = V = {width}", run)
+
+
+def convolution_calls() -> Iterator[Call]:
+    """Forward and backward of packed sequences with inputs before them, bf16, 2,048 channels, width 4."""
+    from lsys.kernels.short_convolution.fused import convolution
+
+    def run() -> None:
+        x, weight = torch.randn(64, 2048).bfloat16().requires_grad_(), torch.randn(2048, 4).bfloat16().requires_grad_()
+        before = torch.randn(2, 3, 2048).bfloat16().requires_grad_()
+        for bias, activation in ((None, None), (weight[:, 0].detach(), "silu")):
+            y = convolution(x, weight, bias, [32, 32], before, activation)
+            y.backward(torch.zeros_like(y))
+
+    yield Call("C = 2048, W = 4", run)
+
+
 # One line a family. A call's launches are compiled once each, however many families share them.
 FAMILIES: dict[str, Callable[[], Iterator[Call]]] = {
     "linear attention, no decay": lambda: linear_attention_calls("none"),
     "linear attention, decay per token": lambda: linear_attention_calls("token"),
     "linear attention, decay per channel": lambda: linear_attention_calls("channel"),
     "linear attention, gated delta rule": lambda: linear_attention_calls("gated delta"),
+    "linear attention, maps of states": compose_calls,
+    "short convolution": convolution_calls,
 }
 
 # Kernels without matrix products.
-PLAIN = {"scan_kernel"}
+PLAIN = {"scan_kernel", "convolution_kernel", "convolution_gradients_kernel"}
 
 
 class Resources(NamedTuple):

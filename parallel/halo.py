@@ -66,7 +66,7 @@ def halo_async(x: Tensor, layout: SequenceLayout, comm: SequenceComm | None, k: 
 
     What is computed between the two overlaps the exchange, and its gradient the exchange of the gradients.
     """
-    rank = _check(x, layout, comm, k)
+    rank = check(x, layout, comm, k)
     held = layout.table(rank)
     pending = _fetch(x, layout, comm, k, fixed=False)
     cu_seqlens = layout.derived(("halo bounds", rank, k), None, lambda: offsets(_before(held, k) + held.length))
@@ -84,13 +84,17 @@ def halo_state(x: Tensor, layout: SequenceLayout, comm: SequenceComm | None, k: 
 
 def halo_state_async(x: Tensor, layout: SequenceLayout, comm: SequenceComm | None, k: int) -> Pending[Tensor]:
     """As `halo_state`, under way on return; see `halo_async`."""
-    rank = _check(x, layout, comm, k)
+    rank = check(x, layout, comm, k)
     shape = (len(layout.cu_seqlens(rank)) - 1, k, *x.shape[1:])
     return _fetch(x, layout, comm, k, fixed=True).then(lambda rows: rows.view(shape))
 
 
-def _check(x: Tensor, layout: SequenceLayout, comm: SequenceComm | None, k: int) -> int:
-    """The rank, if all fits."""
+def check(x: Tensor, layout: SequenceLayout, comm: SequenceComm | None, k: int) -> int:
+    """The rank in the layout, if x [T_r, ...], layout and comm fit together.
+
+    Raises:
+        ValueError: they do not, or k is negative.
+    """
     rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
     if k < 0:
         raise ValueError(f"a halo is of k = 0 tokens or more; got k = {k}")
@@ -108,10 +112,21 @@ def _check(x: Tensor, layout: SequenceLayout, comm: SequenceComm | None, k: int)
 
 def _fetch(x: Tensor, layout: SequenceLayout, comm: SequenceComm | None, k: int, fixed: bool) -> Pending[Tensor]:
     rank = 0 if comm is None else comm.rank
-    plan = layout.derived(("halo", rank, k, fixed), x.device, lambda: _plan(layout, rank, k, fixed))
+    plan = layout.derived(("halo", rank, k, fixed), x.device, lambda: halo_plan(layout, rank, k, fixed))
     exchange = _Exchange(plan, comm)
     ticket = _Send.apply(x, exchange)
     return Pending(lambda: _Receive.apply(ticket, exchange))
+
+
+def swap(comm: SequenceComm | None, rows: Tensor, send: dict[int, int], receive: dict[int, int]) -> Pending[Tensor]:
+    """Rows for each peer in turn -> rows from each peer: [sum(send), ...] -> [sum(receive), ...].
+
+    Under way on return. A rank without peers calls nothing.
+    """
+    buffer = rows.new_empty(sum(receive.values()), *rows.shape[1:])
+    if comm is None or not (send or receive):
+        return Pending(lambda: buffer)
+    return comm.exchange(_by_peer(rows, send), _by_peer(buffer, receive)).then(lambda _: buffer)
 
 
 class _Exchange:
@@ -121,7 +136,7 @@ class _Exchange:
     through operations in reverse order, computes between them what was computed between them.
     """
 
-    def __init__(self, plan: _Plan, comm: SequenceComm | None) -> None:
+    def __init__(self, plan: HaloPlan, comm: SequenceComm | None) -> None:
         self.plan, self.comm = plan, comm
         self.finish: Callable[[], Tensor] | None = None
 
@@ -131,16 +146,6 @@ class _Exchange:
         finish, self.finish = self.finish, None
         return finish()
 
-    def swap(self, rows: Tensor, send: dict[int, int], receive: dict[int, int]) -> Pending[Tensor]:
-        """Rows for each peer in turn -> rows from each peer: [sum(send), ...] -> [sum(receive), ...].
-
-        Under way on return. A rank without peers calls nothing.
-        """
-        buffer = rows.new_empty(sum(receive.values()), *rows.shape[1:])
-        if self.comm is None or not (send or receive):
-            return Pending(lambda: buffer)
-        return self.comm.exchange(_by_peer(rows, send), _by_peer(buffer, receive)).then(lambda _: buffer)
-
 
 class _Send(torch.autograd.Function):
     """Rows [T_r, ...] -> a ticket that `_Receive` takes."""
@@ -149,7 +154,7 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
         plan = exchange.plan
         ctx.exchange = exchange
-        received = exchange.swap(x.index_select(0, plan.sent), plan.send, plan.receive)
+        received = swap(exchange.comm, x.index_select(0, plan.sent), plan.send, plan.receive)
 
         def finish() -> Tensor:
             out = x.new_zeros(plan.rows, *x.shape[1:])
@@ -185,7 +190,7 @@ class _Receive(torch.autograd.Function):
         shape = grad.shape[1:]
         theirs = wide.new_zeros(sum(plan.receive.values()), *shape)
         theirs.index_add_(0, far[0], wide.index_select(0, far[1]))
-        returned = exchange.swap(theirs, plan.receive, plan.send)
+        returned = swap(exchange.comm, theirs, plan.receive, plan.send)
         own = wide.new_zeros(plan.tokens, *shape).index_add_(0, near[0], wide.index_select(0, near[1]))
         exchange.finish = lambda: own.index_add_(0, plan.sent, returned.wait()).to(grad.dtype)
         return grad.new_empty(0), None
@@ -198,7 +203,7 @@ def _by_peer(rows: Tensor, counts: dict[int, int]) -> dict[int, Tensor]:
 # ---- which rows go where: a function of the layout alone
 
 
-class _Plan(NamedTuple):
+class HaloPlan(NamedTuple):
     """How one rank takes part in an exchange.
 
     Attributes:
@@ -218,12 +223,12 @@ class _Plan(NamedTuple):
     send: dict[int, int]
     receive: dict[int, int]
 
-    def to(self, device: torch.device) -> _Plan:
+    def to(self, device: torch.device) -> HaloPlan:
         return self._replace(near=self.near.to(device), far=self.far.to(device), sent=self.sent.to(device))
 
 
-def _plan(layout: SequenceLayout, rank: int, k: int, fixed: bool) -> _Plan:
-    """`fixed`: the result is k rows for each segment, its halo the last of them; otherwise see `Extended`."""
+def halo_plan(layout: SequenceLayout, rank: int, k: int, fixed: bool) -> HaloPlan:
+    """How the rank fetches its halos. `fixed`: the result is k rows for each segment, its halo the last of them; otherwise see `Extended`."""
     every, own, tokens = layout.sorted(), layout.sorted(rank), layout.tokens(rank)
     holder, first, stop = _lacking(every, k)
     mine = holder == rank
@@ -250,7 +255,7 @@ def _plan(layout: SequenceLayout, rank: int, k: int, fixed: bool) -> _Plan:
     is_far = rows_from >= tokens
     near = torch.stack([rows_from, rows_to])[:, ~is_far]
     far = torch.stack([rows_from - tokens, rows_to])[:, is_far]
-    return _Plan(tokens, int(ends[-1]) if len(ends) else 0, near, far, sent, send, receive)
+    return HaloPlan(tokens, int(ends[-1]) if len(ends) else 0, near, far, sent, send, receive)
 
 
 def _before(held: SegmentTable, k: int) -> Tensor:

@@ -5,6 +5,7 @@ norms of whole tensors; NaN is beyond any tolerance, and what a kernel leaves un
 attention runs twice and must give the same bits: it has no atomics, and a result that moves is a race.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ def _all() -> Iterator[list[Case]]:
                 ("causality", None),
             )
         ]
-    yield [_convolution(kind, dtype) for dtype in ("bfloat16", "float32") for kind in ("sequences", "causality")]
+    kinds, backends = ("sequences", "causality"), ("triton", "sliding")
+    yield [_convolution(*each) for each in itertools.product(kinds, ("bfloat16", "float32"), backends)]
     for dtype, width in (("float32", 64), ("bfloat16", 256), ("float16", 64), ("float32", 128)):
         short = (0, 1, 7, 65, 1100)
         kinds = ("pack", "phases", "causality")
@@ -89,7 +91,9 @@ def _smoke() -> Iterator[list[Case]]:
     pairs = dict(pairs=PAIRS[:4])
     softmax = [_softmax("cpu", "causal", "float32", 16, 5), _softmax("cpu", "merge", "float32", 16, None)]
     softmax += [_softmax("cpu", "causality", "float32", 16, None), _softmax("cuda", "full", "float32", 16, None)]
-    yield [case | pairs for case in softmax] + [_convolution(kind, "float32") for kind in ("sequences", "causality")]
+    yield [case | pairs for case in softmax] + [
+        _convolution(kind, "float32", "triton") for kind in ("sequences", "causality")
+    ]
 
 
 def _softmax(backend: str, kind: str, dtype: str, width: int, window: int | None) -> Case:
@@ -99,10 +103,9 @@ def _softmax(backend: str, kind: str, dtype: str, width: int, window: int | None
     )
 
 
-def _convolution(kind: str, dtype: str) -> Case:
-    return dict(
-        name=f"short convolution, {kind}, {dtype}", family="convolution", kind=kind, dtype=dtype, lengths=PACK[:-1]
-    )
+def _convolution(kind: str, dtype: str, backend: str) -> Case:
+    name = f"short convolution by {backend}, {kind}, {dtype}"
+    return dict(name=name, family="convolution", kind=kind, dtype=dtype, lengths=PACK[:-1], backend=backend)
 
 
 # ---- what all families share
@@ -327,10 +330,10 @@ def check_convolution(case: Case, device: str) -> Case:
     if case["kind"] == "causality":
         fixed = taps | {"initial": initial}
         return verdict(
-            {}, TOLERANCE[case["dtype"]], **bits_before(lambda t: run(t | fixed, "sliding"), {"x": x}, lengths)
+            {}, TOLERANCE[case["dtype"]], **bits_before(lambda t: run(t | fixed, case["backend"]), {"x": x}, lengths)
         )
     leaves, results = {"x": x, "initial": initial, **taps}, []
-    for backend, wide in (("sliding", None), ("reference", torch.float64)):
+    for backend, wide in ((case["backend"], None), ("reference", torch.float64)):
         mine = fresh(leaves, wide)
         results.append(gradients({"o": run(mine, backend)}, mine, weights))
     found, wanted = results

@@ -6,11 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsys.kernels.short_convolution import reference, sliding
+from lsys.kernels.short_convolution import fused, reference, sliding
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "activate", "before_next", "enter", "from_zero", "short_convolution"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "activate",
+    "before_next",
+    "enter",
+    "fits",
+    "from_zero",
+    "is_fused",
+    "short_convolution",
+]
 
-BACKENDS = ("auto", "reference", "sliding")
+BACKENDS = ("auto", "reference", "sliding", "triton")
 ACTIVATIONS = (None, "silu")
 
 
@@ -36,13 +46,14 @@ def short_convolution(
         cu_seqlens: where each of N packed sequences begins, then T: int64 [N + 1]; None is one sequence.
         initial: [N, W - 1, C], the inputs before each sequence, the last of them next to it; default zero.
         activation: None or "silu".
-        backend: "reference" is the definition, token by token; "sliding" is fast; "auto" takes "sliding".
+        backend: "reference" is the definition, token by token; "sliding" is by shifted sums; "triton" is one kernel (CUDA, and
+            interpreted on CPU); "auto" takes "triton" on CUDA where it takes dtype and width, else "sliding".
 
     Returns:
         [T, C] in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, an activation or a backend that does not exist.
+        ValueError: shapes that do not fit together, an activation or a backend that does not exist or does not take them.
     """
     lengths = _check(x, weight, bias, cu_seqlens)
     if backend not in BACKENDS:
@@ -52,10 +63,34 @@ def short_convolution(
         raise ValueError(f"initial is {[*initial.shape]}; [N, W - 1, C] makes it {wanted}")
     if backend == "reference":
         return activate(reference.convolution(x, weight, bias, lengths, initial), activation, x.dtype)
+    if is_fused(x, weight, activation, backend):
+        return fused.convolution(x, weight, bias, lengths, initial, activation)
     out = sliding.convolution(x, weight, bias, lengths)
     if initial is not None:
         out = enter(out, initial, weight, lengths)
     return activate(out, activation, x.dtype)
+
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are x [T, C], weight [C, W] and bias [C]."""
+    is_pair = x.dim() == 2 and weight.dim() == 2 and weight.shape[0] == x.shape[1] and weight.shape[1] > 0
+    return is_pair and (bias is None or [*bias.shape] == [x.shape[1]])
+
+
+def is_fused(x: Tensor, weight: Tensor, activation: str | None, backend: str) -> bool:
+    """Whether one kernel does it all.
+
+    Raises:
+        ValueError: `backend` is "triton", which does not take them, or `activation` does not exist.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of: None, silu")
+    refusal = (
+        fused.refusal(x, weight) if backend == "triton" or (backend == "auto" and x.is_cuda) else "is not asked for"
+    )
+    if backend == "triton" and refusal:
+        raise ValueError(f"short convolution backend 'triton' {refusal}; backend 'sliding' computes it")
+    return refusal is None
 
 
 def from_zero(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, list[int]]:

@@ -114,7 +114,8 @@ def test_wrong_uses_are_refused():
         ((x, weight), {"cu_seqlens": torch.tensor([0, 5, 3, 6])}, "does not decrease"),
         ((x, weight), {"initial": initial[:, :1]}, "initial is .1, 1, 3.; .N, W - 1, C. makes it .1, 3, 3."),
         ((x, weight), {"activation": "relu"}, "activation 'relu' is not one of: None, silu"),
-        ((x, weight), {"backend": "triton"}, "backend 'triton' is not one of: auto, reference, sliding"),
+        ((x, weight), {"backend": "cuda"}, "backend 'cuda' is not one of: auto, reference, sliding, triton"),
+        ((x, weight), {"backend": "triton"}, "backend 'triton' takes fp32, bf16 and fp16, not torch.float64"),
     ]
     for arguments, options, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -1,11 +1,14 @@
 """Short convolution and token shift across ranks equal those of whole documents on one device."""
 
+import contextlib
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.by_tables import by_tables
 from support.comparing import largest
 from support.layouts import layouts
 from support.noted import noted
@@ -36,7 +39,7 @@ def error(x, y):
     return largest(((x.double() - y).abs() / (1 + y.abs())).flatten().tolist())
 
 
-def _differences(rank, world_size, dtype):
+def _differences(rank, world_size, dtype, backend="auto"):
     """Errors of outputs and of the gradients of x, weight and bias (summed over the ranks), relative."""
     comm = SequenceComm(None) if world_size > 1 else None
     wrong = {}
@@ -50,7 +53,7 @@ def _differences(rank, world_size, dtype):
             for name, layout in layouts(lengths, world_size).items():
                 mine, w, c = layout.shard(x, rank).requires_grad_(), weight.clone().requires_grad_(), b.clone()
                 c.requires_grad_()
-                o = short_convolution(mine, w, layout, comm, c if bias else None, activation)
+                o = short_convolution(mine, w, layout, comm, c if bias else None, activation, backend)
                 d = torch.autograd.grad(o, (mine, w, c), layout.shard(grad, rank), allow_unused=True)
                 sums = [
                     torch.zeros_like(like).double() if part is None else part.double()
@@ -69,6 +72,17 @@ def _differences(rank, world_size, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_equals_one_device(gloo, world_size, dtype):
     assert gloo(world_size, _differences, dtype) == [{}] * world_size
+
+
+def _fused_differences(rank, world_size, dtype):
+    with by_tables():
+        return _differences(rank, world_size, dtype, "triton")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels' module needs Triton")
+@pytest.mark.parametrize(("world_size", "dtype"), [(1, torch.float32), (3, torch.float32), (4, torch.bfloat16)])
+def test_what_the_kernels_are_given_equals_one_device(gloo, world_size, dtype):
+    assert gloo(world_size, _fused_differences, dtype) == [{}] * world_size
 
 
 def _shifts(rank, world_size):
@@ -115,14 +129,19 @@ def test_a_token_changes_only_those_that_see_it(gloo, world_size, dtype):
     assert all(gloo(world_size, _perturbed, dtype))
 
 
-def _checkpointed(rank, world_size):
+def _checkpointed(rank, world_size, backend):
+    with by_tables() if backend == "triton" else contextlib.nullcontext():
+        _recomputed(rank, world_size, backend)
+
+
+def _recomputed(rank, world_size, backend):
     layout, comm = SequenceLayout([5, 4, 30], [[(0, 0, 5)], [(1, 0, 4), (2, 0, 9)], [(2, 9, 21)], []]), None
     comm = SequenceComm(None)
-    x, weight, _, grad = tensors(layout.lengths, 4)
+    x, weight, _, grad = (x.float() for x in tensors(layout.lengths, 4))
     x, grad, weight = layout.shard(x, rank).requires_grad_(), layout.shard(grad, rank), weight.requires_grad_()
 
     def mix(x, weight):
-        return token_shift(short_convolution(x, weight, layout, comm), layout, comm)
+        return token_shift(short_convolution(x, weight, layout, comm, backend=backend), layout, comm)
 
     plain = torch.autograd.grad(mix(x, weight), (x, weight), grad)
     for reentrant in (False, True):
@@ -132,8 +151,9 @@ def _checkpointed(rank, world_size):
         assert torch.equal(x.grad, plain[0]) and torch.equal(weight.grad, plain[1])
 
 
-def test_recomputation_keeps_the_transfers_in_order(gloo):
-    gloo(4, _checkpointed)
+@pytest.mark.parametrize("backend", ["sliding", *(["triton"] if find_spec("triton") else [])])
+def test_recomputation_keeps_the_transfers_in_order(gloo, backend):
+    gloo(4, _checkpointed, backend)
 
 
 def _sums_under_way(rank, world_size):
@@ -167,7 +187,12 @@ def test_wrong_uses_are_refused():
         ((x, weight, layout, None, None, "relu"), "activation 'relu'; offered are floating point, None and silu"),
         ((x[:5], weight, layout, None), "the layout gives rank 0 6 tokens; got .5, 3."),
         ((x, weight, SequenceLayout.contiguous([6], 2), None), "over 2 ranks and the comm has 1"),
+        ((x, weight, layout, None, x[0, :2]), "bias is .2.; there are 3 channels"),
     ]
-    for arguments, message in refused:
-        with pytest.raises(ValueError, match=message):
-            short_convolution(*arguments)
+    for fused in (contextlib.nullcontext, by_tables) if find_spec("triton") else (contextlib.nullcontext,):
+        backend = "auto" if fused is contextlib.nullcontext else "triton"
+        for arguments, message in refused:
+            with fused(), pytest.raises(ValueError, match=message):
+                short_convolution(*arguments, backend=backend)
+    with pytest.raises(ValueError, match="backend 'reference' is not one of: auto, sliding, triton"):
+        short_convolution(x, weight, layout, None, backend="reference")
