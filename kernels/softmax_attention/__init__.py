@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from lsys.kernels.mask import Mask
 from lsys.kernels.softmax_attention import cpu, cuda, dense_scores
 from lsys.kernels.softmax_attention.core import Attention, Backend, dense, planned
 from lsys.kernels.softmax_attention.merge import merge
-from lsys.kernels.softmax_attention.rows import add, put, take
+from lsys.kernels.softmax_attention.rows import Rows, add, put, take
 from lsys.kernels.softmax_attention.tile import FAR, Tile, Tiles, sequences
 
 __all__ = [
@@ -139,12 +140,21 @@ def attend(
     tiles.check(len(q), len(k))
     q, k, v = dense(q), dense(k), dense(v)
     for launch in planned(chosen, tiles, q):
-        part, part_lse = chosen.forward(launch, q, k, v, scale)
-        total, total_lse = take(o, launch.q), take(lse, launch.q)
-        merge(total, total_lse, part, part_lse)
-        if not isinstance(launch.q, slice):  # what was taken was a copy
-            put(o, launch.q, total)
-            put(lse, launch.q, total_lse)
+        _merge(o, lse, launch.q, *chosen.forward(launch, q, k, v, scale))
+
+
+def _merge(o: Tensor, lse: Tensor, rows: Rows, part: Tensor, part_lse: Tensor) -> None:
+    """Merge another result into rows of the running one, in place."""
+    if o.is_cuda and o.dtype == torch.float32 and find_spec("triton") is not None:
+        from lsys.kernels.softmax_attention.merge_triton import merge_rows
+
+        merge_rows(o, lse, rows, dense(part), part_lse)
+        return
+    total, total_lse = take(o, rows), take(lse, rows)
+    merge(total, total_lse, part, part_lse)
+    if not isinstance(rows, slice):  # what was taken was a copy
+        put(o, rows, total)
+        put(lse, rows, total_lse)
 
 
 @torch.no_grad()
