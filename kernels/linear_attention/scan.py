@@ -44,7 +44,7 @@ class ScanPlan:
 
     @cached_property
     def steps(self) -> tuple[tuple[slice | Tensor, int], ...]:
-        """Of step p, the rows of its maps, a view where possible, and how many sequences are active."""
+        """By step p the rows of its maps, a view where possible, and how many sequences are active."""
         longest = max(self.counts, default=0)
         if self._are_equal:  # step p takes each longest-th row
             return tuple((slice(p, None, longest), len(self.counts)) for p in range(longest))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Neighbours(NamedTuple):
-    """Of T tokens and R rows that came from elsewhere, which are numbered behind them.
+    """The neighbours of T tokens and of R rows that came from elsewhere, which are numbered behind them.
 
     Attributes:
         behind: int32 [T, W - 1]: row j before a token in its sequence, in column j - 1; -1: there is none.
@@ -54,7 +54,7 @@ def neighbours(
 
 
 def packed(lengths: list[int], width: int, has_initial: bool) -> Neighbours:
-    """Of packed sequences on one device; the W - 1 inputs before each come from elsewhere, if there are any."""
+    """The tables of packed sequences on one device; the W - 1 inputs before each come from elsewhere, if there are any."""
     length, reach = torch.tensor(lengths, dtype=torch.int64), width - 1
     tokens, count = int(length.sum()), len(lengths)
     first = length.cumsum(0) - length  # the first token of each
